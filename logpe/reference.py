@@ -1,0 +1,270 @@
+"""The definition of attention with log positions: eager, differentiable, in any precision.
+
+Everything positional passes through f(n) = log(1 + n). For a query at position i and a key at position j,
+with d = |i - j|, per query head:
+
+    score         s_ij = scale * gain(i) * < R_i q_i , R_j k_j >
+    log distance  l_ij = log(1 + rate * d)
+    logit         a_ij = sqrt(1 + sharpness * l_ij) * s_ij - power * l_ij
+    out_i = sum_j softmax_j(a_ij) v_j,   lse_i = log sum_j exp(a_ij)
+
+All other implementations are tested against this file. It holds N x N tensors: use it for small inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from logpe.position import PositionValues
+
+# --- the mathematics of positions ---------------------------------------------------------------------------
+
+
+def log_map(n: Tensor, scale: float) -> Tensor:
+    """f_c(n) = c log(1 + n/c) for c = ``scale`` in tokens; n itself for c = inf. Any float tensor n >= 0."""
+    return n if math.isinf(scale) else scale * torch.log1p(n / scale)
+
+
+def log_distance(distance: Tensor, rate: Tensor) -> Tensor:
+    """l = log(1 + rate * d), natural log; ``rate`` broadcasts against ``distance``."""
+    return torch.log1p(rate * distance)
+
+
+def distance_bias(l: Tensor, power: Tensor) -> Tensor:  # noqa: E741
+    """-power * l, added to the logit: a key's weight falls as a power of its distance (Chi et al., 2022)."""
+    return -power * l
+
+
+def sharpening(l: Tensor, sharpness: Tensor) -> Tensor:  # noqa: E741
+    """sqrt(1 + sharpness * l), multiplied into the score: contrast grows with distance (Anson et al., 2025)."""
+    return torch.sqrt(1 + sharpness * l)
+
+
+def query_gain(n: Tensor, alpha: Tensor, gain_length: float) -> Tensor:
+    """1 + alpha * log(1 + n / gain_length), multiplied into all scores of a query."""
+    return 1 + alpha * torch.log1p(n / gain_length)
+
+
+def inverse_frequencies(planes: int, base: float, device: torch.device | str | None = None) -> Tensor:
+    """theta_t = base ** (-t / planes), float64 (planes,)."""
+    return base ** (-torch.arange(planes, dtype=torch.float64, device=device) / planes)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inverse: bool = False) -> Tensor:
+    """Turn plane t of x by theta_t * f_c(position); plane t is made of dims t and t + planes.
+
+    x: (..., N, D), rotated in float32 at least, returned in its dtype. positions: broadcastable to
+    x.shape[:-1]; those below 0 do not exist and turn by 0. theta: (planes,), 2 * planes <= D; later
+    dims stay as they are. The angles are formed in float64: c = inf at position 10^6 is still exact.
+    """
+    planes = theta.numel()
+    compute = torch.promote_types(x.dtype, torch.float32)
+    angle = log_map(positions.clamp(min=0).double(), rotary_scale)[..., None] * theta
+    cos, sin = angle.cos().to(compute), angle.sin().to(compute)
+    if inverse:
+        sin = -sin
+    first, second, rest = x.to(compute).split((planes, planes, x.shape[-1] - 2 * planes), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+
+
+# --- dropout ------------------------------------------------------------------------------------------------
+
+
+def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """First word of Philox-4x32-10 (Salmon et al., 2011) on counter (c0, c1, c2, 0), as int64 in [0, 2^32)."""
+    word = 0xFFFFFFFF
+
+    def mulhi(a: int, b: Tensor) -> Tensor:  # high word of a 32 x 32 bit product, without leaving int64
+        return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
+
+    c0, c1, c2 = (c.to(torch.int64) & word for c in torch.broadcast_tensors(c0, c1, c2))
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & word, seed >> 32 & word
+    for _ in range(10):
+        c0, c1, c2, c3 = (
+            mulhi(0xCD9E8D57, c2) ^ c1 ^ k0,
+            0xCD9E8D57 * c2 & word,
+            mulhi(0xD2511F53, c0) ^ c3 ^ k1,
+            0xD2511F53 * c0 & word,
+        )
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    return c0
+
+
+def dropout_keep(seed: Tensor, batch_head: Tensor, query_positions: Tensor, key_positions: Tensor, p: float) -> Tensor:
+    """Which weights survive dropout: bool, the broadcast of the three integer tensors.
+
+    A function of the position pair alone, so that partial results over key chunks drop the same weights.
+    seed: an int64 tensor of one element.
+    """
+    return philox(int(seed), key_positions, query_positions, batch_head) >= int(p * 2**32)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def positions_of(count: int, start: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """Positions (B or 1, count) of ``count`` tokens that begin at ``starts`` (B,) or, without it, ``start``."""
+    first = torch.tensor([start], device=device) if starts is None else starts
+    return first[:, None] + torch.arange(count, device=device)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: PositionValues | None = None,
+    *,
+    query_start: int = 0,
+    key_start: int = 0,
+    query_starts: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    scale: float,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    return_weights: bool = False,
+) -> tuple[Tensor, ...]:
+    """Attention with log positions, one eager step after the other.
+
+    The products run in the dtype of the inputs (a half-precision score is rounded once, as ``q @ k.mT``
+    rounds it, and so are the weights before they meet v); positions and softmax in float32, or float64 for
+    float64 inputs.
+
+    Args:
+        q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
+        values: the position; None for plain attention.
+        query_start, key_start: position of the first query and key; the (B,) tensors overrule them.
+        key_lengths: (B,), keys at and beyond it are hidden.
+        key_bias: (B, Nk), added to the logits; -inf hides a key.
+        context_lengths: (B,), n of the query gain; None: the query's position, at most ``window_left``.
+        window_left, window_right: keys i - left <= j <= i + right are visible; None is unlimited, causal is
+            window_right = 0.
+        attn_mask: bool (True = visible) or additive, broadcastable to (B, Hq, Nq, Nk).
+        return_weights: also return the weights (B, Hq, Nq, Nk), after dropout.
+
+    Returns:
+        out like q; lse (B, Hq, Nq), natural log, without dropout. A query that sees no key gets zeros and
+        -inf. Then the weights, if asked for.
+    """
+    if values is None:
+        from logpe.position import PositionValues
+
+        values = PositionValues()
+    (batch, heads, num_queries, _), num_keys = q.shape, k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+
+    i = positions_of(num_queries, query_start, query_starts, q.device)[:, None, :, None]  # (B or 1, 1, Nq, 1)
+    j = positions_of(num_keys, key_start, key_starts, q.device)[:, None, None, :]  # (B or 1, 1, 1, Nk)
+    key_index = torch.arange(num_keys, device=q.device)
+
+    visible = (i >= 0) & (j >= 0)
+    if window_left is not None:
+        visible = visible & (j >= i - window_left)
+    if window_right is not None:
+        visible = visible & (j <= i + window_right)
+    if key_lengths is not None:
+        visible = visible & (key_index < key_lengths[:, None])[:, None, None]
+    if key_bias is not None:
+        visible = visible & (key_bias != -math.inf)[:, None, None]
+    if attn_mask is not None:
+        visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
+
+    # What nobody may see must not matter, NaN included.
+    seen = visible.any(-2, keepdim=True).mT  # (B or 1, 1 or Hq, Nk, 1)
+    seen_by_any_head = seen.any(1, keepdim=True)
+    k, v = k.where(seen_by_any_head, 0), v.where(seen_by_any_head, 0)
+    sees = visible.any(-1, keepdim=True)  # (B or 1, 1 or Hq, Nq, 1)
+    q = q.where(sees, 0)
+
+    if values.theta is not None:
+        q = rotate(q, i[..., 0], values.theta, values.rotary_scale)
+        k = rotate(k, j[..., 0, :], values.theta, values.rotary_scale)
+    group = heads // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    def per_head(parameter: Tensor) -> Tensor:
+        return parameter.to(compute)[:, None, None]
+
+    logit = (q @ k.mT).to(compute) * scale
+    if values.alpha is not None:
+        if context_lengths is not None:
+            n = context_lengths[:, None, None, None]
+        else:
+            n = i if window_left is None else i.clamp(max=window_left)
+        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(values.alpha), values.gain_length)
+    if values.rate is not None:
+        l = log_distance((i - j).abs().to(compute), per_head(values.rate))  # noqa: E741
+        if values.sharpness is not None:
+            logit = sharpening(l, per_head(values.sharpness)) * logit
+        if values.power is not None:
+            logit = logit + distance_bias(l, per_head(values.power))
+    if key_bias is not None:
+        logit = logit + key_bias.to(compute)[:, None, None]
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        logit = logit + attn_mask.to(compute)
+
+    # A row without a visible key: softmax of zeros, then dropped; no NaN on either way.
+    logit = logit.masked_fill(~visible, -math.inf).masked_fill(~sees, 0)
+    lse = torch.logsumexp(logit, -1).masked_fill(~sees[..., 0], -math.inf)
+    weights = torch.softmax(logit, -1).where(visible, 0)
+    if dropout_p > 0:
+        assert dropout_seed is not None
+        batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
+        keep = dropout_keep(dropout_seed, batch_head, i, j, dropout_p)
+        weights = weights.where(keep, 0) / (1 - dropout_p)
+    out = (weights.to(v.dtype) @ v).where(sees, 0)
+    return (out, lse, weights) if return_weights else (out, lse)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: PositionValues | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` on packed sequences, through a padded copy.
+
+    q: (total_q, Hq, D). k, v: (total_k, Hkv, D). cu_seqlens: (B + 1,). Returns out like q and lse
+    (Hq, total_q); tokens outside every sequence get zeros and -inf.
+    """
+
+    def padded(x: Tensor, index: Tensor) -> Tensor:  # (total, H, D) -> (B, H, longest, D)
+        return x[index.clamp(max=max(len(x) - 1, 0))].transpose(1, 2)
+
+    index_q, lengths_q = _padded_index(cu_seqlens_q)
+    index_k, lengths_k = _padded_index(cu_seqlens_k)
+    out = torch.zeros_like(q)
+    lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    if index_q.numel() == 0:
+        return out, lse
+    if len(k) == 0:
+        k, v = (x.new_zeros((1, *x.shape[1:])) for x in (k, v))
+    padded_out, padded_lse = attention(
+        padded(q, index_q), padded(k, index_k), padded(v, index_k), values, key_lengths=lengths_k, **options
+    )[:2]
+    real = torch.arange(index_q.shape[1], device=q.device) < lengths_q[:, None]  # (B, longest)
+    tokens = index_q[real]
+    out = out.index_put((tokens,), padded_out.transpose(1, 2)[real])
+    return out, lse.T.index_put((tokens,), padded_lse.transpose(1, 2)[real]).T
+
+
+def _padded_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Token indices (B, longest) of packed sequences, running on past each end, and the lengths (B,)."""
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device), lengths
