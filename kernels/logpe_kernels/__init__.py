@@ -1,0 +1,6 @@
+"""Triton kernels for attention with log positions: tensors in, tensors out. Needs torch and triton alone."""
+
+from .backward import backward
+from .forward import forward
+
+__all__ = ["backward", "forward"]

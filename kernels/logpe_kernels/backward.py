@@ -1,0 +1,306 @@
+"""The backward kernels and their launcher.
+
+With P = exp(a - lse), dP = do v^T and a = a(s; parameters), out = P v and lse = log sum exp a give
+
+    delta_i = sum_j P_ij dP_ij  (= <do_i, out_i>)
+    g_ij    = dL/da_ij = P_ij (dP_ij - delta_i + dlse_i)
+    ds_ij   = da/ds g_ij,   dq_i = scale gain_i sum_j ds_ij k_j,   dk_j = scale sum_i gain_i ds_ij q_i
+    dtheta  = sum_ij g_ij da_ij/dtheta   for theta in power, rate, sharpness, alpha (position.py)
+
+delta comes from a half-precision out, and its error e_i adds e_i P_ij to g_ij. In the parameter gradients these
+errors do not cancel: they made that of the rate 1.5 times as wrong as eager attention. But sum_j g_ij must be
+dlse_i, so the row sum of g measures e_i. The dq kernel therefore runs first, subtracts e_i sum_j P_ij
+da_ij/dtheta from its parameter gradients, and leaves the corrected delta to the dk/dv kernel.
+
+Parameter gradients are summed in registers, written as one partial per program, and added up in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .position import (
+    LOG2E,
+    Position,
+    by_gain,
+    by_power,
+    by_rate,
+    by_sharpness,
+    load_head,
+    log_length,
+    query_gain,
+    sharpening,
+)
+from .problem import RUNTIME_INTEGERS, Problem, new_output
+from .tile import (
+    cast,
+    dot,
+    dropout_keep,
+    load_axes,
+    load_key_bias,
+    load_lengths,
+    load_masked,
+    load_rows,
+    store_rows,
+    tile_logits,
+    tile_range,
+    within,
+)
+
+
+@triton.jit
+def weights_and_gradient(a, lse2, dp, delta, keep, dropout_scale):
+    """P, the weights that met v, and g = dL/da of one tile; keep is None without dropout."""
+    p = tl.exp2(a - lse2)
+    if keep is None:
+        return p, p, p * (dp - delta)
+    else:
+        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        return p, tl.where(keep, p * dropout_scale, 0.0), p * (dp - delta)
+
+
+@triton.jit
+def accumulate(total, mean, g, p, derivative):
+    """Add sum_j g da/dtheta and sum_j P da/dtheta of one tile to their rows."""
+    return total + tl.sum(g * derivative, 1), mean + tl.sum(p * derivative, 1)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def dq_kernel(
+    q, k, v, out, lse, dlse, delta, dout, dq, dposition, strides,
+    position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
+    query_start, key_start, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // num_tiles
+    m0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
+    b, h = batch_head // num_heads, batch_head % num_heads
+    queries, keys = load_axes(
+        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
+        window_left, window_right,
+    )  # fmt: skip
+    head = load_head(position, h)
+
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
+    k += b64 * strides.k[0] + h64 // group_size * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
+    v += b64 * strides.v[0] + h64 // group_size * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
+    out += b64 * strides.out[0] + h64 * strides.out[1] + queries.row.to(tl.int64) * strides.out[2]
+    dq += b64 * strides.dq[0] + h64 * strides.dq[1] + queries.row.to(tl.int64) * strides.dq[2]
+    dout += b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
+    lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    i = queries.start + rows  # [BLOCK_M]
+    stored = rows < queries.count
+    lse_row = tl.load(lse + lse_offset + rows, mask=stored, other=-float("inf"))
+    alive = lse_row > -float("inf")
+    lse2 = tl.where(alive, lse_row * LOG2E, float("inf"))
+    q_tile = load_rows(q, rows, strides.q[2], alive, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do_tile = load_rows(dout, rows, strides.dout[2], alive, HEAD_DIM, BLOCK_D)
+    o_tile = load_rows(out, rows, strides.out[2], alive, HEAD_DIM, BLOCK_D)
+    dlse_row = tl.zeros([BLOCK_M], tl.float32)
+    if dlse is not None:
+        dlse_row = tl.load(dlse + lse_offset + rows, mask=alive, other=0.0)
+    delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) - dlse_row  # [BLOCK_M]
+    n = load_lengths(sequences, b, i, window_left)
+    row_scale = (tl.zeros([BLOCK_M], tl.float32) + scale * LOG2E) * query_gain(n, head, gain_length)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    g_sum = tl.zeros([BLOCK_M], tl.float32)
+    power, power_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    rate, rate_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    sharpness, sharpness_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    alpha, alpha_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+    first = queries.start + m0
+    last = tl.minimum(first + BLOCK_M, queries.end) - 1
+    begin, full_begin, full_end, end = tile_range(
+        first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N
+    )
+    for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
+        skip = full_end - full_begin
+        for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_N):
+            n0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_N)
+            tokens = n0 + columns
+            j = keys.start + tokens  # [BLOCK_N]
+            mask = within(j, keys) if MASKED else None
+            key_bias = load_key_bias(sequences, b, num_keys, tokens, mask)
+            if key_bias is not None:
+                mask = key_bias > -float("inf")
+            k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+            distance = tl.abs((i - (keys.start + n0)).to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
+            score, a = tile_logits(
+                dot(q_tile, k_tile.T), row_scale[:, None], i[:, None], j[None, :], distance,
+                None if key_bias is None else key_bias[None, :], head, queries, keys, window_left, window_right, MASKED,
+            )  # fmt: skip  # [BLOCK_M, BLOCK_N]
+            keep = None
+            if dropout_seed is not None:
+                keep = dropout_keep(dropout_seed, batch_head, i[:, None], j[None, :], dropout_threshold)
+            p, _, g = weights_and_gradient(
+                a, lse2[:, None], dot(do_tile, v_tile.T), delta_row[:, None], keep, dropout_scale
+            )
+            acc = dot(cast(g * sharpening(distance, head), k_tile.dtype), k_tile, acc)
+            g_sum += tl.sum(g, 1)
+            if dposition.power is not None:
+                power, power_mean = accumulate(power, power_mean, g, p, by_power(distance, head))
+            if dposition.rate is not None:
+                rate, rate_mean = accumulate(rate, rate_mean, g, p, by_rate(score, distance, head))
+            if dposition.sharpness is not None:
+                sharpness, sharpness_mean = accumulate(
+                    sharpness, sharpness_mean, g, p, by_sharpness(score, distance, head)
+                )
+            if dposition.alpha is not None:
+                alpha, alpha_mean = accumulate(alpha, alpha_mean, g, p, by_gain(score, distance, head))
+
+    store_rows(dq, rows, strides.dq[2], acc * (row_scale / LOG2E)[:, None], stored, HEAD_DIM, BLOCK_D)
+    error = g_sum - dlse_row  # of delta
+    tl.store(delta + lse_offset + rows, delta_row + error, mask=stored)
+    # One partial per program, [num_heads, programs of a head]: the launcher adds them up in this order.
+    partial = h * (tl.num_programs(0) // num_heads) + b * num_tiles + m0 // BLOCK_M
+    if dposition.power is not None:
+        tl.store(dposition.power + partial, tl.sum(power - error * power_mean, 0))
+    if dposition.rate is not None:
+        tl.store(dposition.rate + partial, tl.sum(rate - error * rate_mean, 0))
+    if dposition.sharpness is not None:
+        tl.store(dposition.sharpness + partial, tl.sum(sharpness - error * sharpness_mean, 0))
+    if dposition.alpha is not None:
+        by_alpha = log_length(n, gain_length) / query_gain(n, head, gain_length)
+        tl.store(dposition.alpha + partial, tl.sum((alpha - error * alpha_mean) * by_alpha, 0))
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def dkdv_kernel(
+    q, k, v, lse, delta, dout, dk, dv, strides,
+    position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
+    query_start, key_start, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(num_keys, BLOCK_N)
+    n0 = tl.program_id(0) % num_tiles * BLOCK_N  # early keys are seen by the most queries: they start first
+    kv_heads = num_heads // group_size
+    b = tl.program_id(0) // num_tiles // kv_heads
+    kv_head = tl.program_id(0) // num_tiles % kv_heads
+    queries, keys = load_axes(
+        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
+        window_left, window_right,
+    )  # fmt: skip
+
+    b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
+    k += b64 * strides.k[0] + kv64 * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
+    v += b64 * strides.v[0] + kv64 * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
+    dk += b64 * strides.dk[0] + kv64 * strides.dk[1] + keys.row.to(tl.int64) * strides.dk[2]
+    dv += b64 * strides.dv[0] + kv64 * strides.dv[1] + keys.row.to(tl.int64) * strides.dv[2]
+
+    tokens = n0 + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_M)
+    j = keys.start + tokens  # [BLOCK_N]
+    exists = within(j, keys)
+    key_bias = load_key_bias(sequences, b, num_keys, tokens, exists)
+    if key_bias is not None:
+        exists = key_bias > -float("inf")
+    k_tile = load_rows(k, tokens, strides.k[2], exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_rows(v, tokens, strides.v[2], exists, HEAD_DIM, BLOCK_D)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    first = keys.start + n0
+    last = tl.minimum(first + BLOCK_N, keys.end) - 1
+    begin, full_begin, full_end, end = tile_range(
+        first, last, queries, window_right, window_left, sequences.key_bias is not None, BLOCK_M
+    )
+    for member in range(group_size):
+        h = kv_head * group_size + member
+        h64 = h.to(tl.int64)
+        head = load_head(position, h)
+        q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
+        do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
+        lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+        for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
+            skip = full_end - full_begin
+            for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_M):
+                m0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_M)
+                rows = m0 + columns
+                i = queries.start + rows  # [BLOCK_M]
+                # A full tile lies inside the sequence and has no dead row: nothing to mask.
+                mask = within(i, queries) if MASKED else None
+                lse_row = load_masked(lse + lse_offset + rows, mask, -float("inf"))
+                if MASKED:
+                    mask = lse_row > -float("inf")
+                    lse_row = tl.where(mask, lse_row, float("inf"))
+                delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
+                q_tile = load_rows(q_head, rows, strides.q[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
+                gain = query_gain(load_lengths(sequences, b, i, window_left), head, gain_length)
+                gain = tl.zeros([BLOCK_M], tl.float32) + gain
+                distance = tl.abs((queries.start + m0 + columns - first).to(tl.float32)[None, :]
+                                  - tl.arange(0, BLOCK_N).to(tl.float32)[:, None])  # fmt: skip
+                _, a = tile_logits(
+                    dot(k_tile, q_tile.T), (gain * (scale * LOG2E))[None, :], i[None, :], j[:, None], distance,
+                    None if key_bias is None else key_bias[:, None], head, queries, keys,
+                    window_left, window_right, MASKED,
+                )  # fmt: skip  # [BLOCK_N, BLOCK_M]
+                keep = None
+                if dropout_seed is not None:
+                    keep = dropout_keep(
+                        dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold
+                    )
+                _, p, g = weights_and_gradient(
+                    a, (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
+                )
+                dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
+                ds = g * sharpening(distance, head) * gain[None, :]
+                dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
+
+    stored = tokens < keys.count
+    store_rows(dk, tokens, strides.dk[2], dk_acc * scale, stored, HEAD_DIM, BLOCK_D)
+    store_rows(dv, tokens, strides.dv[2], dv_acc, stored, HEAD_DIM, BLOCK_D)
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, learned: tuple[bool, bool, bool, bool] = (True, True, True, True), **options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of :func:`forward`, called with the same q, k, v and options and what it returned.
+
+    dout like out; dlse like lse, or None for zero. learned: which of power, rate, sharpness, alpha need a
+    gradient. Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
+    """
+    problem = Problem(q, k, v, **options)
+    dq, dk, dv = (new_output(x, problem.packed) for x in (q, k, v))
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    delta = torch.empty_like(lse)
+    config = configs.lookup("backward_dq", q, problem.head_dim)
+    programs = problem.batch * triton.cdiv(problem.num_queries, config.BLOCK_M)  # of one head
+    partials = [
+        lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
+        for parameter, want in zip(problem.position, learned, strict=True)
+    ]
+    if programs > 0:
+        dq_kernel[(problem.heads * programs,)](
+            problem.q, problem.k, v, out, lse, dlse, delta, dout, dq, Position(*partials),
+            problem.strides(lse, out=out, dout=dout, dq=dq), **problem.keywords, **config._asdict(),
+        )  # fmt: skip
+    config = configs.lookup("backward_dkdv", q, problem.head_dim)
+    programs = problem.batch * problem.kv_heads * triton.cdiv(problem.num_keys, config.BLOCK_N)
+    if programs > 0:
+        dkdv_kernel[(programs,)](
+            problem.q, problem.k, v, lse, delta, dout, dk, dv,
+            problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config._asdict(),
+        )  # fmt: skip
+    if problem.theta is not None:
+        problem.rotate_queries(dq, dq, inverse=True)
+        problem.rotate_keys(dk, dk, inverse=True)
+    return dq, dk, dv, *(None if partial is None else partial.sum(1) for partial in partials)

@@ -1,0 +1,119 @@
+"""The forward kernel and its launcher: one program per tile of queries, an online softmax over tiles of keys."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .position import LN2, LOG2E, load_head, query_gain
+from .problem import RUNTIME_INTEGERS, Problem, new_output
+from .tile import (
+    cast,
+    dot,
+    dropout_keep,
+    load_axes,
+    load_key_bias,
+    load_lengths,
+    load_rows,
+    softmax_step,
+    store_rows,
+    tile_logits,
+    tile_range,
+    within,
+)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def forward_kernel(
+    q, k, v, out, lse, strides, position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
+    query_start, key_start, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // num_tiles
+    # Late tiles see the most keys when causal: start them first.
+    m0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
+    b, h = batch_head // num_heads, batch_head % num_heads
+    queries, keys = load_axes(
+        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
+        window_left, window_right,
+    )  # fmt: skip
+    head = load_head(position, h)
+
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
+    k += b64 * strides.k[0] + h64 // group_size * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
+    v += b64 * strides.v[0] + h64 // group_size * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
+    out += b64 * strides.out[0] + h64 * strides.out[1] + queries.row.to(tl.int64) * strides.out[2]
+    lse += b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    i = queries.start + rows  # [BLOCK_M]
+    q_tile = load_rows(q, rows, strides.q[2], within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    n = load_lengths(sequences, b, i, window_left)
+    row_scale = (tl.zeros([BLOCK_M], tl.float32) + scale * LOG2E) * query_gain(n, head, gain_length)
+
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    first = queries.start + m0
+    last = tl.minimum(first + BLOCK_M, queries.end) - 1
+    begin, full_begin, full_end, end = tile_range(
+        first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N
+    )
+    for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
+        skip = full_end - full_begin
+        for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_N):
+            n0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_N)
+            tokens = n0 + columns
+            j = keys.start + tokens  # [BLOCK_N]
+            mask = within(j, keys) if MASKED else None
+            key_bias = load_key_bias(sequences, b, num_keys, tokens, mask)
+            if key_bias is not None:
+                mask = key_bias > -float("inf")
+            k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+            distance = tl.abs((i - (keys.start + n0)).to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
+            _, a = tile_logits(
+                dot(q_tile, k_tile.T), row_scale[:, None], i[:, None], j[None, :], distance,
+                None if key_bias is None else key_bias[None, :], head, queries, keys, window_left, window_right, MASKED,
+            )  # fmt: skip  # [BLOCK_M, BLOCK_N]
+            p, correction, m_i, l_i = softmax_step(a, m_i, l_i)
+            if dropout_seed is not None:
+                p = tl.where(dropout_keep(dropout_seed, batch_head, i[:, None], j[None, :], dropout_threshold), p, 0.0)
+            acc = dot(cast(p, v_tile.dtype), v_tile, acc * correction[:, None])
+
+    dead = l_i == 0.0
+    scale_out = dropout_scale / tl.where(dead, 1.0, l_i) if dropout_seed is not None else 1.0 / tl.where(dead, 1.0, l_i)
+    stored = rows < queries.count
+    store_rows(out, rows, strides.out[2], acc * scale_out[:, None], stored, HEAD_DIM, BLOCK_D)
+    tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Attention with a log position.
+
+    q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
+    float32, contiguous in the last dimension. For the options see :class:`Problem`.
+
+    Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
+    """
+    problem = Problem(q, k, v, **options)
+    out = new_output(q, problem.packed)
+    if problem.packed:
+        lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
+    else:
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    config = configs.lookup("forward", q, problem.head_dim)
+    grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
+    if grid > 0:
+        forward_kernel[(grid,)](
+            problem.q, problem.k, v, out, lse, problem.strides(lse, out=out), **problem.keywords, **config._asdict()
+        )
+    return out, lse

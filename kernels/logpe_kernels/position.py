@@ -1,0 +1,155 @@
+"""The mathematics of log positions for Triton tiles, forward and backward.
+
+For a query at position i and a key at position j, d = |i - j|, per query head:
+
+    log distance   l = log(1 + rate * d)
+    logit          a = u * s - power * l,   u = sqrt(1 + sharpness * l),   s = scale * gain(i) * <q, k>
+    query gain     gain(i) = 1 + alpha * log(1 + n / n0)
+
+and its derivatives, which the backward kernels multiply by g = dL/da and sum:
+
+    da/ds = u        da/dpower = -l        da/dsharpness = s * l / (2u)
+    da/drate = (sharpness * s / (2u) - power) * d / (1 + rate * d)
+    da/dalpha = u * s * log(1 + n / n0) / gain
+
+Units: scores and logits are in units of log2 (multiplied by log2 e), so that exp2 serves the softmax;
+derivatives and parameters are in natural units. Tiles arrive already broadcast: the same functions serve
+S [BLOCK_M, BLOCK_N] and its transpose. A part that is None costs nothing: the branch is not compiled.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+TWO_PI = tl.constexpr(6.283185307179586)
+
+
+class Position(NamedTuple):
+    """The parameters of all heads (pointers, float32 (H,)), or of one head (scalars); None where absent."""
+
+    power: Any = None
+    rate: Any = None
+    sharpness: Any = None
+    alpha: Any = None
+
+
+@triton.jit
+def load_head(position, head):
+    """The parameters of one query head, as scalars."""
+    return Position(
+        tl.load(position.power + head) if position.power is not None else None,
+        tl.load(position.rate + head) if position.rate is not None else None,
+        tl.load(position.sharpness + head) if position.sharpness is not None else None,
+        tl.load(position.alpha + head) if position.alpha is not None else None,
+    )
+
+
+@triton.jit
+def log2(x):
+    """log2 in one instruction: tl.log2 is a routine of about 20 with a branch for denormals on NVIDIA."""
+    if INTERPRETED:
+        return tl.log2(x)
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)  # v_log_f32 on AMD
+
+
+@triton.jit
+def log2_distance(distance, head):
+    """l / ln 2 = log2(1 + rate * d)."""
+    return log2(1.0 + head.rate * distance)
+
+
+@triton.jit
+def sharpening(distance, head):
+    """u = da/ds; 1 where there is no sharpness."""
+    if head.sharpness is None:
+        return 1.0
+    else:
+        return tl.sqrt(1.0 + head.sharpness * LN2 * log2_distance(distance, head))
+
+
+@triton.jit
+def logit(score, distance, head):
+    """a from s, both in units of log2."""
+    if head.sharpness is not None:
+        score = score * sharpening(distance, head)
+    if head.power is not None:
+        score = score - head.power * log2_distance(distance, head)
+    return score
+
+
+@triton.jit
+def by_power(distance, head):
+    """da/dpower."""
+    return -LN2 * log2_distance(distance, head)
+
+
+@triton.jit
+def by_rate(score, distance, head):
+    """da/drate."""
+    pull = 0.0
+    if head.power is not None:
+        pull = pull - head.power
+    if head.sharpness is not None:
+        pull = pull + (0.5 * LN2) * head.sharpness * score / sharpening(distance, head)
+    return pull * (distance / (1.0 + head.rate * distance))
+
+
+@triton.jit
+def by_sharpness(score, distance, head):
+    """da/dsharpness."""
+    return (0.5 * LN2 * LN2) * score * log2_distance(distance, head) / sharpening(distance, head)
+
+
+@triton.jit
+def by_gain(score, distance, head):
+    """da/dlog(gain); the caller multiplies rows by dlog(gain)/dalpha."""
+    return LN2 * score * sharpening(distance, head)
+
+
+@triton.jit
+def log_length(n, gain_length):
+    """log(1 + n / n0) for integer lengths n; those below 0 count as 0."""
+    return LN2 * tl.log2(1.0 + tl.maximum(n, 0).to(tl.float32) / gain_length)
+
+
+@triton.jit
+def query_gain(n, head, gain_length):
+    """gain of the rows whose length is n; 1 where there is no alpha."""
+    if head.alpha is None:
+        return 1.0
+    else:
+        return 1.0 + head.alpha * log_length(n, gain_length)
+
+
+@triton.jit
+def rotation(n, theta, rotary_scale):
+    """cos and sin of theta * f_c(n), f_c(n) = c log(1 + n/c) with c = rotary_scale, or n where it is None.
+
+    n: positions and theta: float64, both broadcast. In float64 up to the reduced angle: in float32 an
+    angle of 10^5 turns (c large, a long sequence) keeps two digits of its fraction.
+    """
+    mapped = tl.maximum(n, 0).to(tl.float64)
+    if rotary_scale is not None:
+        mapped = tl.log(1.0 + mapped / rotary_scale) * rotary_scale
+    turns = theta * mapped / TWO_PI
+    # Down to an eighth of a turn, where short polynomials (Cephes, 1 ulp) serve: the library's sine carries
+    # a reduction for huge arguments, with a table on the stack.
+    quarter = tl.floor(4.0 * turns + 0.5)
+    x = ((turns - 0.25 * quarter) * TWO_PI).to(tl.float32)
+    xx = x * x
+    sin = x + x * xx * (-1.6666654611e-1 + xx * (8.3321608736e-3 - 1.9515295891e-4 * xx))
+    cos = 1.0 - 0.5 * xx + xx * xx * (4.166664568298827e-2 + xx * (2.443315711809948e-5 * xx - 1.388731625493765e-3))
+    quarter = quarter.to(tl.int64).to(tl.int32) & 3
+    odd = (quarter & 1) == 1
+    sine, cosine = tl.where(odd, cos, sin), tl.where(odd, sin, cos)
+    return tl.where((quarter == 1) | (quarter == 2), -cosine, cosine), tl.where(quarter >= 2, -sine, sine)

@@ -1,0 +1,126 @@
+"""What a call asks for, brought into the form that the kernels take. Shared by the forward and backward launchers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .position import Position
+from .rotation import rotate
+from .tile import Sequences, Strides
+
+#: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
+RUNTIME_INTEGERS = [
+    "dropout_threshold",
+    "num_queries",
+    "num_keys",
+    "total_queries",
+    "total_keys",
+    "query_start",
+    "key_start",
+    "window_left",
+    "window_right",
+]
+MAX_HEAD_DIM = 256
+
+
+def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
+    """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
+    return (0, x.stride(1), x.stride(0)) if packed else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def new_output(x: Tensor, packed: bool) -> Tensor:
+    """An output laid out like x; packed ones start from zeros, since tokens outside every sequence keep them."""
+    return torch.zeros_like(x) if packed else torch.empty_like(x)
+
+
+class Problem:
+    """One call: its tensors (turned, where there is a rotation), sizes, and the keywords that all kernels share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        power: Tensor | None = None,
+        rate: Tensor | None = None,
+        sharpness: Tensor | None = None,
+        alpha: Tensor | None = None,
+        theta: Tensor | None = None,
+        query_starts: Tensor | None = None,
+        key_starts: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        query_start: int = 0,
+        key_start: int = 0,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        rotary_scale: float = 1.0,
+        gain_length: float = 512.0,
+        scale: float,
+        dropout_p: float = 0.0,
+    ) -> None:
+        self.packed = cu_seqlens_q is not None
+        self.batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+        self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
+        self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
+        if not 1 <= self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {self.head_dim}")
+        self.theta, self.rotary_scale = theta, rotary_scale
+        self._query_axis = (cu_seqlens_q, query_starts, query_start, self.num_queries)
+        self._key_axis = (cu_seqlens_k, key_starts, key_start, self.num_keys)
+        self.q, self.k, self.v = q, k, v
+        if theta is not None:
+            self.q = self.rotate_queries(q, new_output(q, self.packed))
+            self.k = self.rotate_keys(k, new_output(k, self.packed))
+        self.position = Position(power, rate, sharpness, alpha)
+        self.keywords: dict[str, Any] = dict(
+            position=self.position,
+            sequences=Sequences(
+                cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
+            ),
+            dropout_seed=dropout_seed if dropout_p > 0 else None,
+            dropout_threshold=int(dropout_p * 2**32),
+            dropout_scale=1.0 / (1.0 - dropout_p),
+            scale=scale,
+            gain_length=gain_length,
+            num_heads=self.heads,
+            group_size=self.heads // self.kv_heads,
+            num_queries=self.num_queries,
+            num_keys=self.num_keys,
+            total_queries=q.shape[0] if self.packed else 0,
+            total_keys=k.shape[0] if self.packed else 0,
+            query_start=query_start,
+            key_start=key_start,
+            window_left=window_left,
+            window_right=window_right,
+            HEAD_DIM=self.head_dim,
+            BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
+        )
+
+    def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+        """Turn x, which is laid out like q, into out (which may be x)."""
+        assert self.theta is not None
+        return rotate(x, out, self.theta, self.rotary_scale, *self._query_axis, inverse=inverse)
+
+    def rotate_keys(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+        """Turn x, which is laid out like k, into out (which may be x)."""
+        assert self.theta is not None
+        return rotate(x, out, self.theta, self.rotary_scale, *self._key_axis, inverse=inverse)
+
+    def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
+        """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
+        return Strides(
+            q=token_strides(self.q, self.packed),
+            k=token_strides(self.k, self.packed),
+            v=token_strides(self.v, self.packed),
+            lse=(0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1)),
+            **{name: token_strides(x, self.packed) for name, x in like_q_or_k.items()},
+        )

@@ -1,0 +1,85 @@
+"""The companion of the attention kernels: turns queries and keys, each once, and turns their gradients back.
+
+Inside the attention loop a key would be turned once per tile of queries. Here the angles of a position are
+formed once and serve all heads.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .position import rotation
+from .tile import cast, sequence_tokens
+
+
+@triton.jit(do_not_specialize=["count", "total", "start"])
+def rotate_kernel(
+    x, out, theta, cu_seqlens, starts, x_strides, out_strides, rotary_scale, num_heads, count, total, start,
+    HEAD_DIM: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    INVERSE: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(count, BLOCK_M)
+    b = tl.program_id(0) // num_tiles
+    tokens = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, count, start = sequence_tokens(b, count, total, start, cu_seqlens, starts)
+    rows = (row + tokens).to(tl.int64)
+    positions = start + tokens  # [BLOCK_M]
+    planes = tl.arange(0, BLOCK_P)
+    angles = tl.load(theta + planes, mask=planes < PLANES, other=0.0)
+    cos, sin = rotation(positions[:, None], angles[None, :], rotary_scale)  # [BLOCK_M, BLOCK_P]
+    if INVERSE:
+        sin = -sin
+
+    # Positions below 0 do not exist: their rows may hold anything and become zeros.
+    exists = (tokens < count) & (positions >= 0)
+    store = (tokens < count)[:, None] & (planes < PLANES)[None, :]
+    load = exists[:, None] & (planes < PLANES)[None, :]
+    x += b.to(tl.int64) * x_strides[0]
+    out += b.to(tl.int64) * out_strides[0]
+    for _ in range(num_heads):
+        source = x + rows[:, None] * x_strides[2]  # [BLOCK_M, 1]
+        target = out + rows[:, None] * out_strides[2]
+        first = tl.load(source + planes[None, :], mask=load, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_P]
+        second = tl.load(source + PLANES + planes[None, :], mask=load, other=0.0).to(tl.float32)
+        tl.store(target + planes[None, :], cast(first * cos - second * sin, out.dtype.element_ty), mask=store)
+        tl.store(target + PLANES + planes[None, :], cast(second * cos + first * sin, out.dtype.element_ty), mask=store)
+        if 2 * PLANES < HEAD_DIM and not IN_PLACE:
+            rest = 2 * PLANES + tl.arange(0, BLOCK_D)[None, :]
+            value = tl.load(source + rest, mask=exists[:, None] & (rest < HEAD_DIM), other=0.0)
+            tl.store(target + rest, value, mask=(tokens < count)[:, None] & (rest < HEAD_DIM))
+        x += x_strides[1]
+        out += out_strides[1]
+
+
+def rotate(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    theta: torch.Tensor,
+    rotary_scale: float,
+    cu_seqlens: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    start: int,
+    count: int,
+    inverse: bool = False,
+) -> torch.Tensor:
+    """Turn plane t of x by theta_t * f_c(position) into out, and return out; out may be x.
+
+    x, out: (B, H, N, D), or packed (total, H, D) with cu_seqlens (B + 1,). theta: float64 (planes,); dims from
+    2 * planes on are copied. Positions: starts (B,) or start, plus the index of the token.
+    """
+    packed = cu_seqlens is not None
+    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
+    head_dim, planes = x.shape[-1], theta.shape[0]
+    BLOCK_M = 16 if head_dim > 128 else 32
+    strides = [(0, t.stride(1), t.stride(0)) if packed else (t.stride(0), t.stride(1), t.stride(2)) for t in (x, out)]
+    grid = batch * triton.cdiv(count, BLOCK_M)
+    if grid > 0:
+        rotate_kernel[(grid,)](
+            x, out, theta, cu_seqlens, starts, *strides, None if math.isinf(rotary_scale) else rotary_scale,
+            x.shape[1], count, x.shape[0], start,
+            HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes), BLOCK_D=triton.next_power_of_2(
+                max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M, INVERSE=inverse, IN_PLACE=out is x,
+        )  # fmt: skip
+    return out

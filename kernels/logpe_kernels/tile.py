@@ -1,0 +1,231 @@
+"""What the kernels do with one tile: bounds, masks, loads, products, the online softmax, dropout."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .position import INTERPRETED, LOG2E, logit
+
+
+class Sequences(NamedTuple):
+    """Per-sequence integers (pointers, int32; key_bias float32), None where the call gave one for all or none."""
+
+    cu_seqlens_q: Any = None  # (B + 1,)
+    cu_seqlens_k: Any = None  # (B + 1,)
+    query_starts: Any = None  # (B,)
+    key_starts: Any = None  # (B,)
+    key_lengths: Any = None  # (B,)
+    key_bias: Any = None  # (B, num_keys)
+    context_lengths: Any = None  # (B,)
+
+
+class Strides(NamedTuple):
+    """Elements between neighbours in (batch, head, token); the last dimension is contiguous."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    out: Any = None
+    lse: Any = None  # (batch, head); also of delta and dlse
+    dout: Any = None
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+
+
+class Axis(NamedTuple):
+    """The tokens of one sequence on one side: token t of it is row ``row + t`` and stands at ``start + t``."""
+
+    row: Any  # of the first token in its tensor
+    count: Any
+    start: Any  # position of the first token
+    begin: Any  # positions outside [begin, end) are hidden from everybody
+    end: Any
+
+
+@triton.jit
+def sequence_tokens(b, count, total, start, cu_seqlens, starts):
+    """Row of the first token, number of tokens, position of the first token; bad cu_seqlens stay in bounds."""
+    row = 0
+    if cu_seqlens is not None:
+        row = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+        count = tl.minimum(count, tl.minimum(tl.load(cu_seqlens + b + 1), total) - row)
+    if starts is not None:
+        start = tl.load(starts + b)
+    return row, count, start
+
+
+@triton.jit
+def load_axes(
+    b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start, window_left, window_right
+):
+    """The query axis and the key axis of sequence b."""
+    q_row, q_count, q_start = sequence_tokens(
+        b, num_queries, total_queries, query_start, sequences.cu_seqlens_q, sequences.query_starts
+    )
+    k_row, k_count, k_start = sequence_tokens(
+        b, num_keys, total_keys, key_start, sequences.cu_seqlens_k, sequences.key_starts
+    )
+    q_begin = tl.maximum(q_start, 0)
+    q_end = q_start + q_count
+    k_begin = tl.maximum(k_start, 0)
+    k_end = k_start + k_count
+    if sequences.key_lengths is not None:
+        k_end = tl.minimum(k_end, k_start + tl.load(sequences.key_lengths + b))
+    if window_left is not None:
+        k_begin = tl.maximum(k_begin, q_begin - window_left)
+    if window_right is not None:
+        k_end = tl.minimum(k_end, q_end + window_right)
+    return Axis(q_row, q_count, q_start, q_begin, q_end), Axis(k_row, k_count, k_start, k_begin, k_end)
+
+
+@triton.jit
+def load_lengths(sequences, b, i, window_left):
+    """n of the query gain for the queries at positions i: a function of the position, or one for the sequence."""
+    if sequences.context_lengths is not None:
+        return tl.load(sequences.context_lengths + b) + tl.zeros_like(i)
+    elif window_left is not None:
+        return tl.minimum(i, window_left)
+    else:
+        return i
+
+
+@triton.jit
+def tile_range(first, last, other, before, after, ALWAYS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """Which tokens of the other axis the positions first..last of this one meet.
+
+    A token at p meets positions p - before to p + after of the other axis; None is unlimited. Returns
+    (begin, full_begin, full_end, end) in tokens of the other axis, begin, full_begin and full_end multiples of
+    BLOCK: tiles in [full_begin, full_end) are visible in full, the others in [begin, end) need a mask.
+    """
+    begin = other.begin
+    end = other.end
+    full_begin = begin
+    full_end = end
+    if before is not None:
+        begin = tl.maximum(begin, tl.maximum(first, 0) - before)
+        full_begin = tl.maximum(full_begin, last - before)
+    if after is not None:
+        end = tl.minimum(end, last + after + 1)
+        full_end = tl.minimum(full_end, first + after + 1)
+    begin = (begin - other.start) // BLOCK * BLOCK
+    end = tl.where(last < first, begin, end - other.start)
+    full_begin = (full_begin - other.start + BLOCK - 1) // BLOCK * BLOCK
+    full_end = (full_end - other.start) // BLOCK * BLOCK
+    none_full = (full_end <= full_begin) | (first < 0) | (last < first)
+    if ALWAYS_MASK:
+        none_full = True
+    full_begin = tl.where(none_full, begin, full_begin)
+    full_end = tl.where(none_full, begin, full_end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def visible(i, j, queries, keys, window_left, window_right):
+    """Whether the query at i sees the key at j; i and j broadcast to the tile."""
+    mask = (i >= queries.begin) & (i < queries.end) & (j >= keys.begin) & (j < keys.end)
+    if window_left is not None:
+        mask &= j >= i - window_left
+    if window_right is not None:
+        mask &= j <= i + window_right
+    return mask
+
+
+@triton.jit
+def within(positions, axis):
+    """Which positions exist and are seen by anybody: others are loaded as zeros, since 0 * NaN is NaN."""
+    return (positions >= axis.begin) & (positions < axis.end)
+
+
+@triton.jit
+def load_masked(pointers, mask, other):
+    """tl.load, with ``other`` where mask is False; a mask of None reads everything."""
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=other)
+
+
+@triton.jit
+def load_rows(x, rows, stride, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a (tokens, head_dim) slice as [rows, BLOCK_D]; zeros where mask (or None) is False."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
+    keep = None if mask is None else mask[:, None]
+    if BLOCK_D != HEAD_DIM:
+        keep = (columns < HEAD_DIM)[None, :] if keep is None else keep & (columns < HEAD_DIM)[None, :]
+    return load_masked(pointers, keep, 0.0)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 to dtype, to nearest. The interpreter truncates on the way to bfloat16: round by hand there."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [rows, BLOCK_D] into a (tokens, head_dim) slice where mask is True."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
+    keep = mask[:, None]
+    if BLOCK_D != HEAD_DIM:
+        keep &= (columns < HEAD_DIM)[None, :]
+    tl.store(pointers, cast(value, x.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def load_key_bias(sequences, b, num_keys, tokens, mask):
+    """The additive bias of some keys, -inf where mask is False; None where the call has no bias."""
+    if sequences.key_bias is None:
+        return None
+    else:
+        row = sequences.key_bias + b.to(tl.int64) * num_keys
+        return tl.load(row + tokens, mask=mask, other=-float("inf"))
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """Matrix product in float32 (float32 operands without TF32). The interpreter has no bfloat16 product."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_logits(
+    qk, row_scale, i, j, distance, key_bias, head, queries, keys, window_left, window_right, MASKED: tl.constexpr
+):
+    """Scores and logits of one tile in units of log2, -inf where hidden. Everything is broadcast to qk's shape."""
+    score = qk * row_scale
+    a = logit(score, distance, head)
+    if key_bias is not None:
+        a += key_bias * LOG2E
+    if MASKED:
+        a = tl.where(visible(i, j, queries, keys, window_left, window_right), a, -float("inf"))
+    return score, a
+
+
+@triton.jit
+def softmax_step(a, m_i, l_i):
+    """One online-softmax step: weights of the tile, the factor for what was summed before, new maximum and sum."""
+    m_new = tl.maximum(m_i, tl.max(a, 1))  # [BLOCK_M]
+    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(a - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    correction = tl.exp2(m_i - shift)
+    return p, correction, m_new, l_i * correction + tl.sum(p, 1)
+
+
+@triton.jit
+def dropout_keep(seed, batch_head, i, j, threshold):
+    """Which weights survive: Philox on (j, i, batch_head), a function of positions, so chunks of keys agree."""
+    shape = i + j
+    zero = shape - shape
+    bits, _, _, _ = tl.philox(tl.load(seed), j + zero, i + zero, batch_head + zero, zero)
+    return bits >= threshold.to(tl.uint32)
