@@ -1,0 +1,510 @@
+"""The functions that people call: validation, defaults, and the choice of a backend."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from logpe import ops, reference
+from logpe.position import LogPosition, PositionValues
+
+BACKENDS = ("auto", "triton", "blocked", "reference")
+MAX_HEAD_DIM = 256
+Window = int | tuple[int | None, int | None] | None
+Position = LogPosition | PositionValues | None
+
+
+@overload
+def log_attention(
+    q: Tensor, k: Tensor, v: Tensor, position: Position = ..., *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def log_attention(q: Tensor, k: Tensor, v: Tensor, position: Position = ..., **options: Any) -> Tensor: ...
+def log_attention(  # type: ignore[misc] # the options are listed once
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Position = None,
+    *,
+    is_causal: bool = False,
+    query_start: int | Tensor | None = None,
+    key_start: int | Tensor = 0,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: Window = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    context_length: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose sense of position is logarithmic; otherwise as ``F.scaled_dot_product_attention``.
+
+    Unlike it, ``is_causal`` aligns the last query with the last key (bottom-right, as flash-attention 2 does
+    and ``torch.nn.attention.bias.causal_lower_right``); pass ``query_start=0`` for the top-left alignment.
+
+    Args:
+        q: (B, Hq, Nq, D), D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
+        k, v: (B, Hkv, Nk, D), Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
+            Any strides with a contiguous last dimension.
+        position: a :class:`LogPosition` or the values it returns; None is plain attention.
+        is_causal: hide the keys after each query.
+        query_start, key_start: position of the first query and the first key: an int, or an int tensor (B,).
+            Keys start at 0 by default; queries so that the last query stands at the last key. Required
+            where that would be a guess: Nq != Nk without is_causal, or with key_lengths. Tokens at negative
+            positions do not exist, which is how left padding is said: ``key_start = -padding``.
+        key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
+        key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient, -inf hides.
+        window: (left, right): the query at i sees the keys from i - left to i + right. One int means both,
+            None or -1 unlimited.
+        scale: of the scores, 1 / sqrt(D) by default.
+        dropout_p: probability to drop a weight, in [0, 1).
+        dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
+        context_length: n of the query gain, int or int (B,). By default the query's position when causal (at
+            most window[0]), else the number of keys: the position of the last one, plus 1.
+        return_lse: also return the log of the sum of exponentials.
+        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU; "reference" is the eager definition.
+        validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
+
+    Returns:
+        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query
+        that may see no key gets zeros and -inf.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, with its value and what is allowed.
+        RuntimeError: the asked backend cannot run here.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, rank=4)
+    batch, heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    if k.shape[0] != batch:
+        raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
+    _check_heads(q, k, v, head_axis=1)
+    values = _resolve_position(position, q, heads)
+    left, right = _resolve_window(window, is_causal)
+    key_lengths = _int_vector("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    key_bias = _resolve_key_mask(key_mask, batch, num_keys, q)
+    key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
+    if query_start is None:
+        if num_queries != num_keys and (left is not None or right is not None or _is_positional(values)):
+            if not is_causal:
+                raise ValueError(
+                    f"query_start is required for {num_queries} queries and {num_keys} keys without is_causal: "
+                    "the position of the first query, on the axis of the keys"
+                )
+            if key_lengths is not None:
+                raise ValueError(
+                    f"query_start is required for {num_queries} queries and {num_keys} keys with key_lengths: "
+                    "the position of the first query, on the axis of the keys"
+                )
+        query_start, query_starts = key_start + (num_keys - num_queries), None
+        if key_starts is not None:
+            query_starts = key_starts + (num_keys - num_queries)
+    else:
+        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+    context_lengths = None
+    if values.alpha is not None and (context_length is not None or not is_causal):
+        if context_length is None:
+            ends = key_lengths if key_lengths is not None else num_keys
+            context_length = ends + (key_starts if key_starts is not None else key_start)
+        context_lengths = _per_batch("context_length", context_length, batch, q)
+    options = dict(
+        query_starts=query_starts,
+        key_starts=key_starts,
+        key_lengths=key_lengths,
+        key_bias=key_bias,
+        context_lengths=context_lengths,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        scale=_resolve_scale(scale, head_dim),
+        **_resolve_dropout(dropout_p, dropout_seed, q),
+    )
+    packed = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=num_queries, max_seqlen_k=num_keys)
+    out, lse = _run(_resolve_backend(backend, q), q, k, v, values, options, packed)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def log_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, position: Position, *lengths: Any, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def log_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, position: Position, *lengths: Any, **options: Any
+) -> Tensor: ...
+def log_attention_varlen(  # type: ignore[misc]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Position,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    query_start: int | Tensor | None = None,
+    key_start: int | Tensor = 0,
+    window: Window = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    context_length: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`log_attention` on packed sequences, as ``flash_attn_varlen_func``.
+
+    Args:
+        q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the tokens cu_seqlens[b] to cu_seqlens[b + 1];
+            both start at 0 and never fall. Tokens past the last one belong to no sequence: they get zeros.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; longer ones are cut there.
+        query_start: by default each sequence's last query stands at its last key when causal; else 0, which
+            needs equal lengths: with two different cu_seqlens and no is_causal it must be given.
+
+    The other arguments, and what raises, are those of :func:`log_attention`; B counts sequences.
+
+    Returns:
+        out: (total_q, Hq, D). lse: (Hq, total_q).
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, rank=3)
+    heads, head_dim = q.shape[1:]
+    _check_heads(q, k, v, head_axis=1)
+    same_lengths = cu_seqlens_q is cu_seqlens_k
+    cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
+    cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
+    batch = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] != batch + 1:
+        raise ValueError(
+            f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}"
+        )
+    values = _resolve_position(position, q, heads)
+    left, right = _resolve_window(window, is_causal)
+    key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
+    if query_start is None:
+        positional = left is not None or right is not None or _is_positional(values)
+        if positional and not same_lengths and not is_causal:
+            same_lengths = _readable(cu_seqlens_q, validate) and torch.equal(cu_seqlens_q, cu_seqlens_k)
+            if not same_lengths:
+                raise ValueError(
+                    "query_start is required for sequences of different query and key lengths without is_causal "
+                    "(pass one and the same tensor as cu_seqlens_q and cu_seqlens_k where they are equal)"
+                )
+        query_start, query_starts = key_start, key_starts
+        if positional and not same_lengths:
+            first_key = key_start if key_starts is None else key_starts
+            query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
+    else:
+        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+    context_lengths = None
+    if values.alpha is not None and (context_length is not None or not is_causal):
+        if context_length is None:
+            context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
+        context_lengths = _per_batch("context_length", context_length, batch, q)
+    options = dict(
+        query_starts=query_starts,
+        key_starts=key_starts,
+        key_lengths=None,
+        key_bias=None,
+        context_lengths=context_lengths,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        scale=_resolve_scale(scale, head_dim),
+        **_resolve_dropout(dropout_p, dropout_seed, q),
+    )
+    packed = dict(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+    )
+    out, lse = _run(_resolve_backend(backend, q), q, k, v, values, options, packed)
+    return (out, lse) if return_lse else out
+
+
+def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge results over disjoint chunks of the keys into the result over all of them, exactly.
+
+    Args:
+        outs: each (B, H, N, D), or packed (total, H, D). Empty chunks (zeros, lse -inf) are welcome.
+        lses: each (B, H, N), or packed (H, total), in natural log.
+
+    Returns:
+        out and lse in the shapes of the parts, differentiable in all of them. With a query gain, give
+        every chunk the same context_length; with dropout, the same dropout_seed.
+
+    Raises:
+        ValueError: no parts, as many outs as lses not given, or shapes that do not belong together.
+    """
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(f"outs and lses must be of one length, at least 1, got {len(outs)} and {len(lses)}")
+    packed = outs[0].dim() == 3
+    for out, part in zip(outs, lses, strict=True):
+        expected = out.shape[:-1] if not packed else (out.shape[1], out.shape[0])
+        if out.shape != outs[0].shape or part.shape != expected:
+            raise ValueError(
+                f"outs and lses must have the shapes (B, H, N, D) and (B, H, N), or (total, H, D) and (H, total), "
+                f"the same in all parts, got {tuple(out.shape)} and {tuple(part.shape)}"
+            )
+    parts = torch.stack(list(lses))  # [chunks, ...]
+    peak = parts.detach().amax(0)
+    empty = peak == -math.inf
+    peak = peak.masked_fill(empty, 0)
+    weights = torch.exp(parts - peak)
+    total = weights.sum(0)
+    lse = (total.masked_fill(empty, 1).log() + peak).masked_fill(empty, -math.inf)
+    weights = weights / total.masked_fill(empty, 1)
+    if packed:
+        weights = weights.mT
+    merged = (weights[..., None] * torch.stack(list(outs)).to(weights.dtype)).sum(0)
+    return merged.to(outs[0].dtype), lse
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: PositionValues,
+    options: dict[str, Any],
+    packed: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    if backend != "reference":
+        options = {**values._asdict(), **options, **packed}
+        return torch.ops.logpe.attention(q, k, v, *(options[name] for name in ops.OPTIONS), backend)
+    if packed["cu_seqlens_q"] is None:
+        out, lse = reference.attention(q, k, v, values, **options)[:2]
+        return out, lse
+    del options["key_lengths"]
+    return reference.attention_varlen(
+        q, k, v, values, cu_seqlens_q=packed["cu_seqlens_q"], cu_seqlens_k=packed["cu_seqlens_k"], **options
+    )
+
+
+def _resolve_backend(backend: str, q: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    device = q.device
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "blocked"
+    if backend == "triton":
+        if reason := ops.why_not_triton(device):
+            raise RuntimeError(f'backend="triton" cannot run here: {reason}')
+        if q.dtype == torch.float64:
+            raise TypeError('q must be float16, bfloat16 or float32 for backend="triton", got torch.float64')
+    if backend == "blocked" and device.type not in ("cpu", "meta"):
+        raise RuntimeError(f'backend="blocked" runs on the CPU, and q is on {device}; "reference" runs anywhere')
+    return backend
+
+
+# --- checks, and defaults filled in ---------------------------------------------------------------------------
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    for name, x in zip("qkv", tensors, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    kind = tensors[0].device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tensors
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
+    layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {q.dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != rank:
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+        if x.shape[-1] != q.shape[-1]:
+            raise ValueError(f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    heads, kv_heads = q.shape[head_axis], k.shape[head_axis]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")
+
+
+def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValues:
+    if position is None:
+        return PositionValues()
+    head_dim = q.shape[-1]
+    if isinstance(position, LogPosition):
+        if position.num_heads != heads:
+            raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
+        if position.head_dim != head_dim:
+            raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
+        values = position()
+    elif isinstance(position, PositionValues):
+        values = position
+    else:
+        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+    for name in ("power", "rate", "sharpness", "alpha", "theta"):
+        x = getattr(values, name)
+        if x is None:
+            continue
+        if name == "theta":
+            if x.dim() != 1 or 2 * x.shape[0] > head_dim or x.dtype != torch.float64:
+                raise ValueError(
+                    f"position.theta must be float64 (planes,) with 2 * planes at most head_dim {head_dim}, "
+                    f"got {x.dtype} {tuple(x.shape)}"
+                )
+        elif x.shape != (heads,):
+            raise ValueError(f"position.{name} must have shape ({heads},), got {tuple(x.shape)}")
+        elif x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
+            raise TypeError(f"position.{name} must be float32, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"position.{name} must be on the device of q, {q.device}, got {x.device}")
+    if values.rate is None and (values.power is not None or values.sharpness is not None):
+        raise ValueError("position.rate must be given where position.power or position.sharpness is")
+    return values
+
+
+def _is_positional(values: PositionValues) -> bool:
+    return any(x is not None for x in (values.rate, values.alpha, values.theta))
+
+
+def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
+    sides = (window, window) if window is None or isinstance(window, int) else tuple(window)
+    if len(sides) != 2:
+        raise ValueError(f"window must be an int, (left, right) or None, got {window!r}")
+    for side in sides:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt)):
+            raise TypeError(f"window must hold ints or None, got {window!r}")
+        if side is not None and side < -1:
+            raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
+    left, right = (None if side == -1 else side for side in sides)
+    return left, 0 if is_causal else right
+
+
+def _resolve_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p == 0:
+        return dict(dropout_p=0.0, dropout_seed=None)
+    if seed is None:  # on the device: a CUDA graph draws a new one at each replay
+        seed = torch.randint(2**62, (1,), device=q.device)
+    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+        raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
+    return dict(dropout_p=float(dropout_p), dropout_seed=seed)
+
+
+def _readable(x: Tensor, validate: bool) -> bool:
+    """Whether to look at the values of x: reading a GPU tensor waits for the GPU, and a trace has none."""
+    return x.device.type != "meta" and not torch.compiler.is_compiling() and (validate or x.device.type == "cpu")
+
+
+def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() != 1 or (length is not None and x.shape[0] != length):
+        shape = "(B + 1,)" if length is None else f"({length},)"
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    return x.to(torch.int32)
+
+
+def _int_vector(
+    name: str, x: Tensor | None, length: int, q: Tensor, validate: bool, low: int, high: int
+) -> Tensor | None:
+    if x is None:
+        return None
+    x = _check_int_vector(name, x, length, q)
+    if _readable(x, validate) and x.numel():
+        smallest, largest = int(x.min()), int(x.max())
+        if smallest < low or largest > high:
+            raise ValueError(f"{name} must be from {low} to {high}, got values from {smallest} to {largest}")
+    return x
+
+
+def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tuple[int, Tensor | None]:
+    if isinstance(start, Tensor):
+        return 0, _check_int_vector(name, start, batch, q)
+    if isinstance(start, bool) or not isinstance(start, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {start!r}")
+    return start, None
+
+
+def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        return _check_int_vector(name, x, batch, q)
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
+    return torch.full((batch,), x, dtype=torch.int32, device=q.device)
+
+
+def _resolve_key_mask(key_mask: Tensor | None, batch: int, num_keys: int, q: Tensor) -> Tensor | None:
+    if key_mask is None:
+        return None
+    if not isinstance(key_mask, Tensor) or not (key_mask.dtype == torch.bool or key_mask.is_floating_point()):
+        kind = getattr(key_mask, "dtype", type(key_mask).__name__)
+        raise TypeError(f"key_mask must be a bool or floating tensor, got {kind}")
+    if key_mask.shape != (batch, num_keys):
+        raise ValueError(f"key_mask must have shape ({batch}, {num_keys}), got {tuple(key_mask.shape)}")
+    if key_mask.device != q.device:
+        raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
+    if key_mask.requires_grad:
+        raise ValueError("key_mask must not require a gradient: it has none")
+    if key_mask.dtype == torch.bool:
+        hidden = torch.full((), -math.inf, device=q.device)
+        return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
+    return key_mask.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
+def _check_cu_seqlens(name: str, x: Tensor, tokens: Tensor, longest: int, longest_name: str, validate: bool) -> Tensor:
+    x = _check_int_vector(name, x, None, tokens)
+    if isinstance(longest, Tensor) or longest < 0:
+        raise ValueError(f"{longest_name} must be an int of at least 0, got {longest!r}")
+    if x.shape[0] < 1:
+        raise ValueError(f"{name} must have at least one element, 0, got {tuple(x.shape)}")
+    if _readable(x, validate):
+        bounds = x.tolist()
+        if bounds[0] != 0:
+            raise ValueError(f"{name} must start at 0, got {bounds[0]}")
+        for before, after in itertools.pairwise(bounds):
+            if after < before:
+                raise ValueError(f"{name} must never fall, got {before} followed by {after}")
+            if after - before > longest:
+                raise ValueError(
+                    f"{longest_name} must be at least the longest sequence, {after - before}, got {longest}"
+                )
+        if bounds[-1] > tokens.shape[0]:
+            raise ValueError(f"{name} must end at or before the {tokens.shape[0]} tokens given, got {bounds[-1]}")
+    return x

@@ -1,0 +1,152 @@
+"""The operator ``torch.ops.logpe.attention``: schema, fake kernels, autograd, and its two implementations.
+
+CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to :mod:`logpe.blocked`, or to the Triton
+kernels under Triton's interpreter where ``backend="triton"`` asks for them. Both take the same keywords.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it.
+OPTIONS = {
+    "power": "Tensor?",
+    "rate": "Tensor?",
+    "sharpness": "Tensor?",
+    "alpha": "Tensor?",
+    "theta": "Tensor?",
+    "query_starts": "Tensor?",
+    "key_starts": "Tensor?",
+    "key_lengths": "Tensor?",
+    "key_bias": "Tensor?",
+    "context_lengths": "Tensor?",
+    "cu_seqlens_q": "Tensor?",
+    "cu_seqlens_k": "Tensor?",
+    "dropout_seed": "Tensor?",
+    "query_start": "SymInt",
+    "key_start": "SymInt",
+    "window_left": "SymInt?",
+    "window_right": "SymInt?",
+    "max_seqlen_q": "SymInt",
+    "max_seqlen_k": "SymInt",
+    "rotary_scale": "float",
+    "gain_length": "float",
+    "scale": "float",
+    "dropout_p": "float",
+}
+NUM_LEARNED = 4  # power, rate, sharpness, alpha come first
+_NUM_TENSORS = sum(kind == "Tensor?" for kind in OPTIONS.values())
+_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
+
+_library = torch.library.Library("logpe", "DEF")
+_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_SCHEMA}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SCHEMA}, bool[] learned, str backend) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)"
+)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its CPU interpreter (TRITON_INTERPRET, read when they are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``; None if they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"the Triton kernels need a GPU, and the tensors are on {device} (TRITON_INTERPRET=1 interprets them)"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "blocked":
+        from logpe import blocked
+
+        return blocked
+    import logpe_kernels  # here, so that logpe imports where there is no triton
+
+    return logpe_kernels
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, backend = rest
+    return _implementation(backend).forward(q, k, v, **dict(zip(OPTIONS, options, strict=True)))
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    *values, learned, backend = rest
+    options = dict(zip(OPTIONS, values, strict=True))
+    return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return torch.empty_like(q), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    parameters, learned = rest[:NUM_LEARNED], rest[-2]
+    pairs = zip(parameters, learned, strict=True)
+    gradients = (torch.empty_like(p) if p is not None and want else None for p, want in pairs)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *gradients
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.logpe.attention(q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, out, lse, *rest[:_NUM_TENSORS])
+        ctx.scalars = rest[_NUM_TENSORS:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        *scalars, backend = ctx.scalars
+        learned = ctx.needs_input_grad[3 : 3 + NUM_LEARNED]
+        if dout is None:
+            if dlse is None:
+                return (None,) * len(ctx.needs_input_grad)
+            dout = torch.zeros_like(out)
+        gradients = torch.ops.logpe.attention_backward(
+            dout, dlse, q, k, v, out, lse, *tensors, *scalars, learned, backend
+        )
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - NUM_LEARNED)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.logpe.attention_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "logpe.attention has no second derivative: double backward (create_graph=True) works with "
+            'backend="reference" only'
+        )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention", _forward, _key)
+    _library.impl("attention_backward", _backward, _key)
+torch.library.register_fake("logpe::attention", _forward_fake, lib=_library)
+torch.library.register_fake("logpe::attention_backward", _backward_fake, lib=_library)
+_library.impl("attention", lambda *inputs: _Attention.apply(*inputs), "Autograd")
+_library.impl("attention_backward", lambda *inputs: _OnceDifferentiable.apply(*inputs), "Autograd")
