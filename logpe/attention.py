@@ -94,20 +94,15 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     key_bias = _resolve_key_mask(key_mask, batch, num_keys, q)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
     if query_start is None:
-        if num_queries != num_keys and (left is not None or right is not None or _is_positional(values)):
-            if not is_causal:
-                raise ValueError(
-                    f"query_start is required for {num_queries} queries and {num_keys} keys without is_causal: "
-                    "the position of the first query, on the axis of the keys"
-                )
-            if key_lengths is not None:
-                raise ValueError(
-                    f"query_start is required for {num_queries} queries and {num_keys} keys with key_lengths: "
-                    "the position of the first query, on the axis of the keys"
-                )
-        query_start, query_starts = key_start + (num_keys - num_queries), None
-        if key_starts is not None:
-            query_starts = key_starts + (num_keys - num_queries)
+        positional = left is not None or right is not None or _is_positional(values)
+        if num_queries != num_keys and positional and (not is_causal or key_lengths is not None):
+            raise ValueError(
+                f"query_start is required for {num_queries} queries and {num_keys} keys "
+                f"{'with key_lengths' if is_causal else 'without is_causal'}: the position of the first query, "
+                "on the axis of the keys"
+            )
+        offset = num_keys - num_queries if positional else 0
+        query_start, query_starts = key_start + offset, None if key_starts is None else key_starts + offset
     else:
         query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
     context_lengths = None

@@ -128,7 +128,6 @@ class LogPosition(nn.Module):
                 raw = nn.Parameter(
                     torch.empty(num_heads, device=device, dtype=torch.float32), requires_grad=name in learned
                 )
-                raw._no_weight_decay = True  # type: ignore[attr-defined]
             self.register_parameter(f"raw_{name}", raw)
         # 2 * planes <= head_dim; a fraction that leaves no plane would be a silent "none".
         self.planes = int(head_dim * rotary_fraction) // 2 if "rotary" in self.parts else 0
@@ -136,7 +135,17 @@ class LogPosition(nn.Module):
             raise ValueError(f"rotary_fraction {rotary_fraction} of head_dim {head_dim} leaves no plane to rotate")
         theta = torch.empty(self.planes, device=device, dtype=torch.float64) if self.planes else None
         self.register_buffer("theta", theta, persistent=False)
+        self._mark()
         self.reset_parameters()
+
+    def _mark(self) -> None:
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # copying and unpickling lose attributes of parameters
 
     def reset_parameters(self) -> None:
         """Draw the initial values of the preset (also called by deferred initialisation from the meta device)."""

@@ -30,6 +30,7 @@ from .position import (
     by_power,
     by_rate,
     by_sharpness,
+    factors,
     load_head,
     log_length,
     query_gain,
@@ -45,6 +46,7 @@ from .tile import (
     load_lengths,
     load_masked,
     load_rows,
+    sight,
     store_rows,
     tile_logits,
     tile_range,
@@ -120,11 +122,11 @@ def dq_kernel(
     sharpness, sharpness_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     alpha, alpha_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
-    first = queries.start + m0
-    last = tl.minimum(first + BLOCK_M, queries.end) - 1
+    first_key, last_key = sight(i, queries, keys, window_left, window_right)
     begin, full_begin, full_end, end = tile_range(
-        first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N
-    )
+        queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1, keys,
+        window_left, window_right, sequences.key_bias is not None, BLOCK_N,
+    )  # fmt: skip
     for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
         skip = full_end - full_begin
         for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_N):
@@ -137,10 +139,9 @@ def dq_kernel(
                 mask = key_bias > -float("inf")
             k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
-            distance = tl.abs((i - (keys.start + n0)).to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
-            score, a = tile_logits(
-                dot(q_tile, k_tile.T), row_scale[:, None], i[:, None], j[None, :], distance,
-                None if key_bias is None else key_bias[None, :], head, queries, keys, window_left, window_right, MASKED,
+            distance, score, a = tile_logits(
+                dot(q_tile, k_tile.T), row_scale[:, None], i, first_key, last_key, j, keys.start + n0,
+                None if key_bias is None else key_bias[None, :], head, MASKED,
             )  # fmt: skip  # [BLOCK_M, BLOCK_N]
             keep = None
             if dropout_seed is not None:
@@ -167,14 +168,14 @@ def dq_kernel(
     # One partial per program, [num_heads, programs of a head]: the launcher adds them up in this order.
     partial = h * (tl.num_programs(0) // num_heads) + b * num_tiles + m0 // BLOCK_M
     if dposition.power is not None:
-        tl.store(dposition.power + partial, tl.sum(power - error * power_mean, 0))
+        tl.store(dposition.power + partial, tl.sum(power - error * power_mean, 0) * factors(head).power)
     if dposition.rate is not None:
-        tl.store(dposition.rate + partial, tl.sum(rate - error * rate_mean, 0))
+        tl.store(dposition.rate + partial, tl.sum(rate - error * rate_mean, 0) * factors(head).rate)
     if dposition.sharpness is not None:
-        tl.store(dposition.sharpness + partial, tl.sum(sharpness - error * sharpness_mean, 0))
+        tl.store(dposition.sharpness + partial, tl.sum(sharpness - error * sharpness_mean, 0) * factors(head).sharpness)
     if dposition.alpha is not None:
         by_alpha = log_length(n, gain_length) / query_gain(n, head, gain_length)
-        tl.store(dposition.alpha + partial, tl.sum((alpha - error * alpha_mean) * by_alpha, 0))
+        tl.store(dposition.alpha + partial, tl.sum((alpha - error * alpha_mean) * by_alpha, 0) * factors(head).alpha)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -213,11 +214,11 @@ def dkdv_kernel(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    first = keys.start + n0
-    last = tl.minimum(first + BLOCK_N, keys.end) - 1
+    first_query, last_query = sight(j, keys, queries, window_right, window_left)
     begin, full_begin, full_end, end = tile_range(
-        first, last, queries, window_right, window_left, sequences.key_bias is not None, BLOCK_M
-    )
+        keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1, queries,
+        window_right, window_left, sequences.key_bias is not None, BLOCK_M,
+    )  # fmt: skip
     for member in range(group_size):
         h = kv_head * group_size + member
         h64 = h.to(tl.int64)
@@ -242,12 +243,9 @@ def dkdv_kernel(
                 do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
                 gain = query_gain(load_lengths(sequences, b, i, window_left), head, gain_length)
                 gain = tl.zeros([BLOCK_M], tl.float32) + gain
-                distance = tl.abs((queries.start + m0 + columns - first).to(tl.float32)[None, :]
-                                  - tl.arange(0, BLOCK_N).to(tl.float32)[:, None])  # fmt: skip
-                _, a = tile_logits(
-                    dot(k_tile, q_tile.T), (gain * (scale * LOG2E))[None, :], i[None, :], j[:, None], distance,
-                    None if key_bias is None else key_bias[:, None], head, queries, keys,
-                    window_left, window_right, MASKED,
+                distance, _, a = tile_logits(
+                    dot(k_tile, q_tile.T), (gain * (scale * LOG2E))[None, :], j, first_query, last_query, i,
+                    queries.start + m0, None if key_bias is None else key_bias[:, None], head, MASKED,
                 )  # fmt: skip  # [BLOCK_N, BLOCK_M]
                 keep = None
                 if dropout_seed is not None:

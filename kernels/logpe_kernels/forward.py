@@ -18,6 +18,7 @@ from .tile import (
     load_key_bias,
     load_lengths,
     load_rows,
+    sight,
     softmax_step,
     store_rows,
     tile_logits,
@@ -62,11 +63,11 @@ def forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    first = queries.start + m0
-    last = tl.minimum(first + BLOCK_M, queries.end) - 1
+    first_key, last_key = sight(i, queries, keys, window_left, window_right)
     begin, full_begin, full_end, end = tile_range(
-        first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N
-    )
+        queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1, keys,
+        window_left, window_right, sequences.key_bias is not None, BLOCK_N,
+    )  # fmt: skip
     for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
         skip = full_end - full_begin
         for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_N):
@@ -79,10 +80,9 @@ def forward_kernel(
                 mask = key_bias > -float("inf")
             k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
-            distance = tl.abs((i - (keys.start + n0)).to(tl.float32)[:, None] - columns.to(tl.float32)[None, :])
-            _, a = tile_logits(
-                dot(q_tile, k_tile.T), row_scale[:, None], i[:, None], j[None, :], distance,
-                None if key_bias is None else key_bias[None, :], head, queries, keys, window_left, window_right, MASKED,
+            _, _, a = tile_logits(
+                dot(q_tile, k_tile.T), row_scale[:, None], i, first_key, last_key, j, keys.start + n0,
+                None if key_bias is None else key_bias[None, :], head, MASKED,
             )  # fmt: skip  # [BLOCK_M, BLOCK_N]
             p, correction, m_i, l_i = softmax_step(a, m_i, l_i)
             if dropout_seed is not None:

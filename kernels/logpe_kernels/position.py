@@ -63,9 +63,28 @@ def log2(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x in one instruction: a division takes about 8, for the sake of huge and tiny denominators."""
+    if INTERPRETED:
+        return 1.0 / x
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def log2_distance(distance, head):
     """l / ln 2 = log2(1 + rate * d)."""
     return log2(1.0 + head.rate * distance)
+
+
+@triton.jit
+def inverse_sharpening(distance, head):
+    """1 / u."""
+    return tl.rsqrt(1.0 + head.sharpness * LN2 * log2_distance(distance, head))
 
 
 @triton.jit
@@ -74,7 +93,8 @@ def sharpening(distance, head):
     if head.sharpness is None:
         return 1.0
     else:
-        return tl.sqrt(1.0 + head.sharpness * LN2 * log2_distance(distance, head))
+        squared = 1.0 + head.sharpness * LN2 * log2_distance(distance, head)
+        return squared * tl.rsqrt(squared)
 
 
 @triton.jit
@@ -87,33 +107,43 @@ def logit(score, distance, head):
     return score
 
 
+# The derivatives by a parameter, without the factors that are the same in the whole tile (see factors).
+
+
 @triton.jit
 def by_power(distance, head):
-    """da/dpower."""
-    return -LN2 * log2_distance(distance, head)
+    """da/dpower / -ln 2."""
+    return log2_distance(distance, head)
 
 
 @triton.jit
 def by_rate(score, distance, head):
-    """da/drate."""
-    pull = 0.0
-    if head.power is not None:
-        pull = pull - head.power
+    """da/drate, or where there is no sharpness, da/drate / -power."""
+    derivative = distance * reciprocal(1.0 + head.rate * distance)
     if head.sharpness is not None:
-        pull = pull + (0.5 * LN2) * head.sharpness * score / sharpening(distance, head)
-    return pull * (distance / (1.0 + head.rate * distance))
+        pull = (0.5 * LN2) * head.sharpness * score * inverse_sharpening(distance, head)
+        if head.power is not None:
+            pull = pull - head.power
+        derivative = derivative * pull
+    return derivative
 
 
 @triton.jit
 def by_sharpness(score, distance, head):
-    """da/dsharpness."""
-    return (0.5 * LN2 * LN2) * score * log2_distance(distance, head) / sharpening(distance, head)
+    """da/dsharpness / (ln^2 2 / 2)."""
+    return score * log2_distance(distance, head) * inverse_sharpening(distance, head)
 
 
 @triton.jit
 def by_gain(score, distance, head):
-    """da/dlog(gain); the caller multiplies rows by dlog(gain)/dalpha."""
-    return LN2 * score * sharpening(distance, head)
+    """da/dlog(gain) / ln 2; da/dalpha is log(1 + n / n0) / gain times da/dlog(gain)."""
+    return score * sharpening(distance, head)
+
+
+@triton.jit
+def factors(head):
+    """What the sums over by_power, by_rate, by_sharpness and by_gain are to be multiplied by."""
+    return Position(-LN2, -head.power if head.sharpness is None else 1.0, 0.5 * LN2 * LN2, LN2)
 
 
 @triton.jit

@@ -122,14 +122,15 @@ def tile_range(first, last, other, before, after, ALWAYS_MASK: tl.constexpr, BLO
 
 
 @triton.jit
-def visible(i, j, queries, keys, window_left, window_right):
-    """Whether the query at i sees the key at j; i and j broadcast to the tile."""
-    mask = (i >= queries.begin) & (i < queries.end) & (j >= keys.begin) & (j < keys.end)
-    if window_left is not None:
-        mask &= j >= i - window_left
-    if window_right is not None:
-        mask &= j <= i + window_right
-    return mask
+def sight(p, axis, other, before, after):
+    """First and last position of the other axis that the token at p meets; first > last where p does not exist."""
+    first = tl.where((p >= axis.begin) & (p < axis.end), other.begin, other.end)
+    last = tl.zeros_like(p) + (other.end - 1)
+    if before is not None:
+        first = tl.maximum(first, p - before)
+    if after is not None:
+        last = tl.minimum(last, p + after)
+    return first, last
 
 
 @triton.jit
@@ -199,17 +200,28 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def tile_logits(
-    qk, row_scale, i, j, distance, key_bias, head, queries, keys, window_left, window_right, MASKED: tl.constexpr
-):
-    """Scores and logits of one tile in units of log2, -inf where hidden. Everything is broadcast to qk's shape."""
-    score = qk * row_scale
+def relative(position, origin):
+    """position - origin as float32: exact near the origin, where a mask or a small distance depends on it."""
+    return (position - origin).to(tl.float32)
+
+
+@triton.jit
+def tile_logits(qk, scale, row, first, last, column, origin, key_bias, head, MASKED: tl.constexpr):
+    """Distances, scores and logits of one tile; scores and logits in units of log2, -inf where hidden.
+
+    Rows are queries and columns keys (S) or the other way round (its transpose): positions row [ROWS], its
+    sight first and last [ROWS], column [COLUMNS]; origin is a position near the tile. scale (of the scores,
+    log2 e included) and key_bias are broadcast to the tile [ROWS, COLUMNS].
+    """
+    x = relative(column, origin)[None, :]
+    distance = tl.abs(relative(row, origin)[:, None] - x)
+    score = qk * scale
     a = logit(score, distance, head)
     if key_bias is not None:
         a += key_bias * LOG2E
     if MASKED:
-        a = tl.where(visible(i, j, queries, keys, window_left, window_right), a, -float("inf"))
-    return score, a
+        a = tl.where((x >= relative(first, origin)[:, None]) & (x <= relative(last, origin)[:, None]), a, -float("inf"))
+    return distance, score, a
 
 
 @triton.jit

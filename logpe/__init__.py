@@ -1,0 +1,28 @@
+"""Attention whose sense of position is logarithmic: train short, run long."""
+
+from logpe.attention import log_attention, log_attention_varlen, merge_partials
+from logpe.module import LogAttention, replace_attention
+from logpe.position import (
+    PRESETS,
+    LogPosition,
+    LogSinusoid,
+    PositionValues,
+    parameter_groups,
+    position_parameters,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "LogAttention",
+    "LogPosition",
+    "LogSinusoid",
+    "PositionValues",
+    "log_attention",
+    "log_attention_varlen",
+    "merge_partials",
+    "parameter_groups",
+    "position_parameters",
+    "replace_attention",
+]

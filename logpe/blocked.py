@@ -1,0 +1,443 @@
+"""The CPU backend: exact attention in O(N * block) memory, forward and backward, out of matrix products.
+
+A block of queries meets at once all the keys that it may see. With U[d] = sqrt(1 + sharpness * l(d)) and
+B[d] = -power * l(d), tables over the distance d = |i - j| for each head:
+
+    s = <q, k>, with q rotated and times scale * gain        a = U[d] s + B[d]        P = softmax(a)
+    g = dL/da = P (dP - sum_j P dP + dlse)                   ds = U[d] g
+    dU[d], dB[d] = sums of g s and of g over the pairs at distance d
+
+The tables and the gain come from :mod:`logpe.reference` and are differentiated by ``torch.func.vjp``: no
+formula of a position stands here. Two tricks make a table as cheap as none:
+
+* The queries stand in reverse order. Row r holds position last - r, so i - j depends on r + c alone, and the
+  tile B[i - j] is a view of the table with strides (1, 1). -inf in the table is the causal mask or the window.
+* g is written with zeros after each row. Read back with rows one element shorter, the diagonals r + c = constant
+  stand as columns: their sums are one sum over rows.
+
+All sums run in a fixed order: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logpe import reference
+
+BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
+TILE_ELEMENTS = 2**17  # logits of a tile per thread: they stay in cache from one operation to the next
+UNLIMITED = 2**62
+PARAMETERS = ("power", "rate", "sharpness", "alpha")
+
+
+@dataclass
+class _Options:
+    """The keywords of :func:`forward` and :func:`backward`, as ``logpe.ops.OPTIONS`` lists them."""
+
+    scale: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+    power: Tensor | None = None
+    rate: Tensor | None = None
+    sharpness: Tensor | None = None
+    alpha: Tensor | None = None
+    theta: Tensor | None = None
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    key_lengths: Tensor | None = None
+    key_bias: Tensor | None = None
+    context_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    query_start: int = 0
+    key_start: int = 0
+    window_left: int | None = None
+    window_right: int | None = None
+    rotary_scale: float = 1.0
+    gain_length: float = 512.0
+    dropout_p: float = 0.0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        left, right = self.window_left, self.window_right
+        return UNLIMITED if left is None else left, UNLIMITED if right is None else right
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Attention with log positions, below autograd; shapes and options as ``torch.ops.logpe.attention``.
+
+    q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D), or packed (total, H, D); float16 and bfloat16 compute in
+    float32. Returns out like q, and lse (B, Hq, Nq) or (Hq, total_q), float32 or, for float64, float64.
+    """
+    o = _Options(**options)
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0]), -math.inf, dtype=_compute_dtype(q))
+    q, k, v, full_out = (_batched(x) for x in (q, k, v, out))
+    full_lse = lse if lse.dim() == 3 else lse[None]
+    for span in _spans(o, q, k):
+        part = _Part(o, span, q, k, v)
+        part_out, part_lse = torch.empty_like(part.q), torch.empty_like(part.q[..., 0])
+        for tile in part.tiles():
+            _, logits, weights = part.attend(tile)
+            part_lse[tile.queries] = tile.by_head(logits.amax(-1) - weights.amax(-1).log())
+            if o.dropout_p:
+                weights.mul_(part.dropout(tile))
+            part_out[tile.queries] = tile.by_head(weights @ part.v[tile.keys])
+        if part.dead is not None:
+            part_lse.masked_fill_(part.dead, -math.inf)
+        full_out[span.queries] = part.unreversed(part_out)
+        full_lse[span.queries] = part.unreversed(part_lse)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    learned: Sequence[bool],
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
+
+    The weights are formed anew from whole rows, and neither ``out`` nor ``lse`` is needed: sum_j P dP is right
+    even where ``out`` was rounded to half precision.
+    """
+    o = _Options(**options)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
+    if dlse is not None and dlse.dim() == 2:
+        dlse = dlse[None]
+    wanted = [name for name, want in zip(PARAMETERS, learned, strict=True) if want and getattr(o, name) is not None]
+    gradients = {name: torch.zeros_like(getattr(o, name), dtype=torch.float64) for name in wanted}
+    for span in _spans(o, q, k):
+        part = _Part(o, span, q, k, v)
+        part_dout = part.reversed(dout)
+        part_dlse = None if dlse is None else part.reversed(dlse)
+        part_dq, part_dk, part_dv = torch.empty_like(part.q), torch.zeros_like(part.k), torch.zeros_like(part.v)
+        dtables = {name: torch.zeros_like(table, dtype=torch.float64) for name, table in part.tables.items()}
+        for tile in part.tiles():
+            tile_q, tile_dout = (x[tile.queries].flatten(1, 2) for x in (part.q, part_dout))
+            scores, logits, weights = part.attend(tile)
+            dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=logits)  # the logits have served
+            dropped = weights
+            if o.dropout_p:
+                dropout = part.dropout(tile)
+                dweights.mul_(dropout)
+                dropped = weights * dropout
+            part_dv[tile.keys].baddbmm_(dropped.mT, tile_dout)
+            delta = torch.linalg.vecdot(weights, dweights)
+            if part_dlse is not None:
+                delta -= part_dlse[tile.queries].flatten(1, 2)
+            padded = part.buffer("padded", (*tile.shape[:-1], tile.shape[-1] + tile.shape[-2]))
+            g = padded[..., : tile.shape[-1]]
+            padded[..., tile.shape[-1] :] = 0
+            torch.mul(tile.by_head(dweights.sub_(delta[..., None])), tile.by_head(weights), out=g)
+            dscores = g
+            dtables["bias"][tile.diagonals] += _diagonal_sums(padded)
+            if "contrast" in dtables:
+                dscores = torch.mul(g, part.view("contrast", tile), out=tile.by_head(weights))
+                g.mul_(tile.by_head(scores))
+                dtables["contrast"][tile.diagonals] += _diagonal_sums(padded)
+            dscores = dscores.flatten(1, 2)
+            part_dq[tile.queries] = tile.by_head(dscores @ part.k[tile.keys])
+            part_dk[tile.keys].baddbmm_(dscores.mT, tile_q)
+        if wanted:
+            new = part.parameter_gradients(dtables, part_dq)
+            for name in wanted:
+                gradients[name] += new[name]
+        part_dq *= part.scale
+        if o.theta is not None:
+            part_dq = reference.rotate(part_dq, part.query_positions, o.theta, o.rotary_scale, inverse=True)
+            part_dk = reference.rotate(part_dk, part.key_positions, o.theta, o.rotary_scale, inverse=True)
+        full_dq[span.queries] = part.unreversed(part_dq)
+        full_dk[span.keys] = part_dk.view_as(full_dk[span.keys])
+        full_dv[span.keys] = part_dv.view_as(full_dv[span.keys])
+    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in gradients else None for n in PARAMETERS)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _batched(x: Tensor) -> Tensor:
+    """(B, H, N, D) as it is; packed (total, H, D) as one batch, (1, H, total, D)."""
+    return x if x.dim() == 4 else x.transpose(0, 1)[None]
+
+
+def _diagonal_sums(padded: Tensor) -> Tensor:
+    """Sums over row + column = constant of [..., rows, columns + rows], zero beyond columns -> [..., columns + rows - 1]"""
+    rows, stride = padded.shape[-2:]
+    return padded.flatten(-2)[..., : rows * (stride - 1)].unflatten(-1, (rows, stride - 1)).sum(-2)
+
+
+# --- which rows meet which ----------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """Rows that exist and see, or are seen by, at least one other; one position axis for all of ``batch``."""
+
+    batch: slice  # of the first axis of q, k, v; packed sequences all lie in its only element
+    sequences: slice  # their numbers
+    query_rows: slice
+    key_rows: slice
+    query_position: int  # of the first query row
+    key_position: int
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.batch, slice(None), self.query_rows
+
+    @property
+    def keys(self) -> tuple[slice, slice, slice]:
+        return self.batch, slice(None), self.key_rows
+
+
+def _spans(o: _Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
+    """One span for the whole batch if all its positions agree, else one for each sequence."""
+    batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+    per_sequence = (o.query_starts, o.key_starts, o.key_lengths, o.cu_seqlens_q)
+    if all(x is None for x in per_sequence):
+        groups = [slice(0, batch)] if batch else []
+    else:
+        groups = [slice(b, b + 1) for b in range(batch if o.cu_seqlens_q is None else len(o.cu_seqlens_q) - 1)]
+    left, right = o.window
+    for sequences in groups:
+        b = sequences.start
+        i = o.query_start if o.query_starts is None else int(o.query_starts[b])
+        j = o.key_start if o.key_starts is None else int(o.key_starts[b])
+        if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
+            rows = sequences
+            first_query, queries = 0, num_queries
+            first_key, keys = 0, num_keys if o.key_lengths is None else min(num_keys, int(o.key_lengths[b]))
+        else:
+            rows = slice(0, 1)
+            (first_query, queries), (first_key, keys) = (
+                (first, min(end, total, first + longest) - first)
+                for (first, end), total, longest in (
+                    (o.cu_seqlens_q[b : b + 2].tolist(), num_queries, o.max_seqlen_q),
+                    (o.cu_seqlens_k[b : b + 2].tolist(), num_keys, o.max_seqlen_k),
+                )
+            )
+        # Positions from first to end (exclusive): they start at 0, and each has a partner inside the window.
+        i_first, i_end, j_first, j_end = max(i, 0), i + queries, max(j, 0), j + keys
+        if i_first >= i_end or j_first >= j_end:
+            continue
+        query_first, query_end = max(i_first, j_first - right), min(i_end, j_end + left)
+        key_first, key_end = max(j_first, i_first - left), min(j_end, i_end + right)
+        if query_first < query_end and key_first < key_end:
+            query_rows = slice(first_query + query_first - i, first_query + query_end - i)
+            key_rows = slice(first_key + key_first - j, first_key + key_end - j)
+            yield _Span(rows, sequences, query_rows, key_rows, query_first, key_first)
+
+
+class _Tile(NamedTuple):
+    """A block of reversed query rows and all the keys that one of them may see."""
+
+    heads: slice  # (batch, key head) pairs
+    rows: slice
+    columns: slice
+    shape: tuple[int, int, int, int]  # heads, query heads to each, rows, columns
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.heads, slice(None), self.rows
+
+    @property
+    def keys(self) -> tuple[slice, slice]:
+        return self.heads, self.columns
+
+    @property
+    def diagonals(self) -> tuple[slice, slice, slice]:
+        """Where the tables hold the values of row + column, which grows with the position of the key."""
+        return self.heads, slice(None), slice(self.rows.start + self.columns.start, self.rows.stop + self.columns.stop - 1)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[heads, group * rows, ...] -> [heads, group, rows, ...]"""
+        return x.unflatten(1, self.shape[1:3])
+
+
+# --- one span, ready for the loops ----------------------------------------------------------------------------
+
+
+class _Part:
+    """The rows of one span in the compute dtype, and the tables over its distances.
+
+    q: (batch * key heads, query heads to each, rows, D), reversed, rotated, times scale and gain.
+    k, v: (batch * key heads, rows, D), rotated. tables: (batch * key heads, query heads to each, distances).
+    dead: (batch * key heads, 1, rows), reversed; the queries to which the key bias hides all keys; or None.
+    """
+
+    def __init__(self, o: _Options, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.o, self.span = o, span
+        self.compute = _compute_dtype(q)
+        self.buffers: dict[str, Tensor] = {}
+        self.query_heads, self.key_heads = q.shape[1], k.shape[1]
+        num_queries = span.query_rows.stop - span.query_rows.start
+        num_keys = span.key_rows.stop - span.key_rows.start
+        self.last_query = span.query_position + num_queries - 1
+        self.query_positions = self.last_query - torch.arange(num_queries)
+        self.key_positions = span.key_position + torch.arange(num_keys)
+        left, right = o.window
+
+        self.key_bias = self.dead = None
+        k, v = k[span.keys].to(self.compute), v[span.keys].to(self.compute)
+        if o.key_bias is not None:
+            key_bias = o.key_bias[span.batch, span.key_rows].to(self.compute)
+            self.key_bias = key_bias.repeat_interleave(self.key_heads, 0)[:, None]
+            hidden = key_bias == -math.inf
+            k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
+            visible_before = torch.nn.functional.pad((~hidden).cumsum(1), (1, 0))
+            first = (self.query_positions - left - span.key_position).clamp(0, num_keys)
+            end = (self.query_positions + right + 1 - span.key_position).clamp(0, num_keys)
+            dead = visible_before[:, first] == visible_before[:, end]
+            self.dead = dead.repeat_interleave(self.key_heads, 0)[:, None] if dead.any() else None
+        if o.theta is not None:
+            k = reference.rotate(k, self.key_positions, o.theta, o.rotary_scale)
+        self.k, self.v = (x.flatten(0, 1).contiguous() for x in (k, v))
+
+        self.q = self.reversed(q)
+        if o.theta is not None:
+            self.q = reference.rotate(self.q, self.query_positions, o.theta, o.rotary_scale)
+        self.gain = None if o.alpha is None else self.by_key_head(self.gains(o.alpha.double())).to(self.compute)
+        self.scale = o.scale if self.gain is None else o.scale * self.gain[..., None]
+        self.q *= self.scale
+
+        # Over i - j, falling: row r and column c meet at r + c.
+        offsets = self.last_query - span.key_position - torch.arange(num_queries + num_keys - 1)
+        self.distances = offsets.abs().double()
+        tables = self.curves(self.parameters())
+        tables["bias"] = tables["bias"].masked_fill((offsets > left) | (offsets < -right), -math.inf)
+        batch = span.batch.stop - span.batch.start
+        self.tables = {name: self.by_key_head(x.to(self.compute).expand(batch, -1, -1)) for name, x in tables.items()}
+
+    # The mathematics, in float64: it is O(N), and its derivatives are sums over N^2 pairs.
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: x.double() for name in PARAMETERS if (x := getattr(self.o, name)) is not None}
+
+    def curves(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tables, (query heads, distances): the bias, and the contrast where there is a sharpness."""
+        parameters = {name: x[:, None] for name, x in parameters.items()}
+        if "rate" not in parameters:
+            return {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
+        l = reference.log_distance(self.distances, parameters["rate"])  # noqa: E741
+        curves = {"bias": reference.distance_bias(l, parameters["power"]) if "power" in parameters else 0 * l}
+        if "sharpness" in parameters:
+            curves["contrast"] = reference.sharpening(l, parameters["sharpness"])
+        return curves
+
+    def gains(self, alpha: Tensor) -> Tensor:
+        """The query gain, (batch, query heads, reversed rows)."""
+        if self.o.context_lengths is not None:
+            n = self.o.context_lengths[self.span.sequences, None, None]
+        else:
+            n = self.query_positions.clamp(max=self.o.window[0])[None, None]
+        gains = reference.query_gain(n.clamp(min=0).double(), alpha[:, None], self.o.gain_length)
+        batch = self.span.batch.stop - self.span.batch.start
+        return gains.expand(batch, -1, len(self.query_positions))
+
+    def parameter_gradients(self, dtables: dict[str, Tensor], dq: Tensor) -> dict[str, Tensor]:
+        """Gradients of the parameters, from those of the tables and of the scaled q."""
+        parameters = self.parameters()
+        alpha = parameters.pop("alpha", None)
+        gradients = {}
+        if parameters:
+            pull = torch.func.vjp(self.curves, parameters)[1]
+            gradients = pull({name: self.by_query_head(x).sum(0) for name, x in dtables.items()})[0]
+        if alpha is not None:
+            dgain = torch.linalg.vecdot(dq, self.q) / self.gain
+            gradients["alpha"] = torch.func.vjp(self.gains, alpha)[1](self.by_query_head(dgain).double())[0]
+        return gradients
+
+    # The tiles.
+
+    def tiles(self) -> Iterator[_Tile]:
+        pairs, group, num_queries, _ = self.q.shape
+        left, right = self.o.window
+        step = max(1, BLOCK_ROWS // group)
+        elements = group * step * min(self.k.shape[1], step + left + right)
+        heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
+        for pair in range(0, pairs, heads):
+            for row in range(0, num_queries, step):
+                pairs_end, rows_end = min(pair + heads, pairs), min(row + step, num_queries)
+                first = max(0, self.last_query - rows_end + 1 - left - self.span.key_position)
+                end = min(self.k.shape[1], self.last_query - row + right + 1 - self.span.key_position)
+                shape = (pairs_end - pair, group, rows_end - row, end - first)
+                yield _Tile(slice(pair, pairs_end), slice(row, rows_end), slice(first, end), shape)
+
+    def attend(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores s, logits a and weights P of a tile, [heads, group * rows, columns], in buffers."""
+        q, k = self.q[tile.queries].flatten(1, 2), self.k[tile.keys]
+        logits, weights = (self.buffer(name, tile.shape).flatten(1, 2) for name in ("logits", "weights"))
+        scores = logits
+        if "contrast" in self.tables:
+            scores = torch.bmm(q, k.mT, out=self.buffer("scores", tile.shape).flatten(1, 2))
+            torch.mul(tile.by_head(scores), self.view("contrast", tile), out=tile.by_head(logits))
+            tile.by_head(logits).add_(self.view("bias", tile))
+        else:
+            tile.by_head(logits).copy_(self.view("bias", tile))
+            logits.baddbmm_(q, k.mT)
+        if self.key_bias is not None:
+            logits += self.key_bias[tile.heads, :, tile.columns]
+        torch.softmax(logits, -1, out=weights)
+        if self.dead is not None:
+            tile.by_head(weights).masked_fill_(self.dead[tile.heads, :, tile.rows, None], 0)
+        return scores, logits, weights
+
+    def view(self, table: str, tile: _Tile) -> Tensor:
+        """The values of a table for a tile, [heads, group, rows, columns], as a view with strides (1, 1)."""
+        x = self.tables[table][tile.diagonals]
+        return x.as_strided(tile.shape, (*x.stride(), 1))
+
+    def dropout(self, tile: _Tile) -> Tensor:
+        """0 or 1 / (1 - p) for each weight of a tile."""
+        o = self.o
+        assert o.dropout_seed is not None
+        batch = torch.arange(self.span.sequences.start, self.span.sequences.stop)
+        batch_head = self.by_key_head(batch[:, None] * self.query_heads + torch.arange(self.query_heads))
+        keep = reference.dropout_keep(
+            o.dropout_seed,
+            batch_head[tile.heads, :, None, None],
+            self.query_positions[tile.rows, None],
+            self.key_positions[tile.columns],
+            o.dropout_p,
+        )
+        return keep.flatten(1, 2).to(self.compute) / (1 - o.dropout_p)
+
+    def buffer(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Uninitialised memory that the next tile uses again; the first tile is among the largest."""
+        size = math.prod(shape)
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers[name] = self.q.new_empty(size)
+        return self.buffers[name][:size].view(*shape)
+
+    # Between the caller's tensors and this part's.
+
+    def by_key_head(self, x: Tensor) -> Tensor:
+        """(batch, query heads, ...) -> (batch * key heads, query heads to each, ...), contiguous."""
+        return x.unflatten(1, (self.key_heads, -1)).flatten(0, 1).contiguous()
+
+    def by_query_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.key_heads)).flatten(1, 2)
+
+    def reversed(self, x: Tensor) -> Tensor:
+        """A copy of the rows that this part takes of q, or of something of its shape; dead ones are zero."""
+        x = self.by_key_head(x[self.span.queries].flip(2).to(self.compute))
+        if self.dead is not None:
+            x.masked_fill_(self.dead if x.dim() == 3 else self.dead[..., None], 0)
+        return x
+
+    def unreversed(self, x: Tensor) -> Tensor:
+        return self.by_query_head(x).flip(2)

@@ -1,0 +1,525 @@
+"""``nn.MultiheadAttention`` with a log position, and the swap of one for the other inside a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logpe import reference
+from logpe.attention import _per_batch, _resolve_dropout, _resolve_start, log_attention
+from logpe.position import LogPosition
+
+_warned: set[str] = set()
+
+
+class LogAttention(nn.MultiheadAttention):
+    """Multi-head attention with a log position: a drop-in for ``nn.MultiheadAttention``.
+
+    The arguments up to ``dtype`` are those of ``nn.MultiheadAttention``, and so are the initialisation and the
+    names of the weights. With ``position="none"`` or None the results are its own, to rounding.
+
+    Two paths, one result. The kernel serves ``need_weights=False`` with any ``key_padding_mask`` and with
+    ``is_causal=True``. What it cannot serve takes the exact eager path, which holds (B, H, L, S) tensors, and
+    warns about it once per process and reason: ``need_weights=True`` (the default, as in
+    ``nn.MultiheadAttention``), an ``attn_mask`` without ``is_causal``, a ``key_padding_mask`` that requires a
+    gradient. Both drop the same weights for the same random state.
+
+    Args:
+        position: a preset name (see :class:`LogPosition`), a LogPosition built for these heads, which may be
+            shared by many layers, or None. It is the submodule ``position``, float32 in any dtype of the rest.
+        num_kv_heads: heads of keys and values, a divisor of ``num_heads`` (the default). With fewer,
+            ``in_proj_weight`` has embed_dim + 2 * num_kv_heads * head_dim rows, and likewise the other weights
+            of keys and values.
+        qk_norm: normalise q and k over head_dim (``nn.RMSNorm``, submodules ``q_norm`` and ``k_norm``).
+            Scale-invariant attention (preset ``log-invariant``) assumes logits of unit variance: switch it on
+            there, unless the model ensures them in another way.
+        position_options: more keywords for the LogPosition that a preset name builds, such as
+            ``{"query_gain": True}``.
+
+    ``add_bias_kv`` and ``add_zero_attn`` append keys that have no position: they need ``position=None``.
+
+    The attribute ``query_start`` (None) is what ``forward`` takes where it is given none; set it to 0 for
+    cross-attention whose queries and keys share an axis.
+
+    Loading a state_dict: a ``nn.MultiheadAttention``'s loads strictly. A part that it does not mention at all
+    (no ``position.*`` entry, or neither ``q_norm.*`` nor ``k_norm.*``) keeps its present values; a part that it
+    mentions must be complete. The other way round, drop those entries.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, with its value and what is allowed.
+    """
+
+    position: LogPosition | None
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
+    query_start: int | Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        position: str | LogPosition | None = "log-bias",
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        position_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must be a divisor of num_heads, {num_heads}, got {num_kv_heads}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if num_kv_heads != num_heads:
+            self._shrink_kv(num_kv_heads * self.head_dim)
+        self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm)
+
+    @classmethod
+    def _from_plain(cls, plain: nn.MultiheadAttention, position: LogPosition | None, qk_norm: bool) -> LogAttention:
+        """``plain`` as a LogAttention that holds the very same parameters, output projection and hooks."""
+        attention = cls.__new__(cls)
+        attention.__dict__.update(plain.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            attention.__dict__[name] = copy.copy(plain.__dict__[name])
+        attention.__dict__.pop("_compiled_call_impl", None)
+        attention._extend(plain.num_heads, position, qk_norm)
+        return attention
+
+    def _extend(self, num_kv_heads: int, position: LogPosition | None, qk_norm: bool) -> None:
+        """What a ``nn.MultiheadAttention`` lacks."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if position is not None and position.parts and (self.bias_k is not None or self.add_zero_attn):
+            name = "add_zero_attn" if self.bias_k is None else "add_bias_kv"
+            raise ValueError(
+                f"{name} must be False with a position, got True and the parts {', '.join(position.parts)}: "
+                "the key that it appends has no position; position=None serves it"
+            )
+        like = self.out_proj.weight
+        self.num_kv_heads = num_kv_heads
+        self.position = position
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
+            )
+        self.query_start = None
+        # nn.TransformerEncoderLayer's fused inference would skip forward(), and with it the position; this flag
+        # is what it asks. Whether the projections are packed is told by in_proj_weight.
+        self._qkv_same_embed_dim = False
+
+    def _shrink_kv(self, kv_dim: int) -> None:
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(self.out_proj.weight.new_empty(shape))
+
+        if self.in_proj_weight is not None:
+            self.in_proj_weight = parameter(self.embed_dim + 2 * kv_dim, self.embed_dim)
+        else:
+            self.k_proj_weight = parameter(kv_dim, self.kdim)
+            self.v_proj_weight = parameter(kv_dim, self.vdim)
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = parameter(self.embed_dim + 2 * kv_dim)
+        if self.bias_k is not None:
+            self.bias_k, self.bias_v = parameter(1, 1, kv_dim), parameter(1, 1, kv_dim)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        # The parent's asks _qkv_same_embed_dim, which does not tell here.
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        query_start: int | Tensor | None = None,
+        key_start: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output and weights, as ``nn.MultiheadAttention.forward``.
+
+        Args:
+            query: (L, B, embed_dim), or (B, L, embed_dim) with ``batch_first``, or unbatched (L, embed_dim).
+            key, value: the same with S, kdim and vdim.
+            key_padding_mask: (B, S), unbatched (S,). Bool: True hides the key; floating: added to the logits.
+            need_weights: also return the weights, on the slow path.
+            attn_mask: (L, S) or (B * num_heads, L, S). Bool: True hides; floating: added to the logits.
+            average_attn_weights: average the weights over the heads.
+            is_causal: hide the keys after each query, the first query aligned with the first key (top-left, as
+                in ``nn.MultiheadAttention``; ``query_start`` moves it). Given together with an ``attn_mask`` it
+                is the hint that this is the causal mask: the mask itself is read only with ``need_weights``.
+            query_start, key_start: position of the first query and the first key, an int or an int tensor
+                (B,); negative positions do not exist. By default keys start at 0 and queries where the keys do,
+                which would be a guess where L != S without ``is_causal``: required there, with a position.
+
+        Returns:
+            output: like query. weights: (B, L, S), or (B, num_heads, L, S) without ``average_attn_weights``,
+            after dropout; None without ``need_weights``. A query that may see no key has zero weights, and its
+            output is the bias of the output projection (``nn.MultiheadAttention`` returns NaN).
+
+        Raises:
+            TypeError, ValueError: a bad argument, named, with its value and what is allowed.
+        """
+        length, source, batch = self._check_inputs(query, key, value, key_padding_mask)
+        q, k, v = self._project(query, key, value)
+        if query.dim() == 2 and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+
+        appended = self.bias_k is not None or self.add_zero_attn
+        if is_causal and not need_weights and not (appended and key_padding_mask is not None):
+            attn_mask = None
+        if attn_mask is not None:
+            _check_mask("attn_mask", attn_mask, ((length, source), (batch * self.num_heads, length, source)))
+            attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
+        if appended:  # seen through every mask, but behind all queries for is_causal, as in torch
+            k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+            pad = (0, k.shape[2] - source)
+            key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, pad)
+            attn_mask = None if attn_mask is None else F.pad(attn_mask, pad)
+
+        position = self.position if self.position is not None and self.position.parts else None
+        if key_start is None:
+            key_start = 0
+        if query_start is None:
+            query_start = self.query_start
+        if query_start is None:
+            if position is not None and length != source and not is_causal:
+                raise ValueError(
+                    f"query_start is required for {length} queries and {source} keys with a position and without "
+                    "is_causal: the position of the first query, on the axis of the keys (an argument or an "
+                    "attribute). For cross-attention between two different sequences use position=None"
+                )
+            query_start = key_start
+        context_length: int | Tensor | None = None
+        if position is not None and "alpha" in position.parts and not is_causal:
+            # n of the query gain is then the number of keys, and padding must not count
+            context_length = key_start + (source if key_padding_mask is None else _shown(key_padding_mask).sum(-1))
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if reason := _why_slow(key_padding_mask, need_weights, attn_mask):
+            _warn_once(reason)
+            out, weights = self._attend_slowly(
+                q, k, v, key_padding_mask, attn_mask, query_start, key_start, is_causal, context_length, dropout_p
+            )
+            if not need_weights:
+                weights = None
+            elif average_attn_weights:
+                weights = weights.mean(1)
+        else:
+            key_mask = key_padding_mask
+            if key_mask is not None:
+                key_mask = _shown(key_mask) if key_mask.dtype == torch.bool else key_mask.detach()
+            out = log_attention(
+                q,
+                k,
+                v,
+                position,
+                is_causal=is_causal,
+                query_start=query_start,
+                key_start=key_start,
+                key_mask=key_mask,
+                dropout_p=dropout_p,
+                context_length=context_length,
+            )
+
+        out = out.transpose(1, 2).flatten(-2)  # (B, L, embed_dim)
+        if query.dim() == 2:
+            out = out[0]
+            weights = None if weights is None else weights[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out), weights
+
+    def _attend_slowly(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        query_start: int | Tensor,
+        key_start: int | Tensor,
+        is_causal: bool,
+        context_length: int | Tensor | None,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The definition itself: any mask, and the weights (B, H, L, S) in the dtype of q."""
+        batch = q.shape[0]
+        key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
+        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+        key_bias = key_padding_mask
+        if key_bias is not None and key_bias.dtype == torch.bool:
+            key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        out, _, weights = reference.attention(
+            q,
+            k,
+            v,
+            None if self.position is None else self.position(),
+            query_start=query_start,
+            query_starts=query_starts,
+            key_start=key_start,
+            key_starts=key_starts,
+            key_bias=key_bias,
+            context_lengths=None if context_length is None else _per_batch("context_length", context_length, batch, q),
+            window_right=0 if is_causal and attn_mask is None else None,
+            scale=self.head_dim**-0.5,
+            attn_mask=attn_mask,
+            return_weights=True,
+            **_resolve_dropout(dropout_p, None, q),
+        )
+        return out, weights.to(q.dtype)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, S, head_dim); views, not copies."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        sizes = [self.embed_dim, kv_dim, kv_dim]
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        if packed is not None and query is key and key is value:
+            projected: Sequence[Tensor] = F.linear(query, packed, bias).split(sizes, -1)
+        else:
+            if packed is not None:
+                weights: Sequence[Tensor] = packed.split(sizes)
+            else:
+                weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            biases = (None, None, None) if bias is None else bias.split(sizes)
+            inputs = query, key, value
+            projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+        def by_head(x: Tensor) -> Tensor:
+            x = x.unflatten(-1, (-1, self.head_dim))
+            if x.dim() == 3:
+                x = x[None]
+            elif not self.batch_first:
+                x = x.transpose(0, 1)
+            return x.transpose(1, 2)
+
+        q, k, v = map(by_head, projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            precise = self.q_norm.weight.dtype  # under autocast, that of q and k is lower
+            q, k = self.q_norm(q.to(precise)).to(v.dtype), self.k_norm(k.to(precise)).to(v.dtype)
+        return q, k, v
+
+    def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values (B, H, S, D) with the learned one and the zero one behind them."""
+        more = [] if bias is None else [bias.to(x.dtype).view(1, -1, 1, self.head_dim)]
+        if self.add_zero_attn:
+            more.append(x.new_zeros(1, 1, 1, 1))
+        return torch.cat([x, *(m.expand(*x.shape[:2], 1, self.head_dim) for m in more)], dim=2)
+
+    def _check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+    ) -> tuple[int, int, int]:
+        """L, S and B (1 if unbatched)."""
+        inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
+        for name, x, size in inputs:
+            if x.is_nested:
+                raise ValueError(
+                    f"{name} must not be a nested tensor: pad it and give a key_padding_mask. Inside a "
+                    "nn.TransformerEncoder set enable_nested_tensor=False, as replace_attention does"
+                )
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(f"{name} must have 3 dimensions, or 2 like query, got shape {tuple(x.shape)}")
+            if x.shape[-1] != size:
+                raise ValueError(f"{name} must have {size} features, got shape {tuple(x.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value must have the length and batch of key, {tuple(key.shape)}, got {tuple(value.shape)}"
+            )
+        if query.dim() == 2:
+            length, source, batch = query.shape[0], key.shape[0], 1
+        else:
+            along, across = (1, 0) if self.batch_first else (0, 1)
+            length, source, batch = query.shape[along], key.shape[along], query.shape[across]
+            if key.shape[across] != batch:
+                raise ValueError(f"key must have the batch size of query, {batch}, got shape {tuple(key.shape)}")
+        if key_padding_mask is not None:
+            shape = (source,) if query.dim() == 2 else (batch, source)
+            _check_mask("key_padding_mask", key_padding_mask, (shape,))
+        return length, source, batch
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # load_state_dict hands in a copy, and reads it again for the children.
+        for names in (("position",), ("q_norm", "k_norm")):
+            parts = {f"{prefix}{name}.": getattr(self, name) for name in names if getattr(self, name) is not None}
+            if not any(key.startswith(tuple(parts)) for key in state_dict):
+                for part, module in parts.items():
+                    state_dict.update(module.state_dict(prefix=part, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The settings, for print(model)."""
+        text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+        if self.num_kv_heads != self.num_heads:
+            text += f", num_kv_heads={self.num_kv_heads}"
+        return f"{text}, dropout={self.dropout}, batch_first={self.batch_first}"
+
+
+def replace_attention(
+    model: nn.Module,
+    position: str | LogPosition | None = "log-bias",
+    *,
+    cross_attention_position: str | LogPosition | None = None,
+    share_position: bool = False,
+    qk_norm: bool = False,
+    position_options: Mapping[str, Any] | None = None,
+) -> int:
+    """Swap every ``nn.MultiheadAttention`` inside ``model`` for a :class:`LogAttention`, in place.
+
+    The parameters are the same objects as before (optimisers, tied and frozen weights go on), and so are dtype,
+    device, dropout, mode and hooks. A module that the model holds twice is swapped once. Each
+    ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which have no positions.
+    Other subclasses of ``nn.MultiheadAttention``, quantised ones among them, have a forward of their own: they
+    are left alone, with a warning.
+
+    Args:
+        model: what holds the attention modules.
+        position: for self-attention: a preset name, a LogPosition, or None.
+        cross_attention_position: the same for cross-attention, None by default: its queries and keys stand on
+            two different axes. Asked for, both axes start at 0 (the attribute ``query_start``). Cross-attention
+            is a module with a kdim or vdim of its own, one with "cross" in its name, or one beside a
+            ``self_attn``, as ``multihead_attn`` of ``nn.TransformerDecoderLayer``.
+        share_position: one set of position parameters for all layers (one per kind, shape and device) rather
+            than one for each. A LogPosition given is then used itself, else copied.
+        qk_norm, position_options: see :class:`LogAttention`.
+
+    Returns:
+        The number of modules swapped; 0 also warns.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or a module that a LogAttention cannot replace; nothing is
+            swapped then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a nn.Module, got {type(model).__name__}")
+    itself = isinstance(model, nn.MultiheadAttention)
+    if itself:
+        raise ValueError(
+            f"model must hold attention modules, got {type(model).__name__} itself: construct a LogAttention in "
+            "its place and load its state_dict"
+        )
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    found = [place for place in found if isinstance(place[2], nn.MultiheadAttention)]
+    shared: dict[Any, LogPosition | None] = {}
+    swapped: dict[nn.Module, LogAttention] = {}
+    left = set()
+    for parent, name, plain in found:
+        if type(plain) is not nn.MultiheadAttention:
+            if not isinstance(plain, LogAttention):
+                left.add(type(plain).__name__)
+            continue
+        if plain in swapped:
+            continue
+        cross = _is_cross_attention(parent, name, plain)
+        chosen = cross_attention_position if cross else position
+        kind = (cross, plain.num_heads, plain.head_dim, plain.out_proj.weight.device)
+        if not share_position:
+            if isinstance(chosen, LogPosition):
+                chosen = copy.deepcopy(chosen)
+            made = _make_position(chosen, plain, position_options)
+        else:
+            if kind not in shared:
+                shared[kind] = _make_position(chosen, plain, position_options)
+            made = shared[kind]
+        swapped[plain] = LogAttention._from_plain(plain, made, qk_norm)
+        if cross and made is not None:
+            swapped[plain].query_start = 0
+    for parent, name, plain in found:
+        if plain in swapped:
+            setattr(parent, name, swapped[plain])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LogAttention) for m in module.modules()):
+            module.enable_nested_tensor = module.use_nested_tensor = False
+    if left or not swapped:
+        note = f"; left alone: {', '.join(sorted(left))}" if left else ""
+        warnings.warn(f"replace_attention swapped {len(swapped)} nn.MultiheadAttention modules{note}", stacklevel=2)
+    return len(swapped)
+
+
+def _is_cross_attention(parent: nn.Module, name: str, module: nn.MultiheadAttention) -> bool:
+    own_sizes = module.kdim != module.embed_dim or module.vdim != module.embed_dim
+    beside = isinstance(getattr(parent, "self_attn", None), nn.Module) and name != "self_attn"
+    return own_sizes or beside or "cross" in name.lower()
+
+
+def _make_position(
+    position: str | LogPosition | None, module: nn.MultiheadAttention, options: Mapping[str, Any] | None
+) -> LogPosition | None:
+    """``position`` for ``module``, on its device and in its mode; None if there is nothing to it."""
+    heads, head_dim, device = module.num_heads, module.head_dim, module.out_proj.weight.device
+    if isinstance(position, str):
+        made = LogPosition(heads, head_dim, position, device=device, **(options or {})).train(module.training)
+        return made if made.parts else None
+    if position is None:
+        return None
+    if not isinstance(position, LogPosition):
+        raise TypeError(f"position must be a preset name, a LogPosition or None, got {type(position).__name__}")
+    if options:
+        raise ValueError(f"position_options must be empty with a LogPosition, got {dict(options)}")
+    if (position.num_heads, position.head_dim) != (heads, head_dim):
+        raise ValueError(
+            f"position must be built for {heads} heads and head_dim {head_dim}, "
+            f"got {position.num_heads} heads and head_dim {position.head_dim}"
+        )
+    return position.to(device)
+
+
+def _shown(key_padding_mask: Tensor) -> Tensor:
+    """Bool: the keys that the mask does not hide."""
+    return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != -torch.inf
+
+
+def _why_slow(key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Tensor | None) -> str | None:
+    """What the kernel cannot serve; None if it can."""
+    if need_weights:
+        return "need_weights=True (say need_weights=False where the weights are not used)"
+    if attn_mask is not None:
+        return "an arbitrary attn_mask (say is_causal=True for a causal one, key_padding_mask for padding)"
+    if key_padding_mask is not None and key_padding_mask.requires_grad and torch.is_grad_enabled():
+        return "a key_padding_mask that requires a gradient"
+    return None
+
+
+def _warn_once(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(
+        f"LogAttention takes the slow path, exact but with O(L * S) memory: the kernel cannot serve {reason}. "
+        "This is said once.",
+        stacklevel=5,  # the caller of the module
+    )
+
+
+def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
+    if mask.shape not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
