@@ -142,14 +142,14 @@ def backward(
                 delta -= part_dlse[tile.queries].flatten(1, 2)
             padded = part.buffer("padded", (*tile.shape[:-1], tile.shape[-1] + tile.shape[-2]))
             g = padded[..., : tile.shape[-1]]
-            padded[..., tile.shape[-1] :] = 0
+            padded[..., tile.shape[-1] :].zero_()
             torch.mul(tile.by_head(dweights.sub_(delta[..., None])), tile.by_head(weights), out=g)
             dscores = g
-            dtables["bias"][tile.diagonals] += _diagonal_sums(padded)
+            dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded))
             if "contrast" in dtables:
                 dscores = torch.mul(g, part.view("contrast", tile), out=tile.by_head(weights))
                 g.mul_(tile.by_head(scores))
-                dtables["contrast"][tile.diagonals] += _diagonal_sums(padded)
+                dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded))
             dscores = dscores.flatten(1, 2)
             part_dq[tile.queries] = tile.by_head(dscores @ part.k[tile.keys])
             part_dk[tile.keys].baddbmm_(dscores.mT, tile_q)

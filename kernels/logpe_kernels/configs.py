@@ -36,21 +36,28 @@ def target_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+TABLE = Path(__file__).parent / "configs" / "default.json"
+
+
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
-    return json.loads((Path(__file__).parent / "configs" / "default.json").read_text())
+    return json.loads(TABLE.read_text())
 
 
 @functools.cache
-def _nearest(device: torch.device) -> str:
+def entry(device: torch.device) -> tuple[str, str]:
+    """Which entry of the table serves a device, and why."""
     target = target_of(device)
-    if target == "cpu" or target in _table():
-        return target
+    if target == "cpu":
+        return target, "the interpreter uses one small tile"
+    if target in _table():
+        return target, "listed"
     if target.startswith("gfx"):
-        return "gfx942"
+        return "gfx942", f"{target} is not listed; the entry for AMD"
     # An unknown NVIDIA GPU: what matters is whether the tiles fit its shared memory.
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return "sm_80" if shared >= 160 * 1024 else "sm_89"
+    nearest = "sm_80" if shared >= 160 * 1024 else "sm_89"
+    return nearest, f"{target} is not listed; the entry whose tiles fit {shared // 1024} KiB of shared memory"
 
 
 def shipped(kernel: str, target: str, itemsize: int, head_dim: int) -> Config:
@@ -63,7 +70,7 @@ def shipped(kernel: str, target: str, itemsize: int, head_dim: int) -> Config:
 
 @functools.cache
 def _cached(kernel: str, device: torch.device, itemsize: int, head_dim: int) -> Config:
-    return shipped(kernel, _nearest(device), itemsize, head_dim)
+    return shipped(kernel, entry(device)[0], itemsize, head_dim)
 
 
 def lookup(kernel: str, x: Tensor, head_dim: int) -> Config:
