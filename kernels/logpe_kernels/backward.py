@@ -31,7 +31,6 @@ from .position import (
     by_rate,
     by_sharpness,
     factors,
-    load_head,
     log_length,
     query_gain,
     sharpening,
@@ -87,7 +86,12 @@ def dq_kernel(
         b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
         window_left, window_right,
     )  # fmt: skip
-    head = load_head(position, h)
+    head = Position(
+        None if position.power is None else tl.load(position.power + h),
+        None if position.rate is None else tl.load(position.rate + h),
+        None if position.sharpness is None else tl.load(position.sharpness + h),
+        None if position.alpha is None else tl.load(position.alpha + h),
+    )
 
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
@@ -134,8 +138,9 @@ def dq_kernel(
             tokens = n0 + columns
             j = keys.start + tokens  # [BLOCK_N]
             mask = within(j, keys) if MASKED else None
-            key_bias = load_key_bias(sequences, b, num_keys, tokens, mask)
-            if key_bias is not None:
+            key_bias = None
+            if sequences.key_bias is not None:
+                key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
             k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
@@ -206,8 +211,9 @@ def dkdv_kernel(
     columns = tl.arange(0, BLOCK_M)
     j = keys.start + tokens  # [BLOCK_N]
     exists = within(j, keys)
-    key_bias = load_key_bias(sequences, b, num_keys, tokens, exists)
-    if key_bias is not None:
+    key_bias = None
+    if sequences.key_bias is not None:
+        key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, exists)
         exists = key_bias > -float("inf")
     k_tile = load_rows(k, tokens, strides.k[2], exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v_tile = load_rows(v, tokens, strides.v[2], exists, HEAD_DIM, BLOCK_D)
@@ -222,7 +228,12 @@ def dkdv_kernel(
     for member in range(group_size):
         h = kv_head * group_size + member
         h64 = h.to(tl.int64)
-        head = load_head(position, h)
+        head = Position(
+            None if position.power is None else tl.load(position.power + h),
+            None if position.rate is None else tl.load(position.rate + h),
+            None if position.sharpness is None else tl.load(position.sharpness + h),
+            None if position.alpha is None else tl.load(position.alpha + h),
+        )
         q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
         do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
         lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .position import LN2, LOG2E, load_head, query_gain
+from .position import LN2, LOG2E, Position, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, new_output
 from .tile import (
     cast,
@@ -43,7 +43,12 @@ def forward_kernel(
         b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
         window_left, window_right,
     )  # fmt: skip
-    head = load_head(position, h)
+    head = Position(
+        None if position.power is None else tl.load(position.power + h),
+        None if position.rate is None else tl.load(position.rate + h),
+        None if position.sharpness is None else tl.load(position.sharpness + h),
+        None if position.alpha is None else tl.load(position.alpha + h),
+    )
 
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
@@ -75,8 +80,9 @@ def forward_kernel(
             tokens = n0 + columns
             j = keys.start + tokens  # [BLOCK_N]
             mask = within(j, keys) if MASKED else None
-            key_bias = load_key_bias(sequences, b, num_keys, tokens, mask)
-            if key_bias is not None:
+            key_bias = None
+            if sequences.key_bias is not None:
+                key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
             k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)

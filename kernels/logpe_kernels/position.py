@@ -39,17 +39,6 @@ class Position(NamedTuple):
 
 
 @triton.jit
-def load_head(position, head):
-    """The parameters of one query head, as scalars."""
-    return Position(
-        tl.load(position.power + head) if position.power is not None else None,
-        tl.load(position.rate + head) if position.rate is not None else None,
-        tl.load(position.sharpness + head) if position.sharpness is not None else None,
-        tl.load(position.alpha + head) if position.alpha is not None else None,
-    )
-
-
-@triton.jit
 def log2(x):
     """log2 in one instruction: tl.log2 is a routine of about 20 with a branch for denormals on NVIDIA."""
     if INTERPRETED:
@@ -143,7 +132,10 @@ def by_gain(score, distance, head):
 @triton.jit
 def factors(head):
     """What the sums over by_power, by_rate, by_sharpness and by_gain are to be multiplied by."""
-    return Position(-LN2, -head.power if head.sharpness is None else 1.0, 0.5 * LN2 * LN2, LN2)
+    rate = 1.0
+    if head.power is not None and head.sharpness is None:
+        rate = -head.power
+    return Position(-LN2, rate, 0.5 * LN2 * LN2, LN2)
 
 
 @triton.jit

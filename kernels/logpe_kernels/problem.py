@@ -103,6 +103,7 @@ class Problem:
             window_right=window_right,
             HEAD_DIM=self.head_dim,
             BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
+            enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
         )
 
     def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:

@@ -181,13 +181,9 @@ def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def load_key_bias(sequences, b, num_keys, tokens, mask):
-    """The additive bias of some keys, -inf where mask is False; None where the call has no bias."""
-    if sequences.key_bias is None:
-        return None
-    else:
-        row = sequences.key_bias + b.to(tl.int64) * num_keys
-        return tl.load(row + tokens, mask=mask, other=-float("inf"))
+def load_key_bias(key_bias, b, num_keys, tokens, mask):
+    """The additive bias of some keys; -inf where mask is False."""
+    return tl.load(key_bias + b.to(tl.int64) * num_keys + tokens, mask=mask, other=-float("inf"))
 
 
 @triton.jit
