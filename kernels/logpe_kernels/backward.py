@@ -10,7 +10,7 @@ With P = exp(a - lse), dP = do v^T and a = a(s; parameters), out = P v and lse =
 delta comes from a half-precision out, and its error e_i adds e_i P_ij to g_ij. In the parameter gradients these
 errors do not cancel: they made that of the rate 1.5 times as wrong as eager attention. But sum_j g_ij must be
 dlse_i, so the row sum of g measures e_i. The dq kernel therefore runs first, subtracts e_i sum_j P_ij
-da_ij/dtheta from its parameter gradients, and leaves the corrected delta to the dk/dv kernel.
+da_ij/dtheta from its parameter gradients, and leaves the corrected delta, and the gains, to the dk/dv kernel.
 
 Parameter gradients are summed in registers, written as one partial per program, and added up in a fixed order.
 """
@@ -72,7 +72,7 @@ def accumulate(total, mean, g, p, derivative):
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dq_kernel(
-    q, k, v, out, lse, dlse, delta, dout, dq, dposition, strides,
+    q, k, v, out, lse, dlse, delta, gain, dout, dq, dposition, strides,
     position, sequences, dropout_seed, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
@@ -117,7 +117,8 @@ def dq_kernel(
         dlse_row = tl.load(dlse + lse_offset + rows, mask=alive, other=0.0)
     delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) - dlse_row  # [BLOCK_M]
     n = load_lengths(sequences, b, i, window_left)
-    row_scale = (tl.zeros([BLOCK_M], tl.float32) + scale * LOG2E) * query_gain(n, head, gain_length)
+    gain_row = tl.zeros([BLOCK_M], tl.float32) + query_gain(n, head, gain_length)
+    row_scale = gain_row * (scale * LOG2E)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     g_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -167,9 +168,11 @@ def dq_kernel(
             if dposition.alpha is not None:
                 alpha, alpha_mean = accumulate(alpha, alpha_mean, g, p, by_gain(score, distance, head))
 
-    store_rows(dq, rows, strides.dq[2], acc * (row_scale / LOG2E)[:, None], stored, HEAD_DIM, BLOCK_D)
+    store_rows(dq, rows, strides.dq[2], acc * (gain_row * scale)[:, None], stored, HEAD_DIM, BLOCK_D)
     error = g_sum - dlse_row  # of delta
     tl.store(delta + lse_offset + rows, delta_row + error, mask=stored)
+    if gain is not None:
+        tl.store(gain + lse_offset + rows, gain_row, mask=stored)
     # One partial per program, [num_heads, programs of a head]: the launcher adds them up in this order.
     partial = h * (tl.num_programs(0) // num_heads) + b * num_tiles + m0 // BLOCK_M
     if dposition.power is not None:
@@ -179,13 +182,13 @@ def dq_kernel(
     if dposition.sharpness is not None:
         tl.store(dposition.sharpness + partial, tl.sum(sharpness - error * sharpness_mean, 0) * factors(head).sharpness)
     if dposition.alpha is not None:
-        by_alpha = log_length(n, gain_length) / query_gain(n, head, gain_length)
+        by_alpha = log_length(n, gain_length) / gain_row
         tl.store(dposition.alpha + partial, tl.sum((alpha - error * alpha_mean) * by_alpha, 0) * factors(head).alpha)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
-    q, k, v, lse, delta, dout, dk, dv, strides,
+    q, k, v, lse, delta, gain, dout, dk, dv, strides,
     position, sequences, dropout_seed, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
@@ -252,10 +255,11 @@ def dkdv_kernel(
                 delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
                 q_tile = load_rows(q_head, rows, strides.q[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                 do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
-                gain = query_gain(load_lengths(sequences, b, i, window_left), head, gain_length)
-                gain = tl.zeros([BLOCK_M], tl.float32) + gain
+                gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
+                if gain is not None:
+                    gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
                 distance, _, a = tile_logits(
-                    dot(k_tile, q_tile.T), (gain * (scale * LOG2E))[None, :], j, first_query, last_query, i,
+                    dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], j, first_query, last_query, i,
                     queries.start + m0, None if key_bias is None else key_bias[:, None], head, MASKED,
                 )  # fmt: skip  # [BLOCK_N, BLOCK_M]
                 keep = None
@@ -267,7 +271,7 @@ def dkdv_kernel(
                     a, (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
                 )
                 dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
-                ds = g * sharpening(distance, head) * gain[None, :]
+                ds = g * sharpening(distance, head) * gain_row[None, :]
                 dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
 
     stored = tokens < keys.count
@@ -291,7 +295,8 @@ def backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     delta = torch.empty_like(lse)
-    config = configs.lookup("backward_dq", q, problem.head_dim)
+    gain = torch.empty_like(lse) if problem.position.alpha is not None else None
+    config = configs.lookup("backward_dq", q, problem.head_dim, problem.heavy)
     programs = problem.batch * triton.cdiv(problem.num_queries, config.BLOCK_M)  # of one head
     partials = [
         lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
@@ -299,14 +304,14 @@ def backward(
     ]
     if programs > 0:
         dq_kernel[(problem.heads * programs,)](
-            problem.q, problem.k, v, out, lse, dlse, delta, dout, dq, Position(*partials),
+            problem.q, problem.k, v, out, lse, dlse, delta, gain, dout, dq, Position(*partials),
             problem.strides(lse, out=out, dout=dout, dq=dq), **problem.keywords, **config._asdict(),
         )  # fmt: skip
-    config = configs.lookup("backward_dkdv", q, problem.head_dim)
+    config = configs.lookup("backward_dkdv", q, problem.head_dim, problem.heavy)
     programs = problem.batch * problem.kv_heads * triton.cdiv(problem.num_keys, config.BLOCK_N)
     if programs > 0:
         dkdv_kernel[(programs,)](
-            problem.q, problem.k, v, lse, delta, dout, dk, dv,
+            problem.q, problem.k, v, lse, delta, gain, dout, dk, dv,
             problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config._asdict(),
         )  # fmt: skip
     if problem.theta is not None:

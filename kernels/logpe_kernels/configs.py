@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ TABLE = Path(__file__).parent / "configs" / "default.json"
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
@@ -60,24 +60,28 @@ def entry(device: torch.device) -> tuple[str, str]:
     return nearest, f"{target} is not listed; the entry whose tiles fit {shared // 1024} KiB of shared memory"
 
 
-def shipped(kernel: str, target: str, itemsize: int, head_dim: int) -> Config:
-    """The shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two]."""
+def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool = False) -> Config:
+    """The shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
+
+    An entry is one configuration, or a light and a heavy one; heavy are calls with a sharpness or a query gain.
+    """
     if target == "cpu":
         return Config(32, 32, 4, 1)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    return Config(*_table()[target][kernel][str(min(itemsize, 4))][str(block_d)])
+    found = _table()[target][kernel][str(min(itemsize, 4))][str(block_d)]
+    return Config(*(found["heavy" if heavy else "light"] if isinstance(found, dict) else found))
 
 
 @functools.cache
-def _cached(kernel: str, device: torch.device, itemsize: int, head_dim: int) -> Config:
-    return shipped(kernel, entry(device)[0], itemsize, head_dim)
+def _cached(kernel: str, device: torch.device, itemsize: int, head_dim: int, heavy: bool) -> Config:
+    return shipped(kernel, entry(device)[0], itemsize, head_dim, heavy)
 
 
-def lookup(kernel: str, x: Tensor, head_dim: int) -> Config:
+def lookup(kernel: str, x: Tensor, head_dim: int, heavy: bool = False) -> Config:
     """The configuration of ``kernel`` (one of KERNELS) for tensors like x."""
     if _override:
         return _override[kernel]
-    return _cached(kernel, x.device, x.element_size(), head_dim)
+    return _cached(kernel, x.device, x.element_size(), head_dim, heavy)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def forward_kernel(
     i = queries.start + rows  # [BLOCK_M]
     q_tile = load_rows(q, rows, strides.q[2], within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     n = load_lengths(sequences, b, i, window_left)
-    row_scale = (tl.zeros([BLOCK_M], tl.float32) + scale * LOG2E) * query_gain(n, head, gain_length)
+    row_scale = tl.full([BLOCK_M], scale * LOG2E, tl.float32) * query_gain(n, head, gain_length)
 
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -116,7 +116,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
     else:
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    config = configs.lookup("forward", q, problem.head_dim)
+    config = configs.lookup("forward", q, problem.head_dim, problem.heavy)
     grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
     if grid > 0:
         forward_kernel[(grid,)](

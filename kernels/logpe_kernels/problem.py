@@ -81,6 +81,7 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, self.packed))
             self.k = self.rotate_keys(k, new_output(k, self.packed))
         self.position = Position(power, rate, sharpness, alpha)
+        self.heavy = sharpness is not None or alpha is not None  # more registers per element: smaller tiles
         self.keywords: dict[str, Any] = dict(
             position=self.position,
             sequences=Sequences(
