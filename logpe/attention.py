@@ -83,15 +83,14 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, rank=4)
-    batch, heads, num_queries, head_dim = q.shape
+    batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
     if k.shape[0] != batch:
         raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
-    _check_heads(q, k, v, head_axis=1)
+    _check_heads(q, k, v)
     values = _resolve_position(position, q, heads)
     left, right = _resolve_window(window, is_causal)
     key_lengths = _int_vector("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
-    key_bias = _resolve_key_mask(key_mask, batch, num_keys, q)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
@@ -111,22 +110,24 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             ends = key_lengths if key_lengths is not None else num_keys
             context_length = ends + (key_starts if key_starts is not None else key_start)
         context_lengths = _per_batch("context_length", context_length, batch, q)
-    options = dict(
+    result = _attend(
+        *(q, k, v, values, backend),
         query_starts=query_starts,
         key_starts=key_starts,
         key_lengths=key_lengths,
-        key_bias=key_bias,
+        key_bias=_resolve_key_mask(key_mask, batch, num_keys, q),
         context_lengths=context_lengths,
         query_start=query_start,
         key_start=key_start,
         window_left=left,
         window_right=right,
-        scale=_resolve_scale(scale, head_dim),
-        **_resolve_dropout(dropout_p, dropout_seed, q),
+        max_seqlen_q=num_queries,
+        max_seqlen_k=num_keys,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )
-    packed = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=num_queries, max_seqlen_k=num_keys)
-    out, lse = _run(_resolve_backend(backend, q), q, k, v, values, options, packed)
-    return (out, lse) if return_lse else out
+    return result if return_lse else result[0]
 
 
 @overload
@@ -176,8 +177,8 @@ def log_attention_varlen(  # type: ignore[misc]
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, rank=3)
-    heads, head_dim = q.shape[1:]
-    _check_heads(q, k, v, head_axis=1)
+    heads = q.shape[1]
+    _check_heads(q, k, v)
     same_lengths = cu_seqlens_q is cu_seqlens_k
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
@@ -209,24 +210,24 @@ def log_attention_varlen(  # type: ignore[misc]
         if context_length is None:
             context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
         context_lengths = _per_batch("context_length", context_length, batch, q)
-    options = dict(
+    result = _attend(
+        *(q, k, v, values, backend),
         query_starts=query_starts,
         key_starts=key_starts,
-        key_lengths=None,
-        key_bias=None,
         context_lengths=context_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         query_start=query_start,
         key_start=key_start,
         window_left=left,
         window_right=right,
-        scale=_resolve_scale(scale, head_dim),
-        **_resolve_dropout(dropout_p, dropout_seed, q),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )
-    packed = dict(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
-    )
-    out, lse = _run(_resolve_backend(backend, q), q, k, v, values, options, packed)
-    return (out, lse) if return_lse else out
+    return result if return_lse else result[0]
 
 
 def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -270,25 +271,29 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def _run(
-    backend: str,
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     values: PositionValues,
-    options: dict[str, Any],
-    packed: dict[str, Any],
+    backend: str,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Run a backend on a call whose positions are resolved; ``options`` are among ops.OPTIONS."""
+    backend = _resolve_backend(backend, q)
+    options |= dict(scale=_resolve_scale(scale, q.shape[-1]), **_resolve_dropout(dropout_p, dropout_seed, q))
     if backend != "reference":
-        options = {**values._asdict(), **options, **packed}
-        return torch.ops.logpe.attention(q, k, v, *(options[name] for name in ops.OPTIONS), backend)
-    if packed["cu_seqlens_q"] is None:
-        out, lse = reference.attention(q, k, v, values, **options)[:2]
-        return out, lse
-    del options["key_lengths"]
-    return reference.attention_varlen(
-        q, k, v, values, cu_seqlens_q=packed["cu_seqlens_q"], cu_seqlens_k=packed["cu_seqlens_k"], **options
-    )
+        options |= values._asdict()
+        return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), backend)
+    del options["max_seqlen_q"], options["max_seqlen_k"]
+    if "cu_seqlens_q" in options:
+        return reference.attention_varlen(q, k, v, values, **options)
+    out, lse = reference.attention(q, k, v, values, **options)[:2]
+    return out, lse
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
@@ -340,10 +345,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
         raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape:
         raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    heads, kv_heads = q.shape[head_axis], k.shape[head_axis]
+    heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")
 

@@ -12,10 +12,10 @@ formula of a position stands here. Two tricks make a table as cheap as none:
 
 * The queries stand in reverse order. Row r holds position last - r, so i - j depends on r + c alone, and the
   tile B[i - j] is a view of the table with strides (1, 1). -inf in the table is the causal mask or the window.
-* g is written with zeros after each row. Read back with rows one element shorter, the diagonals r + c = constant
-  stand as columns: their sums are one sum over rows.
+* g is written with zeros after each row. Read back with rows one element shorter, the diagonals
+  r + c = constant stand as columns: their sums are one sum over rows.
 
-All sums run in a fixed order: the same input gives the same bits.
+All sums run in a fixed order: the same input on as many threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from logpe import reference
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
-TILE_ELEMENTS = 2**17  # logits of a tile per thread: they stay in cache from one operation to the next
+TILE_ELEMENTS = 2**18  # logits of a tile per thread, where one head does not have more: they stay in cache
 UNLIMITED = 2**62
 PARAMETERS = ("power", "rate", "sharpness", "alpha")
 
@@ -64,12 +65,13 @@ class _Options:
     gain_length: float = 512.0
     dropout_p: float = 0.0
 
-    @property
-    def window(self) -> tuple[int, int]:
-        left, right = self.window_left, self.window_right
-        return UNLIMITED if left is None else left, UNLIMITED if right is None else right
+    def __post_init__(self) -> None:
+        self.left = UNLIMITED if self.window_left is None else self.window_left
+        self.right = UNLIMITED if self.window_right is None else self.window_right
+        self.parameters = {name: x.double() for name in PARAMETERS if (x := getattr(self, name)) is not None}
 
 
+@torch.autocast("cpu", enabled=False)  # the products below are float32 on purpose
 def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Attention with log positions, below autograd; shapes and options as ``torch.ops.logpe.attention``.
 
@@ -78,7 +80,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     """
     o = _Options(**options)
     out = torch.zeros_like(q)
-    lse = q.new_full(q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0]), -math.inf, dtype=_compute_dtype(q))
+    lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))
     q, k, v, full_out = (_batched(x) for x in (q, k, v, out))
     full_lse = lse if lse.dim() == 3 else lse[None]
     for span in _spans(o, q, k):
@@ -97,6 +100,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     return out, lse
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -119,8 +123,8 @@ def backward(
     q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
     if dlse is not None and dlse.dim() == 2:
         dlse = dlse[None]
-    wanted = [name for name, want in zip(PARAMETERS, learned, strict=True) if want and getattr(o, name) is not None]
-    gradients = {name: torch.zeros_like(getattr(o, name), dtype=torch.float64) for name in wanted}
+    wanted = [n for n, want in zip(PARAMETERS, learned, strict=True) if want and n in o.parameters]
+    gradients = {name: torch.zeros_like(o.parameters[name]) for name in wanted}
     for span in _spans(o, q, k):
         part = _Part(o, span, q, k, v)
         part_dout = part.reversed(dout)
@@ -131,40 +135,40 @@ def backward(
             tile_q, tile_dout = (x[tile.queries].flatten(1, 2) for x in (part.q, part_dout))
             scores, logits, weights = part.attend(tile)
             dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=logits)  # the logits have served
-            dropped = weights
             if o.dropout_p:
                 dropout = part.dropout(tile)
+                part_dv[tile.keys].baddbmm_((weights * dropout).mT, tile_dout)
                 dweights.mul_(dropout)
-                dropped = weights * dropout
-            part_dv[tile.keys].baddbmm_(dropped.mT, tile_dout)
-            delta = torch.linalg.vecdot(weights, dweights)
-            if part_dlse is not None:
-                delta -= part_dlse[tile.queries].flatten(1, 2)
-            padded = part.buffer("padded", (*tile.shape[:-1], tile.shape[-1] + tile.shape[-2]))
-            g = padded[..., : tile.shape[-1]]
-            padded[..., tile.shape[-1] :].zero_()
-            torch.mul(tile.by_head(dweights.sub_(delta[..., None])), tile.by_head(weights), out=g)
+            else:
+                part_dv[tile.keys].baddbmm_(weights.mT, tile_dout)
+
+            g, padded_g = part.padded(tile)
+            torch.mul(tile.by_head(weights), tile.by_head(dweights), out=g)
+            delta = g.sum(-1) if part_dlse is None else g.sum(-1) - part_dlse[tile.queries]
+            g.addcmul_(tile.by_head(weights), delta[..., None], value=-1)
+            dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded_g))
             dscores = g
-            dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded))
             if "contrast" in dtables:
                 dscores = torch.mul(g, part.view("contrast", tile), out=tile.by_head(weights))
                 g.mul_(tile.by_head(scores))
-                dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded))
+                dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded_g))
+
             dscores = dscores.flatten(1, 2)
             part_dq[tile.queries] = tile.by_head(dscores @ part.k[tile.keys])
             part_dk[tile.keys].baddbmm_(dscores.mT, tile_q)
+
         if wanted:
-            new = part.parameter_gradients(dtables, part_dq)
+            part_gradients = part.parameter_gradients(dtables, part_dq)
             for name in wanted:
-                gradients[name] += new[name]
+                gradients[name] += part_gradients[name]
         part_dq *= part.scale
         if o.theta is not None:
             part_dq = reference.rotate(part_dq, part.query_positions, o.theta, o.rotary_scale, inverse=True)
             part_dk = reference.rotate(part_dk, part.key_positions, o.theta, o.rotary_scale, inverse=True)
         full_dq[span.queries] = part.unreversed(part_dq)
-        full_dk[span.keys] = part_dk.view_as(full_dk[span.keys])
-        full_dv[span.keys] = part_dv.view_as(full_dv[span.keys])
-    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in gradients else None for n in PARAMETERS)
+        full_dk[span.keys] = part_dk.unflatten(0, (-1, part.key_heads))
+        full_dv[span.keys] = part_dv.unflatten(0, (-1, part.key_heads))
+    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in wanted else None for n in PARAMETERS)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -177,7 +181,7 @@ def _batched(x: Tensor) -> Tensor:
 
 
 def _diagonal_sums(padded: Tensor) -> Tensor:
-    """Sums over row + column = constant of [..., rows, columns + rows], zero beyond columns -> [..., columns + rows - 1]"""
+    """[..., rows, columns + rows], zero from columns on -> [..., columns + rows - 1], sums over equal row + column."""
     rows, stride = padded.shape[-2:]
     return padded.flatten(-2)[..., : rows * (stride - 1)].unflatten(-1, (rows, stride - 1)).sum(-2)
 
@@ -186,10 +190,10 @@ def _diagonal_sums(padded: Tensor) -> Tensor:
 
 
 class _Span(NamedTuple):
-    """Rows that exist and see, or are seen by, at least one other; one position axis for all of ``batch``."""
+    """Rows that exist and have at least one partner in the window; one position axis for all of ``batch``."""
 
     batch: slice  # of the first axis of q, k, v; packed sequences all lie in its only element
-    sequences: slice  # their numbers
+    sequences: slice  # the numbers of the sequences
     query_rows: slice
     key_rows: slice
     query_position: int  # of the first query row
@@ -205,41 +209,33 @@ class _Span(NamedTuple):
 
 
 def _spans(o: _Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
-    """One span for the whole batch if all its positions agree, else one for each sequence."""
-    batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
-    per_sequence = (o.query_starts, o.key_starts, o.key_lengths, o.cu_seqlens_q)
-    if all(x is None for x in per_sequence):
-        groups = [slice(0, batch)] if batch else []
-    else:
-        groups = [slice(b, b + 1) for b in range(batch if o.cu_seqlens_q is None else len(o.cu_seqlens_q) - 1)]
-    left, right = o.window
-    for sequences in groups:
-        b = sequences.start
+    """One span for the whole batch where its positions agree, else one for each sequence."""
+    batch, total_q, total_k = q.shape[0], q.shape[2], k.shape[2]
+    agree = all(x is None for x in (o.query_starts, o.key_starts, o.key_lengths, o.cu_seqlens_q))
+    if o.cu_seqlens_q is not None:
+        batch = len(o.cu_seqlens_q) - 1
+    for b in range(min(batch, 1) if agree else batch):
+        sequences = slice(0, batch) if agree else slice(b, b + 1)
         i = o.query_start if o.query_starts is None else int(o.query_starts[b])
         j = o.key_start if o.key_starts is None else int(o.key_starts[b])
         if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
-            rows = sequences
-            first_query, queries = 0, num_queries
-            first_key, keys = 0, num_keys if o.key_lengths is None else min(num_keys, int(o.key_lengths[b]))
+            rows, query_row, query_end, key_row = sequences, 0, total_q, 0
+            key_end = total_k if o.key_lengths is None else min(total_k, int(o.key_lengths[b]))
         else:
             rows = slice(0, 1)
-            (first_query, queries), (first_key, keys) = (
-                (first, min(end, total, first + longest) - first)
-                for (first, end), total, longest in (
-                    (o.cu_seqlens_q[b : b + 2].tolist(), num_queries, o.max_seqlen_q),
-                    (o.cu_seqlens_k[b : b + 2].tolist(), num_keys, o.max_seqlen_k),
-                )
-            )
-        # Positions from first to end (exclusive): they start at 0, and each has a partner inside the window.
-        i_first, i_end, j_first, j_end = max(i, 0), i + queries, max(j, 0), j + keys
-        if i_first >= i_end or j_first >= j_end:
-            continue
-        query_first, query_end = max(i_first, j_first - right), min(i_end, j_end + left)
-        key_first, key_end = max(j_first, i_first - left), min(j_end, i_end + right)
-        if query_first < query_end and key_first < key_end:
-            query_rows = slice(first_query + query_first - i, first_query + query_end - i)
-            key_rows = slice(first_key + key_first - j, first_key + key_end - j)
-            yield _Span(rows, sequences, query_rows, key_rows, query_first, key_first)
+            query_row, query_end = o.cu_seqlens_q[b : b + 2].tolist()
+            key_row, key_end = o.cu_seqlens_k[b : b + 2].tolist()
+            query_end = min(query_end, total_q, query_row + o.max_seqlen_q)
+            key_end = min(key_end, total_k, key_row + o.max_seqlen_k)
+        # From rows to positions, which start at 0 and want a partner; ends are exclusive.
+        i_end, j_end = i + query_end - query_row, j + key_end - key_row
+        i_first, j_first = max(i, 0), max(j, 0)
+        first_query, end_query = max(i_first, j_first - o.right), min(i_end, j_end + o.left)
+        first_key, end_key = max(j_first, i_first - o.left), min(j_end, i_end + o.right)
+        if i_first < i_end and j_first < j_end and first_query < end_query and first_key < end_key:
+            query_rows = slice(query_row + first_query - i, query_row + end_query - i)
+            key_rows = slice(key_row + first_key - j, key_row + end_key - j)
+            yield _Span(rows, sequences, query_rows, key_rows, first_query, first_key)
 
 
 class _Tile(NamedTuple):
@@ -248,7 +244,7 @@ class _Tile(NamedTuple):
     heads: slice  # (batch, key head) pairs
     rows: slice
     columns: slice
-    shape: tuple[int, int, int, int]  # heads, query heads to each, rows, columns
+    shape: tuple[int, int, int, int]  # heads, query heads to each ("group"), rows, columns
 
     @property
     def queries(self) -> tuple[slice, slice, slice]:
@@ -260,8 +256,9 @@ class _Tile(NamedTuple):
 
     @property
     def diagonals(self) -> tuple[slice, slice, slice]:
-        """Where the tables hold the values of row + column, which grows with the position of the key."""
-        return self.heads, slice(None), slice(self.rows.start + self.columns.start, self.rows.stop + self.columns.stop - 1)
+        """All row + column: where the tables hold this tile."""
+        first, end = self.rows.start + self.columns.start, self.rows.stop + self.columns.stop - 1
+        return self.heads, slice(None), slice(first, end)
 
     def by_head(self, x: Tensor) -> Tensor:
         """[heads, group * rows, ...] -> [heads, group, rows, ...]"""
@@ -274,108 +271,95 @@ class _Tile(NamedTuple):
 class _Part:
     """The rows of one span in the compute dtype, and the tables over its distances.
 
-    q: (batch * key heads, query heads to each, rows, D), reversed, rotated, times scale and gain.
-    k, v: (batch * key heads, rows, D), rotated. tables: (batch * key heads, query heads to each, distances).
-    dead: (batch * key heads, 1, rows), reversed; the queries to which the key bias hides all keys; or None.
+    q: (batch * key heads, group, rows, D), reversed, rotated, times ``scale``. k, v: (batch * key heads, rows, D),
+    k rotated. tables: (batch * key heads, group, distances). key_bias: (batch * key heads, 1, key rows) or None.
+    dead: (batch * key heads, 1, query rows), the queries from which the key bias hides every key, or None.
     """
 
     def __init__(self, o: _Options, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.o, self.span = o, span
-        self.compute = _compute_dtype(q)
-        self.buffers: dict[str, Tensor] = {}
+        self.o, self.span, self.compute = o, span, _compute_dtype(q)
         self.query_heads, self.key_heads = q.shape[1], k.shape[1]
+        self.batch = span.batch.stop - span.batch.start
         num_queries = span.query_rows.stop - span.query_rows.start
         num_keys = span.key_rows.stop - span.key_rows.start
         self.last_query = span.query_position + num_queries - 1
-        self.query_positions = self.last_query - torch.arange(num_queries)
-        self.key_positions = span.key_position + torch.arange(num_keys)
-        left, right = o.window
+        self.query_positions = self.last_query - torch.arange(num_queries, device=q.device)
+        self.key_positions = span.key_position + torch.arange(num_keys, device=q.device)
+        self.buffers: dict[str, Tensor] = {}
 
-        self.key_bias = self.dead = None
         k, v = k[span.keys].to(self.compute), v[span.keys].to(self.compute)
+        self.key_bias = self.dead = None
         if o.key_bias is not None:
             key_bias = o.key_bias[span.batch, span.key_rows].to(self.compute)
             self.key_bias = key_bias.repeat_interleave(self.key_heads, 0)[:, None]
             hidden = key_bias == -math.inf
             k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
-            visible_before = torch.nn.functional.pad((~hidden).cumsum(1), (1, 0))
-            first = (self.query_positions - left - span.key_position).clamp(0, num_keys)
-            end = (self.query_positions + right + 1 - span.key_position).clamp(0, num_keys)
-            dead = visible_before[:, first] == visible_before[:, end]
+            seen = F.pad((~hidden).cumsum(1), (1, 0))  # before each key
+            first, end = self.query_positions - o.left, self.query_positions + o.right + 1
+            first, end = ((x - span.key_position).clamp(0, num_keys) for x in (first, end))
+            dead = seen[:, first] == seen[:, end]
             self.dead = dead.repeat_interleave(self.key_heads, 0)[:, None] if dead.any() else None
-        if o.theta is not None:
-            k = reference.rotate(k, self.key_positions, o.theta, o.rotary_scale)
-        self.k, self.v = (x.flatten(0, 1).contiguous() for x in (k, v))
 
         self.q = self.reversed(q)
         if o.theta is not None:
             self.q = reference.rotate(self.q, self.query_positions, o.theta, o.rotary_scale)
-        self.gain = None if o.alpha is None else self.by_key_head(self.gains(o.alpha.double())).to(self.compute)
+            k = reference.rotate(k, self.key_positions, o.theta, o.rotary_scale)
+        self.k, self.v = k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
+
+        # Over i - j, falling: row r and column c meet at element r + c of a table.
+        along = torch.arange(num_queries + num_keys - 1, device=q.device)
+        offsets = self.last_query - span.key_position - along
+        self.distances = offsets.abs().double()
+        curves = self.curves(o.parameters)
+        curves["bias"] = curves["bias"].masked_fill((offsets > o.left) | (offsets < -o.right), -math.inf)
+        self.tables = {name: self.by_key_head(x.to(self.compute)) for name, x in curves.items()}
+        self.gain = self.tables.pop("gain", None)
         self.scale = o.scale if self.gain is None else o.scale * self.gain[..., None]
         self.q *= self.scale
 
-        # Over i - j, falling: row r and column c meet at r + c.
-        offsets = self.last_query - span.key_position - torch.arange(num_queries + num_keys - 1)
-        self.distances = offsets.abs().double()
-        tables = self.curves(self.parameters())
-        tables["bias"] = tables["bias"].masked_fill((offsets > left) | (offsets < -right), -math.inf)
-        batch = span.batch.stop - span.batch.start
-        self.tables = {name: self.by_key_head(x.to(self.compute).expand(batch, -1, -1)) for name, x in tables.items()}
-
-    # The mathematics, in float64: it is O(N), and its derivatives are sums over N^2 pairs.
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: x.double() for name in PARAMETERS if (x := getattr(self.o, name)) is not None}
+    # The mathematics of positions, in float64: it is O(N), and its gradients are sums over N^2 pairs.
 
     def curves(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tables, (query heads, distances): the bias, and the contrast where there is a sharpness."""
-        parameters = {name: x[:, None] for name, x in parameters.items()}
-        if "rate" not in parameters:
-            return {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
-        l = reference.log_distance(self.distances, parameters["rate"])  # noqa: E741
-        curves = {"bias": reference.distance_bias(l, parameters["power"]) if "power" in parameters else 0 * l}
-        if "sharpness" in parameters:
-            curves["contrast"] = reference.sharpening(l, parameters["sharpness"])
-        return curves
-
-    def gains(self, alpha: Tensor) -> Tensor:
-        """The query gain, (batch, query heads, reversed rows)."""
-        if self.o.context_lengths is not None:
-            n = self.o.context_lengths[self.span.sequences, None, None]
-        else:
-            n = self.query_positions.clamp(max=self.o.window[0])[None, None]
-        gains = reference.query_gain(n.clamp(min=0).double(), alpha[:, None], self.o.gain_length)
-        batch = self.span.batch.stop - self.span.batch.start
-        return gains.expand(batch, -1, len(self.query_positions))
+        """The tables before the mask, (batch, query heads, distances); the gain, (batch, query heads, query rows)."""
+        p = {name: x[:, None] for name, x in parameters.items()}
+        curves = {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
+        if "rate" in p:
+            l = reference.log_distance(self.distances, p["rate"])  # noqa: E741
+            if "power" in p:
+                curves["bias"] = reference.distance_bias(l, p["power"])
+            if "sharpness" in p:
+                curves["contrast"] = reference.sharpening(l, p["sharpness"])
+        if "alpha" in p:
+            n = self.query_positions.clamp(max=self.o.left)
+            if self.o.context_lengths is not None:
+                n = self.o.context_lengths[self.span.sequences, None, None].expand(-1, 1, len(n))
+            curves["gain"] = reference.query_gain(n.clamp(min=0).double(), p["alpha"], self.o.gain_length)
+        return {name: x.expand(self.batch, -1, -1) for name, x in curves.items()}
 
     def parameter_gradients(self, dtables: dict[str, Tensor], dq: Tensor) -> dict[str, Tensor]:
-        """Gradients of the parameters, from those of the tables and of the scaled q."""
-        parameters = self.parameters()
-        alpha = parameters.pop("alpha", None)
-        gradients = {}
-        if parameters:
-            pull = torch.func.vjp(self.curves, parameters)[1]
-            gradients = pull({name: self.by_query_head(x).sum(0) for name, x in dtables.items()})[0]
-        if alpha is not None:
-            dgain = torch.linalg.vecdot(dq, self.q) / self.gain
-            gradients["alpha"] = torch.func.vjp(self.gains, alpha)[1](self.by_query_head(dgain).double())[0]
-        return gradients
+        """Gradients of all parameters, from those of the tables and of the scaled q."""
+        dcurves = dict(dtables)
+        if self.gain is not None:
+            dcurves["gain"] = torch.linalg.vecdot(dq, self.q).double() / self.gain
+        pull = torch.func.vjp(self.curves, self.o.parameters)[1]
+        return pull({name: self.by_query_head(x) for name, x in dcurves.items()})[0]
 
     # The tiles.
 
     def tiles(self) -> Iterator[_Tile]:
         pairs, group, num_queries, _ = self.q.shape
-        left, right = self.o.window
-        step = max(1, BLOCK_ROWS // group)
-        elements = group * step * min(self.k.shape[1], step + left + right)
+        num_keys = self.k.shape[1]
+        step = min(max(1, BLOCK_ROWS // group), num_queries)
+        elements = group * step * min(num_keys, step + self.o.left + self.o.right)
         heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
         for pair in range(0, pairs, heads):
             for row in range(0, num_queries, step):
-                pairs_end, rows_end = min(pair + heads, pairs), min(row + step, num_queries)
-                first = max(0, self.last_query - rows_end + 1 - left - self.span.key_position)
-                end = min(self.k.shape[1], self.last_query - row + right + 1 - self.span.key_position)
-                shape = (pairs_end - pair, group, rows_end - row, end - first)
-                yield _Tile(slice(pair, pairs_end), slice(row, rows_end), slice(first, end), shape)
+                pair_end, row_end = min(pair + heads, pairs), min(row + step, num_queries)
+                offset = self.last_query - self.span.key_position
+                first = max(0, offset - (row_end - 1) - self.o.left)
+                end = min(num_keys, offset - row + self.o.right + 1)
+                shape = (pair_end - pair, group, row_end - row, end - first)
+                yield _Tile(slice(pair, pair_end), slice(row, row_end), slice(first, end), shape)
 
     def attend(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
         """The scores s, logits a and weights P of a tile, [heads, group * rows, columns], in buffers."""
@@ -397,7 +381,7 @@ class _Part:
         return scores, logits, weights
 
     def view(self, table: str, tile: _Tile) -> Tensor:
-        """The values of a table for a tile, [heads, group, rows, columns], as a view with strides (1, 1)."""
+        """The values of a table for a tile, [heads, group, rows, columns]."""
         x = self.tables[table][tile.diagonals]
         return x.as_strided(tile.shape, (*x.stride(), 1))
 
@@ -405,8 +389,8 @@ class _Part:
         """0 or 1 / (1 - p) for each weight of a tile."""
         o = self.o
         assert o.dropout_seed is not None
-        batch = torch.arange(self.span.sequences.start, self.span.sequences.stop)
-        batch_head = self.by_key_head(batch[:, None] * self.query_heads + torch.arange(self.query_heads))
+        batch_head = torch.arange(self.batch * self.query_heads, device=self.q.device).view(self.batch, -1)
+        batch_head = self.by_key_head(batch_head + self.span.sequences.start * self.query_heads)
         keep = reference.dropout_keep(
             o.dropout_seed,
             batch_head[tile.heads, :, None, None],
@@ -416,24 +400,33 @@ class _Part:
         )
         return keep.flatten(1, 2).to(self.compute) / (1 - o.dropout_p)
 
+    # Memory that the next tile uses again; the first tile is among the largest.
+
     def buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Uninitialised memory that the next tile uses again; the first tile is among the largest."""
         size = math.prod(shape)
         if name not in self.buffers or len(self.buffers[name]) < size:
             self.buffers[name] = self.q.new_empty(size)
         return self.buffers[name][:size].view(*shape)
 
+    def padded(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """A tile to write to, and the same with as many zero columns added as it has rows."""
+        rows, columns = tile.shape[2:]
+        padded = self.buffer("padded", (*tile.shape[:2], rows, columns + rows))
+        padded[..., columns:].zero_()
+        return padded[..., :columns], padded
+
     # Between the caller's tensors and this part's.
 
     def by_key_head(self, x: Tensor) -> Tensor:
-        """(batch, query heads, ...) -> (batch * key heads, query heads to each, ...), contiguous."""
+        """(batch, query heads, ...) -> (batch * key heads, group, ...), contiguous."""
         return x.unflatten(1, (self.key_heads, -1)).flatten(0, 1).contiguous()
 
     def by_query_head(self, x: Tensor) -> Tensor:
+        """(batch * key heads, group, ...) -> (batch, query heads, ...)"""
         return x.unflatten(0, (-1, self.key_heads)).flatten(1, 2)
 
     def reversed(self, x: Tensor) -> Tensor:
-        """A copy of the rows that this part takes of q, or of something of its shape; dead ones are zero."""
+        """A copy of this part's rows of x, which has the shape of q or of lse; dead rows are zero."""
         x = self.by_key_head(x[self.span.queries].flip(2).to(self.compute))
         if self.dead is not None:
             x.masked_fill_(self.dead if x.dim() == 3 else self.dead[..., None], 0)
