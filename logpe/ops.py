@@ -79,7 +79,8 @@ def _implementation(backend: str) -> ModuleType:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, backend = rest
-    return _implementation(backend).forward(q, k, v, **dict(zip(OPTIONS, options, strict=True)))
+    with torch.cuda.device_of(q):  # a kernel is launched on the current device
+        return _implementation(backend).forward(q, k, v, **dict(zip(OPTIONS, options, strict=True)))
 
 
 def _backward(
@@ -87,7 +88,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *values, learned, backend = rest
     options = dict(zip(OPTIONS, values, strict=True))
-    return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
+    with torch.cuda.device_of(q):
+        return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
