@@ -1,0 +1,333 @@
+"""The CPU backend against eager attention in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logpe import PRESETS, blocked, log_attention, ops
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles for few tokens: several blocks of rows, and several groups of heads."""
+    monkeypatch.setattr(blocked, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(blocked, "TILE_ELEMENTS", 2**9)
+
+
+def assert_exact(call: Call) -> None:
+    """In float64 nothing separates the two but the order of summation."""
+    actual, expected = (run(call, backend, torch.float64) for backend in ("blocked", "reference"))
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (x is None) == (actual[name] is None), name
+        if x is not None:
+            torch.testing.assert_close(actual[name], x, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- features -------------------------------------------------------------------------------------------------
+
+BATCH, NUM_QUERIES, NUM_KEYS = 3, 19, 23  # B != H, odd sizes
+FEATURES: dict[str, dict[str, Any]] = {
+    "causal": dict(is_causal=True),
+    "window": dict(window=(6, 2)),
+    "left-window": dict(window=(5, None)),
+    "late-queries": dict(query_start=7),
+    "early-keys": dict(key_start=-4),
+    "starts": dict(query_start=torch.tensor([-3, 2, 30]), key_start=torch.tensor([0, -5, 3])),
+    "key-lengths": dict(key_lengths=torch.tensor([23, 0, 11])),
+    "key-mask": dict(key_mask=torch.arange(BATCH * NUM_KEYS).view(BATCH, NUM_KEYS) % 5 > 1),
+    "hidden-start": dict(key_mask=torch.arange(NUM_KEYS).expand(BATCH, -1) > torch.tensor([[3], [NUM_KEYS], [9]])),
+    "key-bias": dict(key_mask=torch.linspace(-2, 2, BATCH * NUM_KEYS).view(BATCH, NUM_KEYS)),
+    "dropout": dict(dropout_p=0.3, dropout_seed=torch.tensor([2**40 + 77])),
+    "context": dict(context_length=torch.tensor([5, 600, 40])),
+    "scale": dict(scale=0.7),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations_with_replacement(FEATURES, 2)))
+@pytest.mark.usefixtures("small_tiles")
+def test_features_and_their_pairs(first: str, second: str) -> None:
+    options = dict(query_start=0) | FEATURES[first] | FEATURES[second]
+    number = list(FEATURES).index(first) + 2 * list(FEATURES).index(second)
+    heads, kv_heads = ((2, 2), (4, 2), (6, 1))[number % 3]
+    values = make_values(heads, 6, PRESETS[number % len(PRESETS)], query_gain=True)
+    assert_exact(make_call(BATCH, heads, kv_heads, NUM_QUERIES, NUM_KEYS, 6, values=values, **options))
+
+
+@pytest.mark.parametrize("query_gain", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("small_tiles")
+def test_presets(preset: str, query_gain: bool) -> None:
+    assert_exact(make_call(2, 3, 3, 21, 21, 7, preset=preset, query_gain=query_gain, is_causal=True))
+
+
+PARTS = ("power", "sharpness", "alpha")
+
+
+@pytest.mark.parametrize("parts", [p for n in (1, 2, 3) for p in itertools.combinations(PARTS, n)], ids="-".join)
+@pytest.mark.parametrize("learnable", [False, ("rate",), ("power", "alpha"), ("sharpness",)], ids=str)
+def test_any_parts_and_gradients_for_some(parts: tuple[str, ...], learnable: Any) -> None:
+    values = make_values(2, 8, "log-invariant", query_gain=True, learnable=learnable)
+    kept = {*parts, "rate"} if {"power", "sharpness"} & {*parts} else {*parts}
+    values = values._replace(**{name: None for name in PARAMETERS if name not in kept})
+    assert_exact(make_call(2, 2, 1, 9, 11, 8, values=values, is_causal=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0, INF])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_rotations(scale: float, fraction: float) -> None:
+    values = make_values(2, 12, "log-rotary-bias", rotary_scale=scale, rotary_fraction=fraction)
+    assert_exact(make_call(1, 2, 2, 17, 17, 12, values=values, is_causal=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(is_causal=True),
+        dict(preset="none", is_causal=True),
+        dict(preset="log-invariant", query_gain=True, is_causal=True),
+        dict(preset="log-rotary", query_gain=True),
+        dict(preset="log-rotary-bias", kv_heads=1, num_keys=333, is_causal=True),
+        dict(preset="log-invariant", num_keys=131, window=(40, 10), query_start=0),
+        dict(dropout_p=0.2, dropout_seed=torch.tensor([5]), is_causal=True),
+        dict(lse_gradient=False, is_causal=True),
+    ],
+    ids=lambda a: "-".join(map(str, a)),
+)
+def test_error_is_that_of_eager_attention(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    """The largest errors, in the mean over several draws: in a single one either implementation can be lucky."""
+    arguments = dict(heads=8, num_queries=269, head_dim=24, dtype=dtype) | arguments
+    calls = [make_call(1, **arguments) for _ in range(4)]
+    with torch.no_grad():  # heads of one kind, so that no single one makes the largest error every time
+        for x in (x for call in calls for x in call.values[:4] if x is not None):
+            x.fill_(0.5)
+
+    def pooled(*how: Any) -> dict[str, Tensor | None]:
+        draws = [run(call, *how) for call in calls]
+        return {n: None if x is None else torch.stack([draw[n] for draw in draws]) for n, x in draws[0].items()}
+
+    actual, eager, exact = pooled("blocked"), pooled("reference"), pooled("reference", torch.float64)
+    factor, eps = (2.0 if dtype == torch.float32 else 1.1), torch.finfo(dtype).eps
+    for name, x in exact.items():
+        if x is not None:
+            finite = x.isfinite()
+            assert torch.equal(actual[name].double()[~finite], x[~finite]), name
+            differences = ((y[name] - x).where(finite, 0).abs() for y in (actual, eager))
+            error, of_eager = (float(e.flatten(1).amax(1).mean()) for e in differences)
+            assert error <= factor * of_eager + eps * float(x[finite].abs().max()), name
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+
+def as_transposed(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def as_slice(x: Tensor) -> Tensor:
+    return torch.cat((x, torch.full_like(x, NAN)), -1)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("layout", [as_transposed, as_slice])
+@pytest.mark.usefixtures("small_tiles")
+def test_strides(layout: Any) -> None:
+    call = make_call(3, 4, 2, 21, 26, 6, preset="log-rotary-bias", is_causal=True)
+    strided = call.replace(q=layout(call.q), k=layout(call.k), v=layout(call.v), dout=layout(call.dout))
+    kwargs = dict(call.options, return_lse=True, backend="blocked")
+    expected = log_attention(call.q, call.k, call.v, call.values, **kwargs)
+    actual = log_attention(strided.q, strided.k, strided.v, strided.values, **kwargs)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    leaves = [x.requires_grad_() for x in (strided.q, strided.k, strided.v)]
+    gradients = torch.autograd.grad(log_attention(*leaves, call.values, **kwargs)[0], leaves, strided.dout)
+    run_dense = run(call.replace(dlse=None), "blocked")
+    assert all(torch.equal(x, run_dense[name]) for x, name in zip(gradients, ("dq", "dk", "dv"), strict=True))
+
+
+def test_expanded_keys() -> None:
+    call = make_call(2, 4, 4, 9, 13, 6, is_causal=True)
+    one = call.k[:, :1]
+    actual = log_attention(call.q, one.expand_as(call.k), call.v, call.values, is_causal=True)
+    expected = log_attention(call.q, one.expand_as(call.k).contiguous(), call.v, call.values, is_causal=True)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(is_causal=True),
+        dict(query_start=torch.tensor([2, 0, -4, 7, 1]), key_start=torch.tensor([0, 1, -3, 5, 0]), window=(9, 4)),
+        dict(
+            query_start=3, dropout_p=0.4, dropout_seed=torch.tensor([9]), context_length=torch.tensor([1, 9, 4, 7, 30])
+        ),
+    ],
+    ids=["causal", "starts-window", "dropout-context"],
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_packed(arguments: dict[str, Any]) -> None:
+    call = make_packed_call(
+        [5, 0, 17, 4, 1], [11, 3, 17, 0, 30], outside=3, heads=4, kv_heads=2, head_dim=6,
+        preset="log-rotary-bias", query_gain=True, **arguments,
+    )  # fmt: skip
+    assert_exact(call)
+
+
+@pytest.mark.parametrize("lengths", [([0, 0], [4, 0]), ([3], [0]), ([], []), ([0], [0])], ids=str)
+def test_packed_without_pairs(lengths: tuple[list[int], list[int]]) -> None:
+    results = run(make_packed_call(*lengths, outside=2, heads=2, head_dim=4, is_causal=True), "blocked")
+    assert results["lse"].eq(-INF).all()
+    assert all(x.eq(0).all() for name, x in results.items() if name != "lse" and x is not None)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_empty(shape: tuple[int, int, int]) -> None:
+    batch, num_queries, num_keys = shape
+    results = run(make_call(batch, 4, 2, num_queries, num_keys, 8, query_gain=True, query_start=0), "blocked")
+    assert results["out"].shape == (batch, 4, num_queries, 8)
+    assert results["lse"].eq(-INF).all()
+    assert all(x.eq(0).all() for name, x in results.items() if name != "lse" and x is not None)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.usefixtures("small_tiles")
+def test_any_shape(data: st.DataObject) -> None:
+    def integer(low: int, high: int, name: str) -> int:
+        return data.draw(st.integers(low, high), name)
+
+    kv_heads, side = integer(1, 3, "kv_heads"), st.none() | st.integers(0, 12)
+    heads = kv_heads * integer(1, 3, "group")
+    options: dict[str, Any] = dict(query_start=integer(-9, 40, "query_start"), key_start=integer(-9, 40, "key_start"))
+    options["window"] = data.draw(st.tuples(side, side), "window")
+    if data.draw(st.booleans(), "masked"):
+        options["key_mask"] = torch.rand(2, integer(1, 40, "num_keys")) > 0.5
+    num_keys = options["key_mask"].shape[1] if "key_mask" in options else integer(1, 40, "num_keys")
+    head_dim = integer(2, 9, "head_dim")
+    preset = data.draw(st.sampled_from(PRESETS), "preset")
+    values = make_values(heads, head_dim, preset, query_gain=data.draw(st.booleans(), "query_gain"))
+    assert_exact(
+        make_call(2, heads, kv_heads, integer(1, 40, "num_queries"), num_keys, head_dim, values=values, **options)
+    )
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck(packed: bool) -> None:
+    values = make_values(4, 4, "log-invariant", query_gain=True)
+    theta = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    options: dict[str, Any] = dict.fromkeys(ops.OPTIONS) | dict(
+        theta=theta, query_start=1, key_start=0, window_left=4, window_right=1, max_seqlen_q=5, max_seqlen_k=6,
+        rotary_scale=2.0, gain_length=3.0, scale=0.6, dropout_p=0.25, dropout_seed=torch.tensor([3]),
+    )  # fmt: skip
+    shapes = [(2, 4, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4)]
+    if packed:
+        shapes = [(7, 4, 4), (8, 2, 4), (8, 2, 4)]
+        options.update(cu_seqlens_q=torch.tensor([0, 5, 7]).int(), cu_seqlens_k=torch.tensor([0, 2, 8]).int())
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs += [getattr(values, name).detach().double().requires_grad_() for name in PARAMETERS]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        given = options | dict(zip(PARAMETERS, parameters, strict=True))
+        out, lse = torch.ops.logpe.attention(q, k, v, *(given[name] for name in ops.OPTIONS), "blocked")
+        return out, lse.masked_fill(lse == -INF, 0)
+
+    assert torch.autograd.gradcheck(attention, inputs)
+
+
+# --- what nobody sees --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("preset", ["none", "log-invariant", "log-rotary-bias"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(query_start=torch.tensor([-5, 0, 2]), key_start=torch.tensor([-4, -9, 6]), window=(None, 0)),
+        dict(key_lengths=torch.tensor([0, 7, 18]), query_start=0),
+        dict(key_mask=torch.arange(18).expand(3, 18) % 7 > torch.tensor([[6], [2], [4]]), window=(1, 0), query_start=0),
+        dict(key_mask=torch.arange(18).expand(3, 18) > 4, is_causal=True, query_start=0),
+        dict(window=(2, 1), query_start=12),
+        dict(is_causal=True, query_start=-3),
+    ],
+    ids=["starts", "lengths", "mask-window", "mask-causal", "beyond", "early"],
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: float) -> None:
+    """NaN or inf in keys that no query sees and in queries that see no key: as zeros there, bit for bit."""
+    call = make_call(3, 4, 2, 13, 18, 6, preset=preset, query_gain=True, **options)
+    everyone = make_values(4, 6, "none")
+    seen = run(call.replace(values=everyone, v=torch.ones_like(call.v), dout=torch.ones_like(call.dout)), "reference")
+    dead, hidden = seen["lse"][..., None] == -INF, (seen["dv"] == 0).all(-1, keepdim=True)
+    assert dead.any()
+    assert hidden.any()
+
+    def fill(value: float) -> Call:
+        dlse = call.dlse.masked_fill(dead[..., 0], value)
+        q, dout = (x.masked_fill(dead, value) for x in (call.q, call.dout))
+        return call.replace(q=q, dout=dout, dlse=dlse, **{n: getattr(call, n).masked_fill(hidden, value) for n in "kv"})
+
+    actual, expected = run(fill(bad), "blocked"), run(fill(0), "blocked")
+    for name, x in expected.items():
+        if x is not None:
+            assert not x.isnan().any(), name
+            assert torch.equal(actual[name], x), name
+    assert expected["out"].masked_select(dead).eq(0).all()
+    assert expected["dq"].masked_select(dead).eq(0).all()
+    assert expected["dk"].masked_select(hidden).eq(0).all()
+
+
+# --- precision, memory, repeatability -----------------------------------------------------------------------------
+
+
+def test_autocast_does_not_reach_the_products() -> None:
+    call = make_call(1, 2, 2, 33, 33, 16, dtype=torch.bfloat16, is_causal=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(call, "blocked")
+    outside = run(call, "blocked")
+    assert all(torch.equal(x, outside[name]) for name, x in inside.items() if x is not None)
+
+
+def test_same_bits_every_time() -> None:
+    call = make_call(2, 4, 2, 300, 300, 16, preset="log-invariant", query_gain=True, is_causal=True)
+    first = run(call, "blocked")
+    for _ in range(3):
+        again = run(call, "blocked")
+        assert all(torch.equal(x, again[name]) for name, x in first.items() if x is not None)
+
+
+PEAK = """
+import os, resource, torch, logpe
+torch.set_num_threads(1)
+position = logpe.LogPosition(8, 64, "log-bias")
+def step(length):
+    tensors = [torch.randn(1, 8, length, 64) for _ in range(4)]
+    q, k, v = (x.requires_grad_() for x in tensors[:3])
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    logpe.log_attention(q, k, v, position, is_causal=True).backward(tensors[3])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+step(64)
+print(step(8192))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_linear() -> None:
+    """Forward and backward over 8,192 tokens in 512 MB; one matrix of all scores alone would take 2,048 MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 512 * 2**20
