@@ -7,7 +7,7 @@ B[d] = -power * l(d), tables over the distance d = |i - j| for each head:
     g = dL/da = P (dP - sum_j P dP + dlse)                   ds = U[d] g
     dU[d], dB[d] = sums of g s and of g over the pairs at distance d
 
-The tables and the gain come from :mod:`logpe.reference` and are differentiated by ``torch.func.vjp``: no
+The tables, the gain and their derivatives come from :mod:`logpe.reference`: no
 formula of a position stands here. Two tricks make a table as cheap as none:
 
 * The queries stand in reverse order. Row r holds position last - r, so i - j depends on r + c alone, and the
@@ -313,7 +313,7 @@ class _Part:
         along = torch.arange(num_queries + num_keys - 1, device=q.device)
         offsets = self.last_query - span.key_position - along
         self.distances = offsets.abs().double()
-        curves = self.curves(o.parameters)
+        curves = self.curves()
         curves["bias"] = curves["bias"].masked_fill((offsets > o.left) | (offsets < -o.right), -math.inf)
         self.tables = {name: self.by_key_head(x.to(self.compute)) for name, x in curves.items()}
         self.gain = self.tables.pop("gain", None)
@@ -322,9 +322,9 @@ class _Part:
 
     # The mathematics of positions, in float64: it is O(N), and its gradients are sums over N^2 pairs.
 
-    def curves(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    def curves(self) -> dict[str, Tensor]:
         """The tables before the mask, (batch, query heads, distances); the gain, (batch, query heads, query rows)."""
-        p = {name: x[:, None] for name, x in parameters.items()}
+        p = {name: x[:, None] for name, x in self.o.parameters.items()}
         curves = {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
         if "rate" in p:
             l = reference.log_distance(self.distances, p["rate"])  # noqa: E741
@@ -333,19 +333,29 @@ class _Part:
             if "sharpness" in p:
                 curves["contrast"] = reference.sharpening(l, p["sharpness"])
         if "alpha" in p:
-            n = self.query_positions.clamp(max=self.o.left)
-            if self.o.context_lengths is not None:
-                n = self.o.context_lengths[self.span.sequences, None, None].expand(-1, 1, len(n))
-            curves["gain"] = reference.query_gain(n.clamp(min=0).double(), p["alpha"], self.o.gain_length)
+            curves["gain"] = reference.query_gain(self.lengths(), p["alpha"], self.o.gain_length)
         return {name: x.expand(self.batch, -1, -1) for name, x in curves.items()}
+
+    def lengths(self) -> Tensor:
+        """n of the query gain, (batch or 1, 1, query rows)."""
+        n = self.query_positions.clamp(max=self.o.left)[None, None]
+        if self.o.context_lengths is not None:
+            n = self.o.context_lengths[self.span.sequences, None, None].expand(-1, 1, n.shape[-1])
+        return n.clamp(min=0).double()
 
     def parameter_gradients(self, dtables: dict[str, Tensor], dq: Tensor) -> dict[str, Tensor]:
         """Gradients of all parameters, from those of the tables and of the scaled q."""
-        dcurves = dict(dtables)
+        gradients: dict[str, Tensor | None] = {}
+        dcurves = {name: self.by_query_head(x).sum(0) for name, x in dtables.items()}
+        p = {name: x[:, None] for name, x in self.o.parameters.items()}
+        if "rate" in p:
+            gradients["power"], gradients["rate"], gradients["sharpness"] = reference.distance_gradients(
+                self.distances, dcurves["bias"], dcurves.get("contrast"), p.get("power"), p["rate"], p.get("sharpness")
+            )
         if self.gain is not None:
-            dcurves["gain"] = torch.linalg.vecdot(dq, self.q).double() / self.gain
-        pull = torch.func.vjp(self.curves, self.o.parameters)[1]
-        return pull({name: self.by_query_head(x) for name, x in dcurves.items()})[0]
+            dgain = self.by_query_head(torch.linalg.vecdot(dq, self.q).double() / self.gain)
+            gradients["alpha"] = (dgain * reference.log_length(self.lengths(), self.o.gain_length)).sum((0, 2))
+        return {name: x for name, x in gradients.items() if x is not None}
 
     # The tiles.
 

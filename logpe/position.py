@@ -138,14 +138,14 @@ class LogPosition(nn.Module):
         self._mark()
         self.reset_parameters()
 
-    def _mark(self) -> None:
+    def _mark(self) -> None:  # again wherever new Parameter objects may have taken the place of the marked ones
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._mark()  # copying and unpickling lose attributes of parameters
+        self._mark()
 
     def reset_parameters(self) -> None:
         """Draw the initial values of the preset (also called by deferred initialisation from the meta device)."""
@@ -212,7 +212,9 @@ class LogPosition(nn.Module):
             lost = moved.dtype in (torch.float16, torch.bfloat16) or tensor is self.theta
             return tensor.to(moved.device) if lost and moved.dtype != tensor.dtype else moved
 
-        return super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)
+        self._mark()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in LEARNABLE_PARTS:
@@ -227,6 +229,7 @@ class LogPosition(nn.Module):
                         f"{name} = {value.flatten()[head].item()}; {name} must be positive and finite"
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._mark()
 
 
 class LogSinusoid(nn.Module):

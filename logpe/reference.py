@@ -45,9 +45,39 @@ def sharpening(l: Tensor, sharpness: Tensor) -> Tensor:  # noqa: E741
     return torch.sqrt(1 + sharpness * l)
 
 
+def log_length(n: Tensor, gain_length: float) -> Tensor:
+    """log(1 + n / gain_length) for a length n >= 0."""
+    return torch.log1p(n / gain_length)
+
+
 def query_gain(n: Tensor, alpha: Tensor, gain_length: float) -> Tensor:
     """1 + alpha * log(1 + n / gain_length), multiplied into all scores of a query."""
-    return 1 + alpha * torch.log1p(n / gain_length)
+    return 1 + alpha * log_length(n, gain_length)
+
+
+def distance_gradients(
+    distance: Tensor,
+    dbias: Tensor,
+    dsharpening: Tensor | None,
+    power: Tensor | None,
+    rate: Tensor,
+    sharpness: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of power, rate and sharpness from those of ``distance_bias`` and ``sharpening``, without autograd.
+
+    dbias, dsharpening: (..., L), at the distances (L,). Parameters: (..., 1); returned (...), None where absent.
+    """
+    l = log_distance(distance, rate)  # noqa: E741
+    dl = torch.zeros_like(dbias)
+    dpower = dsharpness = None
+    if power is not None:
+        dpower = -(dbias * l).sum(-1)
+        dl -= power * dbias
+    if sharpness is not None and dsharpening is not None:
+        dsquare = dsharpening / (2 * sharpening(l, sharpness))
+        dsharpness = (dsquare * l).sum(-1)
+        dl += sharpness * dsquare
+    return dpower, (dl * distance / (1 + rate * distance)).sum(-1), dsharpness
 
 
 def inverse_frequencies(planes: int, base: float, device: torch.device | str | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 # Triton reads this when its own modules are imported, hence before anything else can import it.
 if not torch.cuda.is_available():
@@ -64,6 +65,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN: an element that nobody writes shows itself."""
+    _device_constructors()  # what ``with torch.device(...)`` serves: cached before the names change
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(allocate)

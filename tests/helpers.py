@@ -99,8 +99,8 @@ def make_packed_call(
     return call.replace(q=q, k=k, v=v, dout=dout, dlse=dlse, lengths=lengths)
 
 
-def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
-    """out, lse and the gradients dq, dk, dv, dpower, ...: None where there is nothing to differentiate.
+def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """out, lse and the gradients dq, dk, dv, dpower, ... of what requires one.
 
     dtype: of the tensors, if not that of the call; with float64 the position and the cotangents are float64 too.
     """
@@ -131,8 +131,11 @@ def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str,
     if call.dlse is not None:
         results.append(lse)
         cotangents.append(call.dlse.to(lse.dtype))
-    gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, allow_unused=True)
-    outcome: dict[str, Tensor | None] = {"out": out.detach(), "lse": lse.detach()}
+    if out.requires_grad:
+        gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, materialize_grads=True)
+    else:  # the reference, packed, without a single token
+        gradients = tuple(torch.zeros_like(x) for x in inputs.values())
+    outcome: dict[str, Tensor] = {"out": out.detach(), "lse": lse.detach()}
     outcome.update(zip(inputs, gradients, strict=True))
     return outcome
 
@@ -143,7 +146,7 @@ class Reference:
         max |actual - exact|  <=  factor * max |eager - exact| + eps(dtype) * size,    size = max |exact|
 
     with factor 1.1 for float16 and bfloat16, and 2 for float32, where both errors are the noise of one order of
-    summation or another. Infinite and missing values must agree exactly, and nothing may be NaN.
+    summation or another. Infinite values must agree exactly, and nothing may be NaN.
 
     Eager rounds to the input dtype: q and k after the rotation, the product q k^T, the weights before they meet
     v, and out; on the way back dout v^T, the weights' gradient, and dq, dk and dv before and after the inverse
@@ -177,10 +180,8 @@ class Reference:
         self.factor, self.eps = (1.1 if dtype in HALF else 2.0), torch.finfo(dtype).eps
         self.eager, self.size = {}, {}
         for name, exact in self.exact.items():
-            if exact is None:
-                continue
             parameter = name[1:] in PARAMETERS
-            errors = [_largest(a[name] - b[name]) for a, b in (draws if parameter else draws[:1])]  # type: ignore
+            errors = [_largest(a[name] - b[name]) for a, b in (draws if parameter else draws[:1])]
             size = _largest(exact)
             if name in ("dq", "dk"):
                 size = max(size, _largest(uncancelled[name]))
@@ -190,15 +191,11 @@ class Reference:
                 size *= 2 * (1 + largest_lse)
             self.eager[name], self.size[name] = max(errors), size
 
-    def check(self, actual: Mapping[str, Tensor | None]) -> None:
+    def check(self, actual: Mapping[str, Tensor]) -> None:
         """Assert that these results of :func:`run` are within the bounds."""
         assert actual.keys() == self.exact.keys()
         for name, exact in self.exact.items():
             x = actual[name]
-            if exact is None:
-                assert x is None, name
-                continue
-            assert x is not None, name
             assert x.shape == exact.shape, name
             infinite = ~exact.isfinite()
             assert torch.equal(x[infinite].double(), exact[infinite]), f"{name}: {x[infinite]} is not -inf"
@@ -210,19 +207,17 @@ class Reference:
             )
 
 
-def check(call: Call, backend: str = "triton") -> dict[str, Tensor | None]:
+def check(call: Call, backend: str = "triton") -> dict[str, Tensor]:
     """Run a call on ``backend`` and compare it with the float64 reference; returns the results."""
     actual = run(call, backend)
-    assert actual["out"].dtype == call.q.dtype  # type: ignore[union-attr]
+    assert actual["out"].dtype == call.q.dtype
     Reference(call).check(actual)
     return actual
 
 
-def _largest(x: Tensor | None) -> float:
+def _largest(x: Tensor) -> float:
     """The largest finite magnitude, 0 where there is none."""
-    if x is None or x.numel() == 0:
-        return 0.0
-    return float(x.double().abs().nan_to_num(0, 0, 0).max())
+    return float(x.double().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0
 
 
 def _moved(x: Tensor) -> Tensor:
@@ -231,7 +226,7 @@ def _moved(x: Tensor) -> Tensor:
     return (x.detach().double() * (1 + step)).to(x.dtype)
 
 
-def _uncancelled(call: Call) -> dict[str, Tensor | None]:
+def _uncancelled(call: Call) -> dict[str, Tensor]:
     """The gradients, in float64, for cotangents of out so large and of one sign that dP - delta does not cancel."""
     rows = call.dout.double().nan_to_num(0, 0, 0).norm(dim=-1)
     if call.lengths is not None:

@@ -52,7 +52,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "hidden-start": dict(key_mask=torch.arange(NUM_KEYS).expand(BATCH, -1) > torch.tensor([[3], [NUM_KEYS], [9]])),
     "key-bias": dict(key_mask=torch.linspace(-2, 2, BATCH * NUM_KEYS).view(BATCH, NUM_KEYS)),
     "dropout": dict(dropout_p=0.3, dropout_seed=torch.tensor([2**40 + 77])),
-    "context": dict(context_length=torch.tensor([5, 600, 40])),
+    "context": dict(context_length=torch.tensor([5, 600, -4])),
     "scale": dict(scale=0.7),
 }
 
@@ -308,6 +308,24 @@ def test_same_bits_every_time() -> None:
     for _ in range(3):
         again = run(call, "blocked")
         assert all(torch.equal(x, again[name]) for name, x in first.items() if x is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [(dict(is_causal=True), 0.57), (dict(window=(64, 32)), 0.23), (dict(query_start=-500), 0.52)]
+)
+def test_hidden_tiles_are_skipped(options: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    formed = 0
+    attend = blocked._Part.attend
+
+    def counted(part: Any, tile: Any) -> Any:
+        nonlocal formed
+        formed += math.prod(tile.shape)
+        return attend(part, tile)
+
+    monkeypatch.setattr(blocked._Part, "attend", counted)
+    call = make_call(1, 2, 1, 1024, 1024, 4, **options)
+    log_attention(call.q, call.k, call.v, call.values, **options)
+    assert formed <= share * 2 * 1024**2
 
 
 PEAK = """

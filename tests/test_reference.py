@@ -36,7 +36,7 @@ def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
     return reference.attention(*tensors, **{"scale": 1.0, **options})
 
 
-# --- the parts ------------------------------------------------------------------------------------------------
+# --- the parts --------------------------------------------------------------------------------------------------
 
 
 def test_log_map() -> None:
@@ -96,7 +96,7 @@ def test_angles_are_exact_far_out() -> None:
     torch.testing.assert_close(turned, torch.tensor([[math.cos(1_000_003), math.sin(1_000_003)]]), rtol=0, atol=1e-7)
 
 
-# --- worked out by hand ------------------------------------------------------------------------------------------
+# --- worked out by hand -----------------------------------------------------------------------------------------
 
 
 def test_distance_bias_by_hand() -> None:
@@ -165,7 +165,7 @@ def test_visibility_by_hand() -> None:
     assert seen(attn_mask=doubles(0, -INF, 0, 0, 3))[0] == [1, 0, 1, 1, 1]
 
 
-# --- against other implementations -------------------------------------------------------------------------------
+# --- against other implementations ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -271,7 +271,7 @@ def test_half_precision_positions_stay_float32() -> None:
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=0.03)  # products rounded to bfloat16
 
 
-# --- what nobody sees ---------------------------------------------------------------------------------------------
+# --- what nobody sees -------------------------------------------------------------------------------------------
 
 
 def test_hidden_rows_do_not_matter() -> None:
@@ -331,7 +331,7 @@ def test_packed_sequences_are_separate_calls() -> None:
     assert (lse[:, 9:] == -INF).all()
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------
 
 
 def philox4(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
@@ -381,7 +381,7 @@ def test_dropout_weights_are_rescaled_and_lse_is_without() -> None:
     torch.testing.assert_close(out, dropped @ v)
 
 
-# --- the additive encoding -----------------------------------------------------------------------------------------
+# --- the additive encoding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])

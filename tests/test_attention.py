@@ -1,0 +1,544 @@
+"""log_attention and log_attention_varlen as people call them: bad inputs, defaults, backends, merging."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+import logpe
+from logpe import LogPosition, PositionValues, log_attention, log_attention_varlen, merge_partials
+
+INF = math.inf
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+B, HEADS, KV, NQ, NK, D = 2, 4, 2, 5, 7, 8
+
+
+def normal(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(shape, **options)
+
+
+def tensors() -> dict[str, Any]:
+    return dict(q=normal(B, HEADS, NQ, D), k=normal(B, KV, NK, D), v=normal(B, KV, NK, D))
+
+
+def packed() -> dict[str, Any]:
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    return dict(
+        q=normal(8, HEADS, D), k=normal(8, KV, D), v=normal(8, KV, D), position=None, cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds, max_seqlen_q=5, max_seqlen_k=5,
+    )  # fmt: skip
+
+
+# --- what is refused: the argument, its value, and what is allowed ----------------------------------------------
+
+
+def refused(message: str, kind: type[Exception] = ValueError, **changes: Any) -> Any:
+    """A case: the changes to a good call, and the message, in which ... stands for anything."""
+    return pytest.param(changes, kind, re.escape(message).replace(r"\.\.\.", ".*"), id=message)
+
+
+F64 = torch.float64
+VALUES = PositionValues(power=torch.ones(HEADS), rate=torch.ones(HEADS))
+REFUSED = [
+    refused("q must be a tensor, got list", TypeError, q=[1.0]),
+    refused("k must be a tensor, got NoneType", TypeError, k=None),
+    refused("q must be float16...got torch.int64", TypeError, q=torch.ones(B, HEADS, NQ, D, dtype=torch.int64)),
+    refused("k must have the dtype of q, torch.float32, got torch.float16", TypeError, k=normal(B, KV, NK, D).half()),
+    refused("v must have the dtype of q, torch.float32, got torch.float64", TypeError, v=normal(B, KV, NK, D).double()),
+    refused("q must have 4 dimensions (B, H, N, D), got shape (4, 5, 8)", q=normal(HEADS, NQ, D)),
+    refused("v must have 4 dimensions...got shape (1, 2, 2, 7, 8)", v=normal(1, B, KV, NK, D)),
+    refused("k must be on the device of q, cpu, got meta", k=normal(B, KV, NK, D, device="meta")),
+    refused("v must be on the device of q, cpu, got meta", v=normal(B, KV, NK, D, device="meta")),
+    refused("k must have the head_dim of q, 8, got 6", k=normal(B, KV, NK, 6)),
+    refused("head_dim of q must be from 1 to 256, got 0", **dict(zip("qkv", normal(3, B, HEADS, NQ, 0), strict=True))),
+    refused(
+        "head_dim of q must be from 1 to 256, got 257", **dict(zip("qkv", normal(3, B, HEADS, NQ, 257), strict=True))
+    ),
+    refused("k must have the batch size of q, 2, got 3", k=normal(3, KV, NK, D), v=normal(3, KV, NK, D)),
+    refused("v must have the shape of k, (2, 2, 7, 8), got (2, 2, 6, 8)", v=normal(B, KV, 6, D)),
+    refused("heads of q must be a multiple of that of k and v, got 3 and 2", q=normal(B, 3, NQ, D)),
+    refused("must be a multiple...got 1 and 2", q=normal(B, 1, NQ, D)),
+    refused("must be a multiple...got 4 and 0", k=normal(B, 0, NK, D), v=normal(B, 0, NK, D)),
+    refused("q must be contiguous in its last dimension, got strides (160, 40, 1, 5)", q=normal(B, HEADS, D, NQ).mT),
+    refused("position must be a LogPosition, PositionValues or None, got str", TypeError, position="log-bias"),
+    refused("position was built for num_heads 8, and q has 4 heads", position=LogPosition(8, D)),
+    refused("position was built for head_dim 16, and q has head_dim 8", position=LogPosition(HEADS, 16)),
+    refused("position.power must be on the device of q, cpu, got meta", position=LogPosition(HEADS, D, device="meta")),
+    refused("position.power must have shape (4,), got (2,)", position=VALUES._replace(power=torch.ones(2))),
+    refused("position.rate must have shape (4,), got ()", position=VALUES._replace(rate=torch.tensor(1.0))),
+    refused(
+        "position.rate must be float32, got torch.float16",
+        TypeError,
+        position=VALUES._replace(rate=torch.ones(4).half()),
+    ),
+    refused(
+        "position.alpha must be float32, got torch.float64",
+        TypeError,
+        position=PositionValues(alpha=torch.ones(4, dtype=F64)),
+    ),
+    refused("position.rate must be given where position.power", position=VALUES._replace(rate=None)),
+    refused("position.theta must be float64...got torch.float32 (4,)", position=PositionValues(theta=torch.ones(4))),
+    refused("position.theta...at most head_dim 8, got...(5,)", position=PositionValues(theta=torch.ones(5, dtype=F64))),
+    refused("position.theta...(2, 2)", position=PositionValues(theta=torch.ones(2, 2, dtype=F64))),
+    refused("position.theta...got meta", position=PositionValues(theta=torch.ones(2, dtype=F64, device="meta"))),
+    refused("query_start must be an int or an int tensor (2,), got 1.5", TypeError, query_start=1.5),
+    refused("query_start must be an int...got True", TypeError, query_start=True),
+    refused("query_start must have shape (2,), got (3,)", query_start=torch.zeros(3, dtype=torch.int32)),
+    refused("query_start must be an int32 or int64 tensor, got torch.float32", TypeError, query_start=torch.zeros(2)),
+    refused("key_start must be an int or an int tensor (2,), got [0, 1]", TypeError, key_start=[0, 1]),
+    refused("key_start must have shape (2,), got ()", key_start=torch.tensor(3)),
+    refused(
+        "key_start must be on the device of q, cpu, got meta",
+        key_start=torch.zeros(2, dtype=torch.int32, device="meta"),
+    ),
+    refused("query_start is required for 5 queries and 7 keys without is_causal", position=VALUES, is_causal=False),
+    refused("query_start is required for 5 queries and 7 keys", is_causal=False, window=3),
+    refused(
+        "query_start is required for 5 queries and 7 keys with key_lengths",
+        position=VALUES,
+        key_lengths=torch.tensor([3, 7]),
+    ),
+    refused(
+        "context_length must be an int...got 2.5",
+        TypeError,
+        position=PositionValues(alpha=torch.ones(4)),
+        context_length=2.5,
+    ),
+    refused(
+        "context_length must have shape (2,), got (1,)",
+        position=PositionValues(alpha=torch.ones(4)),
+        context_length=torch.ones(1, dtype=torch.int64),
+    ),
+    refused("key_lengths must be from 0 to 7, got values from 3 to 8", key_lengths=torch.tensor([3, 8]), query_start=0),
+    refused(
+        "key_lengths must be from 0 to 7, got values from -1 to 2", key_lengths=torch.tensor([-1, 2]), query_start=0
+    ),
+    refused("key_lengths must have shape (2,), got (1,)", key_lengths=torch.tensor([3])),
+    refused("key_lengths must be an int32 or int64 tensor, got torch.float32", TypeError, key_lengths=torch.ones(2)),
+    refused("key_lengths must be an int32 or int64 tensor, got int", TypeError, key_lengths=3),
+    refused("key_mask must have shape (2, 7), got (5, 7)", key_mask=torch.ones(NQ, NK).bool()),
+    refused(
+        "key_mask must be a bool or floating tensor, got torch.int64",
+        TypeError,
+        key_mask=torch.ones(B, NK, dtype=torch.int64),
+    ),
+    refused("key_mask must be a bool or floating tensor, got list", TypeError, key_mask=[True]),
+    refused("key_mask must not require a gradient", key_mask=torch.ones(B, NK, requires_grad=True)),
+    refused("key_mask must be on the device of q, cpu, got meta", key_mask=torch.ones(B, NK, device="meta")),
+    refused("window must be at least 0 on each side (None or -1: unlimited), got -2", window=-2),
+    refused("window must be at least 0...got (3, -5)", window=(3, -5)),
+    refused("window must hold ints or None, got (3, 1.5)", TypeError, window=(3, 1.5)),
+    refused("window must hold ints or None, got (True, 1)", TypeError, window=(True, 1)),
+    refused("window must be an int, (left, right) or None, got (1, 2, 3)", window=(1, 2, 3)),
+    refused("scale must be finite, got nan", scale=math.nan),
+    refused("scale must be finite, got inf", scale=INF),
+    refused("dropout_p must be in [0, 1), got 1.0", dropout_p=1.0),
+    refused("dropout_p must be in [0, 1), got -0.1", dropout_p=-0.1),
+    refused("dropout_p must be in [0, 1), got nan", dropout_p=math.nan),
+    refused("dropout_seed must be an int64 tensor of one element on cpu, got 7", dropout_p=0.1, dropout_seed=7),
+    refused("dropout_seed must be an int64 tensor", dropout_p=0.1, dropout_seed=torch.tensor([7], dtype=torch.int32)),
+    refused("dropout_seed...tensor([7, 8])", dropout_p=0.1, dropout_seed=torch.tensor([7, 8])),
+    refused("backend must be one of auto, triton, blocked, reference, got 'cuda'", backend="cuda"),
+]
+REFUSED_PACKED = [
+    refused("q must have 3 dimensions (total, H, D), got shape (1, 8, 4, 8)", q=normal(1, 8, HEADS, D)),
+    refused("must be a multiple...got 3 and 2", q=normal(8, 3, D)),
+    refused("v must have the shape of k, (8, 2, 8), got (7, 2, 8)", v=normal(7, KV, D)),
+    refused("cu_seqlens_q must start at 0, got 1", cu_seqlens_q=torch.tensor([1, 3, 8])),
+    refused("cu_seqlens_k must never fall, got 5 followed by 3", cu_seqlens_k=torch.tensor([0, 5, 3])),
+    refused("cu_seqlens_k must end at or before the 8 tokens given, got 9", cu_seqlens_k=torch.tensor([0, 4, 9])),
+    refused(
+        "cu_seqlens_q must be an int32 or int64 tensor, got torch.float32",
+        TypeError,
+        cu_seqlens_q=torch.tensor([0.0, 8.0]),
+    ),
+    refused("cu_seqlens_q must be an int32 or int64 tensor, got list", TypeError, cu_seqlens_q=[0, 8]),
+    refused("cu_seqlens_q must have shape (B + 1,), got (1, 2)", cu_seqlens_q=torch.tensor([[0, 8]])),
+    refused("cu_seqlens_q must have at least one element...got (0,)", cu_seqlens_q=torch.tensor([], dtype=torch.int32)),
+    refused(
+        "cu_seqlens_q must be on the device of q, cpu, got meta", cu_seqlens_q=torch.tensor([0, 3, 8], device="meta")
+    ),
+    refused("cu_seqlens_k must have the length of cu_seqlens_q, 3, got 4", cu_seqlens_k=torch.tensor([0, 2, 4, 8])),
+    refused("max_seqlen_q must be at least the longest sequence, 5, got 4", max_seqlen_q=4),
+    refused("max_seqlen_k must be at least the longest sequence, 5, got 3", max_seqlen_k=3),
+    refused("max_seqlen_k must be an int of at least 0, got -1", max_seqlen_k=-1),
+    refused("max_seqlen_q must be an int of at least 0, got tensor(5)", max_seqlen_q=torch.tensor(5)),
+    refused(
+        "query_start is required for sequences of different", position=VALUES, cu_seqlens_k=torch.tensor([0, 5, 8])
+    ),
+    refused("query_start must have shape (2,), got (3,)", query_start=torch.zeros(3, dtype=torch.int32)),
+    refused("window must be at least 0...got (-3, 0)", window=(-3, 0)),
+    refused("position was built for num_heads 2, and q has 4 heads", position=LogPosition(2, D)),
+    refused("dropout_p must be in [0, 1), got 2", dropout_p=2),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED)
+def test_refused(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        log_attention(**{**tensors(), "is_causal": True, **changes})
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED_PACKED)
+def test_refused_packed(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        log_attention_varlen(**{**packed(), **changes})
+
+
+def test_what_is_refused_would_be_accepted_otherwise() -> None:
+    assert log_attention(**tensors(), is_causal=True).shape == (B, HEADS, NQ, D)
+    assert log_attention_varlen(**packed()).shape == (8, HEADS, D)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        RuntimeError, match=r'backend="triton" cannot run here: .*need a GPU, and the tensors are on cpu'
+    ):
+        log_attention(**tensors(), is_causal=True, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_triton_refuses_float64() -> None:
+    with pytest.raises(TypeError, match=r"q must be float16, bfloat16 or float32 for backend=.*got torch\.float64"):
+        log_attention(*(x.double() for x in tensors().values()), backend="triton")
+
+
+def test_query_start_is_not_required_where_it_does_not_matter() -> None:
+    log_attention(**tensors())  # plain cross-attention
+    log_attention(**tensors(), key_lengths=torch.tensor([3, 7]))
+    log_attention(**tensors(), position=VALUES, query_start=0)
+    square = tensors() | dict(q=normal(B, HEADS, NK, D))
+    log_attention(**square, position=VALUES, key_lengths=torch.tensor([3, 7]))
+    log_attention_varlen(**packed() | dict(position=VALUES, cu_seqlens_k=torch.tensor([0, 3, 8])))  # equal lengths
+    log_attention_varlen(**packed() | dict(position=VALUES, cu_seqlens_k=torch.tensor([0, 4, 8]), is_causal=True))
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------
+
+
+def test_plain_attention_is_torchs() -> None:
+    x = tensors()
+    expected = F.scaled_dot_product_attention(x["q"], x["k"], x["v"], enable_gqa=True)
+    torch.testing.assert_close(log_attention(**x), expected)
+    expected = F.scaled_dot_product_attention(x["q"], x["k"], x["v"], scale=0.1, enable_gqa=True)
+    torch.testing.assert_close(log_attention(**x, scale=0.1), expected)
+
+
+def test_is_causal_is_bottom_right() -> None:
+    """As flash-attention 2 has it; query_start=0 is the top-left of F.scaled_dot_product_attention."""
+    q, k, v = normal(B, HEADS, NQ, D), normal(B, HEADS, NK, D), normal(B, HEADS, NK, D)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(NQ, NK))
+    torch.testing.assert_close(log_attention(q, k, v, is_causal=True), expected)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(log_attention(q, k, v, is_causal=True, query_start=0), expected)
+    expected = log_attention(q, k, v, VALUES, is_causal=True, query_start=NK - NQ)
+    torch.testing.assert_close(log_attention(q, k, v, VALUES, is_causal=True), expected)
+    shifted = log_attention(q, k, v, VALUES, is_causal=True, key_start=100)  # the bias sees differences only
+    torch.testing.assert_close(shifted, expected)
+    starts = torch.tensor([-3, 2])
+    torch.testing.assert_close(
+        log_attention(q, k, v, VALUES, is_causal=True, key_start=starts),
+        log_attention(q, k, v, VALUES, is_causal=True, key_start=starts, query_start=starts + NK - NQ),
+    )
+
+
+def test_packed_is_causal_is_bottom_right_in_each_sequence() -> None:
+    x = packed() | dict(position=VALUES, cu_seqlens_k=torch.tensor([0, 4, 8]), is_causal=True)
+    expected = log_attention_varlen(**x, query_start=torch.tensor([1, -1]))
+    torch.testing.assert_close(log_attention_varlen(**x), expected)
+
+
+def test_decoding_token_by_token_is_the_whole() -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    q, k, v = normal(B, HEADS, 9, D), normal(B, KV, 9, D), normal(B, KV, 9, D)
+    whole = log_attention(q, k, v, position, is_causal=True)
+    for n in range(9):
+        step = log_attention(q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1], position, is_causal=True)
+        torch.testing.assert_close(step, whole[:, :, n : n + 1])
+
+
+def test_left_padding_is_a_negative_start() -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    q, k, v = normal(B, HEADS, 9, D), normal(B, KV, 9, D), normal(B, KV, 9, D)
+    out = log_attention(q, k, v, position, is_causal=True, key_start=torch.tensor([0, -4]))
+    alone = log_attention(q[1:, :, 4:], k[1:, :, 4:], v[1:, :, 4:], position, is_causal=True)
+    torch.testing.assert_close(out[1:, :, 4:], alone)
+    assert (out[1, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_the_gains_length(kind: Callable[..., Any]) -> None:
+    """The query's own position when causal, capped by the window; else the number of keys, or what is given."""
+    values = make_values(HEADS, D, "none", query_gain=True, gain_length=4)
+    x = tensors() | dict(position=values)
+
+    def given(length: int) -> Any:
+        return length if kind is int else torch.tensor([length] * B)
+
+    def gained(*lengths: int) -> Tensor:
+        """Plain attention with the gain in q, one length per query."""
+        n = torch.tensor(lengths * (NQ // len(lengths)), dtype=torch.float32)
+        gain = 1 + values.alpha[:, None] * torch.log1p(n / 4)
+        return log_attention(**tensors_with(q=x["q"] * gain[:, :, None]))
+
+    def tensors_with(**changes: Any) -> dict[str, Any]:
+        return {name: x[name] for name in "qkv"} | changes
+
+    torch.testing.assert_close(log_attention(**x, query_start=1), gained(NK))
+    torch.testing.assert_close(log_attention(**x, query_start=1, context_length=given(50)), gained(50))
+    torch.testing.assert_close(log_attention(**x, query_start=1, key_start=3), gained(NK + 3))
+    wide = log_attention(**x, query_start=10, is_causal=True)  # sees all keys
+    torch.testing.assert_close(wide, gained(10, 11, 12, 13, 14))
+    windowed = log_attention(**x, query_start=7, is_causal=True, window=12)
+    torch.testing.assert_close(windowed[:, :, 0], gained(7, 8, 9, 10, 11)[:, :, 0])
+    lengths = torch.tensor([3, 7])
+    padded = log_attention(**x, query_start=0, key_lengths=lengths)
+    alone = log_attention(x["q"][:1], x["k"][:1, :, :3], x["v"][:1, :, :3], values, query_start=0)
+    torch.testing.assert_close(padded[:1], alone)
+
+
+def test_window_spellings() -> None:
+    x = tensors() | dict(position=VALUES, query_start=1)
+    for a, b in ((3, (3, 3)), ((-1, -1), None), ((None, 2), (-1, 2)), ([2, 1], (2, 1))):
+        assert torch.equal(log_attention(**x, window=a), log_attention(**x, window=b))
+    assert torch.equal(log_attention(**x, window=3, is_causal=True), log_attention(**x, window=(3, 0)))
+
+
+def test_key_mask_spellings() -> None:
+    mask = torch.rand(B, NK) < 0.6
+    bias = torch.zeros(B, NK).masked_fill(~mask, -INF)
+    expected = log_attention(**tensors_seeded(), key_mask=mask)
+    assert torch.equal(log_attention(**tensors_seeded(), key_mask=bias), expected)
+    assert torch.equal(log_attention(**tensors_seeded(), key_mask=bias.half()), expected)
+    bias += torch.randn(NK)
+    x = tensors_seeded()
+    dense = F.scaled_dot_product_attention(x["q"], x["k"], x["v"], bias[:, None, None], enable_gqa=True)
+    torch.testing.assert_close(log_attention(**x, key_mask=bias), dense.nan_to_num(0))
+
+
+def tensors_seeded() -> dict[str, Any]:
+    torch.manual_seed(1)
+    return tensors()
+
+
+def test_lse() -> None:
+    x = tensors()
+    _, lse = log_attention(**x, return_lse=True)
+    scores = x["q"] @ x["k"].repeat_interleave(2, 1).mT / D**0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    assert log_attention(**{n: t.bfloat16() for n, t in x.items()}, return_lse=True)[1].dtype == torch.float32
+    assert log_attention(**{n: t.double() for n, t in x.items()}, return_lse=True)[1].dtype == torch.float64
+    assert log_attention_varlen(**packed(), return_lse=True)[1].shape == (HEADS, 8)
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+def test_autocast(backend: str) -> None:
+    """q, k and v become bfloat16; the position's float32 parameters stay, and get float32 gradients."""
+    position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
+    x = {name: t.requires_grad_() for name, t in tensors().items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = log_attention(**x, position=position, is_causal=True, return_lse=True, backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    out.float().sum().backward()
+    half = {name: t.detach().bfloat16() for name, t in x.items()}
+    assert torch.equal(out, log_attention(**half, position=position, is_causal=True, backend=backend))
+    for leaf in (*x.values(), *position.parameters()):
+        assert leaf.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = dict(x, k=x["k"].bfloat16())  # as the output of a linear layer may be
+        assert torch.equal(log_attention(**mixed, position=position, is_causal=True, backend=backend), out)
+        wide = {name: t.double() for name, t in x.items()}
+        assert log_attention(**wide, is_causal=True, backend=backend).dtype == torch.float64
+
+
+# --- backends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_the_backends_agree(form: str) -> None:
+    """On one call with everything in it."""
+    values = make_values(4, 16, "log-invariant", query_gain=True)
+    values = values._replace(theta=make_values(4, 16, "log-rotary").theta, rotary_scale=30.0)
+    options: dict[str, Any] = dict(kv_heads=2, head_dim=16, values=values, window=(25, 3), dropout_p=0.2)
+    options["dropout_seed"] = torch.randint(2**62, (1,))
+    if form == "dense":
+        bias = torch.randn(2, 45).masked_fill(torch.rand(2, 45) < 0.2, -INF)
+        starts = dict(query_start=torch.tensor([-3, 15]), key_start=torch.tensor([0, -5]))
+        call = make_call(
+            2, num_queries=33, num_keys=45, key_mask=bias, key_lengths=torch.tensor([45, 38]),
+            context_length=torch.tensor([40, 60]), **starts, **options,
+        )  # fmt: skip
+    else:
+        starts = dict(query_start=torch.tensor([2, 0, 5, 0]), key_start=1)
+        call = make_packed_call([20, 0, 9, 4], [20, 7, 15, 0], outside=3, context_length=50, **starts, **options)
+    for backend in ("blocked", "triton") if INTERPRETED else ("blocked",):
+        check(call, backend)
+    assert torch.equal(run(call, "auto")["out"], run(call, "blocked")["out"])
+
+
+# --- merging ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_merge_partials(form: str) -> None:
+    values = make_values(HEADS, D, "log-invariant", query_gain=True)
+    chunks = list(itertools.pairwise((0, 0, 2, 5, 7, 7)))
+    if form == "dense":
+        x = tensors()
+        whole = log_attention(**x, position=values, is_causal=True, return_lse=True)
+        parts = [
+            log_attention(
+                x["q"],
+                x["k"][:, :, a:b],
+                x["v"][:, :, a:b],
+                values,
+                is_causal=True,
+                query_start=NK - NQ,
+                key_start=a,
+                return_lse=True,
+            )
+            for a, b in chunks
+        ]
+    else:
+        q, k, v = normal(NQ, HEADS, D), normal(NK, KV, D), normal(NK, KV, D)
+        cu_q = torch.tensor([0, NQ])
+        whole = log_attention_varlen(
+            q, k, v, values, cu_q, torch.tensor([0, NK]), NQ, NK, is_causal=True, return_lse=True
+        )
+        parts = [
+            log_attention_varlen(
+                q,
+                k[a:b],
+                v[a:b],
+                values,
+                cu_q,
+                torch.tensor([0, b - a]),
+                NQ,
+                b - a,
+                is_causal=True,
+                query_start=NK - NQ,
+                key_start=a,
+                return_lse=True,
+            )
+            for a, b in chunks
+        ]
+    merged = merge_partials(*zip(*parts, strict=True))
+    for x, y in zip(merged, whole, strict=True):
+        torch.testing.assert_close(x, y)
+    leaves = [x for x in values[:4] if x is not None]
+    dout, dlse = normal(*whole[0].shape), normal(*whole[1].shape)
+    for x, y in zip(
+        torch.autograd.grad(merged, leaves, [dout, dlse]), torch.autograd.grad(whole, leaves, [dout, dlse]), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_nothing_but_empty_parts() -> None:
+    outs = [torch.zeros(B, HEADS, NQ, D, requires_grad=True) for _ in range(2)]
+    lses = [torch.full((B, HEADS, NQ), -INF, requires_grad=True) for _ in range(2)]
+    out, lse = merge_partials(outs, lses)
+    assert (out == 0).all()
+    assert (lse == -INF).all()
+    for gradient in torch.autograd.grad([out, lse], [*outs, *lses], [torch.ones_like(out), torch.ones_like(lse)]):
+        assert (gradient == 0).all()
+
+
+def test_merging_one_part_and_half_precision() -> None:
+    out, lse = log_attention(**tensors(), return_lse=True)
+    merged = merge_partials([out.half()], [lse])
+    assert merged[0].dtype == torch.float16
+    assert torch.equal(merged[0], out.half())
+    torch.testing.assert_close(merged[1], lse)
+
+
+def test_merge_gradcheck() -> None:
+    outs = [normal(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    lses = [(4 * normal(1, 2, 3, dtype=torch.float64)).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: merge_partials(x[:3], x[3:]), [*outs, *lses])
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "message"),
+    [
+        ([], [], r"at least 1, got 0 and 0"),
+        ([(1, 2, 3, 4)] * 2, [(1, 2, 3)], r"of one length.* got 2 and 1"),
+        ([(1, 2, 3, 4)], [(1, 3, 2)], r"got \(1, 2, 3, 4\) and \(1, 3, 2\)"),
+        ([(1, 2, 3, 4), (1, 2, 5, 4)], [(1, 2, 3), (1, 2, 5)], r"got \(1, 2, 5, 4\) and \(1, 2, 5\)"),
+        ([(5, 2, 4)], [(5, 2)], r"got \(5, 2, 4\) and \(5, 2\)"),
+    ],
+)
+def test_merge_refuses(outs: list[Any], lses: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge_partials([torch.zeros(x) for x in outs], [torch.zeros(x) for x in lses])
+
+
+# --- the promise of no NaN --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_a_query_that_sees_nothing(backend: str) -> None:
+    position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
+    x = {name: t.requires_grad_() for name, t in tensors().items()}
+    mask = torch.zeros(B, NK, dtype=torch.bool)
+    mask[0, 3:] = True
+    out, lse = log_attention(
+        **x, position=position, is_causal=True, query_start=0, key_mask=mask, return_lse=True, backend=backend
+    )
+    dead = lse == -INF
+    assert dead.equal((torch.arange(NQ) < 3).logical_or(torch.tensor([[False], [True]]))[:, None].expand(B, HEADS, NQ))
+    assert (out[dead] == 0).all()
+    (out.sum() + lse[~dead].sum()).backward()
+    assert (x["q"].grad[dead] == 0).all()
+    assert all(t.grad.isfinite().all() for t in (*x.values(), *position.parameters()))
+
+
+# --- on a GPU only ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_values_on_a_gpu_are_checked_on_request() -> None:
+    """Reading them waits for the GPU."""
+    x = {name: t.cuda() for name, t in tensors().items()}
+    lengths = torch.tensor([3, 8], device="cuda")
+    assert log_attention(**x, key_lengths=lengths).isfinite().all()  # clamped
+    with pytest.raises(ValueError, match="key_lengths must be from 0 to 7, got values from 3 to 8"):
+        log_attention(**x, key_lengths=lengths, validate=True)
+    y = {name: t.cuda() if isinstance(t, Tensor) else t for name, t in packed().items()}
+    y["cu_seqlens_q"] = torch.tensor([0, 5, 3], device="cuda")
+    assert log_attention_varlen(**y).isfinite().all()
+    with pytest.raises(ValueError, match="cu_seqlens_q must never fall, got 5 followed by 3"):
+        log_attention_varlen(**y, validate=True)
+
+
+@pytest.mark.gpu
+def test_backends_on_a_gpu() -> None:
+    x = {name: t.cuda() for name, t in tensors().items()}
+    expected = log_attention(**x, backend="reference")
+    for backend in ("auto", "triton"):
+        torch.testing.assert_close(log_attention(**x, backend=backend), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r'backend="blocked" runs on the CPU, and q is on cuda:0'):
+        log_attention(**x, backend="blocked")
+    with pytest.raises(ValueError, match="k must be on the device of q, cuda:0, got cpu"):
+        log_attention(x["q"], x["k"].cpu(), x["v"])
+    with pytest.raises(ValueError, match=r"position\.power must be on the device of q, cuda:0, got cpu"):
+        log_attention(**x, position=LogPosition(HEADS, D), is_causal=True)
+
+
+def test_public_names() -> None:
+    for name in logpe.__all__:
+        assert hasattr(logpe, name)
+    assert set(PARAMETERS) < set(PositionValues._fields)

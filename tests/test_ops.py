@@ -1,0 +1,322 @@
+"""The operator inside PyTorch's machinery: opcheck, fake tensors, torch.compile, checkpointing, double backward."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, run
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from logpe import LogPosition, log_attention, log_attention_varlen, ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+BACKENDS = ["blocked", pytest.param("triton", marks=interpreted)]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Off: the compiler has its own use of torch.empty."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def everything(form: str, **sizes: Any) -> Call:
+    """A call with every option in it, dense or packed; "plain" has none; "gqa" shares keys and freezes a part."""
+    if form == "plain":
+        return make_call(2, 2, 2, 9, 9, 8, preset="none")
+    if form == "gqa":
+        return make_call(2, 4, 1, 9, 9, 8, values=make_values(4, 8, learnable=("rate",)), is_causal=True)
+    values = make_values(4, 8, "log-invariant", query_gain=True)._replace(theta=make_values(4, 8, "log-rotary").theta)
+    options: dict[str, Any] = dict(kv_heads=2, head_dim=8, values=values, window=(6, 2), dropout_p=0.2)
+    options["dropout_seed"] = torch.tensor([5])
+    if form == "packed":
+        starts = dict(query_start=torch.tensor([2, 0, 5]), key_start=1)
+        return make_packed_call([6, 0, 5], [8, 3, 7], outside=2, context_length=50, **starts, **options)
+    assert form == "dense"
+    options.update(query_start=torch.tensor([-1, 4]), key_start=torch.tensor([0, -2]))
+    options.update(key_lengths=torch.tensor([12, 10]), context_length=torch.tensor([9, 30]))
+    return make_call(2, num_queries=9, num_keys=12, key_mask=torch.randn(2, 12), **options)
+
+
+def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What a call hands to the two operators."""
+    implementation = ops._implementation(backend)
+    captured = {}
+
+    class Recorder:
+        @staticmethod
+        def forward(*tensors: Tensor, **options: Any) -> Any:
+            captured["forward"] = [*tensors, *options.values(), backend]
+            return implementation.forward(*tensors, **options)
+
+        @staticmethod
+        def backward(*tensors: Tensor, learned: Any, **options: Any) -> Any:
+            captured["backward"] = [*tensors, *options.values(), learned, backend]
+            return implementation.backward(*tensors, **options, learned=learned)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_implementation", lambda backend: Recorder)
+        run(call, backend)
+    return captured["forward"], captured["backward"]
+
+
+# --- the contract of a custom operator --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["plain", "gqa", "dense", "packed"])
+def test_opcheck(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = everything(form)
+    forward, backward = arguments_of(call, backend, monkeypatch)
+    learned = [x for x in call.values[: len(PARAMETERS)] if x is not None and x.requires_grad]
+    for i, x in enumerate(forward):
+        if i < 3 or any(x is y or (isinstance(x, Tensor) and x.data_ptr() == y.data_ptr()) for y in learned):
+            forward[i] = x.detach().requires_grad_()
+    torch.library.opcheck(torch.ops.logpe.attention.default, tuple(forward))
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.logpe.attention_backward.default, tuple(backward), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "one query", "packed transposed"])
+def test_fake_tensors_have_the_real_strides(layout: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if layout.startswith("packed"):
+        call = make_packed_call([5, 4], [5, 4], head_dim=8, is_causal=True)
+        call = call.replace(q=call.q.transpose(0, 1).contiguous().transpose(0, 1))
+    else:
+        call = make_call(2, 4, 2, 1 if layout == "one query" else 9, 9, 8, is_causal=True, preset="log-rotary-bias")
+        change = {
+            "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+            "sliced": lambda x: torch.zeros(2, x.shape[1], 12, 20)[:, :, 1 : 1 + x.shape[2], 3:11].copy_(x),
+            "expanded": lambda x: x[:1].expand_as(x),
+        }.get(layout, lambda x: x)
+        call = call.replace(q=change(call.q), k=change(call.k), v=change(call.v))
+    operators = torch.ops.logpe.attention, torch.ops.logpe.attention_backward
+    for operator, arguments in zip(operators, arguments_of(call, backend, monkeypatch), strict=True):
+        real = operator(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+        assert len(real) == len(fake)
+        for x, y in zip(real, fake, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q, k = torch.empty(2, 4, 9, 8, device="meta"), torch.empty(2, 2, 12, 8, device="meta")
+    out, lse = log_attention(q, k, k, LogPosition(4, 8, device="meta"), is_causal=True, return_lse=True)
+    assert (out.shape, out.device.type) == (q.shape, "meta")
+    assert lse.shape == (2, 4, 9)
+
+
+def test_other_dispatch_modes_may_be_about() -> None:
+    """Such as the counter of operations, or selective checkpointing."""
+    call = everything("gqa")
+    expected = run(call, "blocked")
+    with FlopCounterMode(display=False):
+        actual = run(call, "blocked")
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_graph_is_kept_without_gradients(backend: str) -> None:
+    call = everything("dense")
+    with torch.no_grad():
+        assert not log_attention(call.q, call.k, call.v, call.values, **call.options, backend=backend).requires_grad
+    out = log_attention(call.q, call.k, call.v, call.values, **call.options, backend=backend)
+    assert out.requires_grad  # through the position alone
+    with torch.inference_mode():
+        log_attention(call.q, call.k, call.v, call.values, **call.options, backend=backend)
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Projections around log_attention, with a position of its own."""
+
+    def __init__(self, heads: int = 2, dim: int = 8, **options: Any) -> None:
+        super().__init__()
+        self.position = LogPosition(heads, dim, "log-rotary-bias", query_gain=True)
+        self.heads, self.options = heads, options
+        self.qkv, self.out = nn.Linear(heads * dim, 3 * heads * dim), nn.Linear(heads * dim, heads * dim)
+
+    def forward(self, x: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = log_attention(q, k, v, self.position, key_lengths=key_lengths, **self.options)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class PackedLayer(Layer):
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        out = log_attention_varlen(q, k, v, self.position, cu_seqlens, cu_seqlens, longest, longest, **self.options)
+        return self.out(out.flatten(1))
+
+
+LENGTHS = (9, 12, 17, 33, 20, 65)
+
+
+def compiled_equals_eager(layer: nn.Module, inputs: list[tuple[Any, ...]], compiler: str) -> None:
+    """Values and gradients, and nothing is compiled after the first input."""
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    graphs = 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for arguments in inputs:
+            results = []
+            for function in (layer, compiled):
+                layer.zero_grad()
+                out = function(*arguments)
+                out.square().sum().backward()
+                results.append([out, *(p.grad.clone() for p in layer.parameters())])
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+            graphs = graphs or counter.frame_count
+            assert counter.frame_count == graphs > 0
+
+
+@pytest.mark.parametrize("options", [dict(is_causal=True), dict(window=(5, 3))], ids=["causal", "window"])
+def test_compiled_over_many_lengths(options: dict[str, Any]) -> None:
+    compiled_equals_eager(Layer(**options), [(torch.randn(2, n, 16),) for n in LENGTHS], "aot_eager")
+
+
+def test_compiled_with_padding() -> None:
+    inputs = [(torch.randn(2, n, 16), torch.randint(1, n, (2,))) for n in LENGTHS]
+    compiled_equals_eager(Layer(), inputs, "aot_eager")
+
+
+def test_compiled_packed() -> None:
+    inputs = []
+    for n in LENGTHS:
+        cut = int(torch.randint(2, n, ()))
+        inputs.append((torch.randn(n, 16), torch.tensor([0, cut, n], dtype=torch.int32), n))
+    compiled_equals_eager(PackedLayer(is_causal=True), inputs, "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_by_inductor() -> None:
+    compiled_equals_eager(Layer(is_causal=True), [(torch.randn(2, n, 16),) for n in LENGTHS], "inductor")
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor_on_a_gpu() -> None:
+    layer = Layer(is_causal=True).cuda()
+    compiled_equals_eager(layer, [(torch.randn(2, n, 16, device="cuda"),) for n in LENGTHS], "inductor")
+
+
+def test_compiled_decoding() -> None:
+    """One query against a growing cache: the same graph at every step."""
+    position = LogPosition(2, 8, "log-bias", query_gain=True)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return log_attention(q, k, v, position, is_causal=True)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
+    graphs = 0
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(5, 30, 4):
+            torch.testing.assert_close(compiled(q, k[:, :, :n], v[:, :, :n]), step(q, k[:, :, :n], v[:, :, :n]))
+            graphs = graphs or counter.frame_count
+            assert counter.frame_count == graphs > 0
+
+
+def test_compiled_dropout_draws_anew() -> None:
+    def function(q: Tensor) -> Tensor:
+        return log_attention(q, q, q, dropout_p=0.5)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    q = torch.randn(1, 2, 20, 8)
+    first, second = compiled(q), compiled(q)
+    assert not torch.equal(first, second)
+    assert first.isfinite().all()
+
+
+def test_compiled_lse_gradient_and_autocast() -> None:
+    position = LogPosition(2, 8)
+
+    def function(q: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, lse = log_attention(q, q, q, position, is_causal=True, return_lse=True)
+        return out.float().sum() + lse.sum()
+
+    q = torch.randn(1, 2, 20, 8, requires_grad=True)
+    expected = torch.autograd.grad(function(q), [q, *position.parameters()])
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x, y in zip(torch.autograd.grad(compiled(q), [q, *position.parameters()]), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# --- checkpointing, double backward ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_dropout(use_reentrant: bool, backend: str) -> None:
+    layer = Layer(is_causal=True, dropout_p=0.4, backend=backend)
+    x = torch.randn(2, 12, 16)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(layer, leaf, use_reentrant=use_reentrant) if recompute else layer(leaf)
+        layer.zero_grad()
+        out.square().sum().backward()
+        gradients.append([out, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_says_that_there_is_none(backend: str) -> None:
+    position = LogPosition(2, 8)
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+    out = log_attention(q, q, q, position, is_causal=True, backend=backend)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*backend="reference"'):
+        gradient.square().sum().backward()
+
+
+def test_double_backward_of_the_reference() -> None:
+    position = LogPosition(2, 8).double()
+    q = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def function(q: Tensor) -> Tensor:
+        return log_attention(q, q, q, position, is_causal=True, backend="reference")
+
+    assert torch.autograd.gradgradcheck(function, (q,), fast_mode=True)
+    (gradient,) = torch.autograd.grad(function(q).square().sum(), q, create_graph=True)
+    gradient.square().sum().backward()
+    assert position.raw_power.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_accumulate_over_two_uses(backend: str) -> None:
+    """One position, two calls, one backward: the parameters collect both."""
+    position = LogPosition(2, 8)
+    q = torch.randn(1, 2, 9, 8)
+    loss = [log_attention(x, x, x, position, is_causal=True, backend=backend).square().sum() for x in (q, 2 * q)]
+    separate = [torch.autograd.grad(x, position.raw_rate, retain_graph=True)[0] for x in loss]
+    (together,) = torch.autograd.grad(loss[0] + loss[1], position.raw_rate)
+    torch.testing.assert_close(together, separate[0] + separate[1])
+    assert not math.isnan(float(together.sum()))
