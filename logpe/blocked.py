@@ -149,12 +149,14 @@ def backward(
             if part_dlse is not None:
                 delta -= part_dlse[tile.queries]
             g.addcmul_(tile.by_head(weights), delta[..., None], value=-1)
-            dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded_g))
+            if wanted:
+                dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded_g))
             dscores = g
             if "contrast" in dtables:
                 dscores = torch.mul(g, part.view("contrast", tile), out=tile.by_head(weights))
-                g.mul_(tile.by_head(scores))
-                dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded_g))
+                if wanted:
+                    g.mul_(tile.by_head(scores))
+                    dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded_g))
 
             dscores = dscores.flatten(1, 2)
             part_dq[tile.queries] = tile.by_head(dscores @ part.k[tile.keys])
