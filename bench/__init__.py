@@ -1,0 +1,1 @@
+"""What is measured, and how: run a module with `python -m`."""

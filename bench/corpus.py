@@ -1,0 +1,129 @@
+"""Text to train and test on: the standard library beside the interpreter, or any folder.
+
+A document's side of the split follows from a hash of its relative path, so it does not change when others are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MIN_BYTES = 1024  # shorter documents are left out
+TEST_SHARE = 10  # one document in ten is held out
+
+
+@dataclass(frozen=True)
+class Document:
+    """Its path relative to the corpus, with slashes, and its bytes."""
+
+    path: str
+    text: bytes
+
+    @property
+    def hash(self) -> int:
+        """Of the path: chance that is the same everywhere."""
+        return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in the order of their paths, and what identifies them."""
+
+    name: str
+    train: list[Document]
+    test: list[Document]
+    digest: str  # sha256 over every document's path and content
+
+    def describe(self) -> dict[str, object]:
+        """Name, digest and sizes, for the record."""
+        sides = {"train": self.train, "test": self.test}
+        sizes = {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
+        return {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES, **sizes}
+
+
+def standard_library() -> Iterator[Document]:
+    """Python source beside the interpreter, and the articles behind help() as text."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if not {"site-packages", "dist-packages"} & set(name.parts) and name.parts[0] != "pydoc_data":
+            yield Document(name.as_posix(), path.read_bytes())
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions ship it apart
+        return
+    for topic, text in topics.items():
+        yield Document(f"pydoc_data/topics/{topic}", text.encode())
+
+
+def folder(root: Path) -> Iterator[Document]:
+    """Every text file (one without a zero byte) under `root`, hidden ones left out."""
+    for path in root.rglob("*"):
+        name = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            text = path.read_bytes()
+            if b"\0" not in text:
+                yield Document(name.as_posix(), text)
+
+
+def load(source: str) -> Corpus:
+    """`source`: "stdlib" or a folder. Copies of a document are dropped. Raises ValueError where a side stays empty."""
+    found = standard_library() if source == "stdlib" else folder(Path(source))
+    documents: dict[bytes, Document] = {}  # by content
+    for document in sorted(found, key=lambda d: d.path):
+        if len(document.text) >= MIN_BYTES:
+            documents.setdefault(hashlib.sha256(document.text).digest(), document)
+    digest = hashlib.sha256()
+    for content, document in documents.items():
+        digest.update(document.path.encode() + b"\0" + content)
+    train = [d for d in documents.values() if d.hash % TEST_SHARE]
+    test = [d for d in documents.values() if d.hash % TEST_SHARE == 0]
+    if not train or not test:
+        raise ValueError(
+            f"{source}: {len(train)} documents to train on, {len(test)} to test on; each needs one or more"
+        )
+    return Corpus(source if source == "stdlib" else Path(source).resolve().name, train, test, digest.hexdigest())
+
+
+def as_tensor(text: bytes) -> Tensor:
+    """uint8 (len(text),)."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class Sampler:
+    """Draws windows that lie within one document, every start equally likely."""
+
+    def __init__(self, documents: list[Document], length: int) -> None:
+        documents = [d for d in documents if len(d.text) >= length]
+        if not documents:
+            raise ValueError(f"no document has {length} bytes to train on")
+        sizes = torch.tensor([len(d.text) for d in documents])
+        self.text = as_tensor(b"".join(d.text for d in documents))
+        self.ends = (sizes - length + 1).cumsum(0)  # of each document's run of starts
+        self.skipped = torch.arange(len(sizes)) * (length - 1)  # bytes before it in which no window starts
+        self.span = torch.arange(length)
+
+    def __call__(self, batch: int, generator: torch.Generator) -> Tensor:
+        """int64 (batch, length)."""
+        draw = torch.randint(int(self.ends[-1]), (batch,), generator=generator)
+        start = draw + self.skipped[torch.searchsorted(self.ends, draw, right=True)]
+        return self.text[start[:, None] + self.span].long()
+
+
+def windows(documents: list[Document], length: int, count: int) -> Tensor:
+    """int64 (count or fewer, length): windows that do not overlap, from as many documents as there are."""
+    candidates = []
+    for document in documents:
+        fit, slack = divmod(len(document.text), length)
+        first = document.hash // TEST_SHARE % (slack + 1)
+        candidates += [(turn, document.hash, document.text, first + turn * length) for turn in range(fit)]
+    if not candidates:
+        raise ValueError(f"no held-out document has {length} bytes")
+    chosen = sorted(candidates, key=lambda c: c[:2])[:count]
+    return torch.stack([as_tensor(text[start : start + length]) for _, _, text, start in chosen]).long()

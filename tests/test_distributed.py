@@ -1,0 +1,166 @@
+"""Two processes on the CPU: data parallel training, and sharded half-precision models that keep their position."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+WORLD = 2
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch.distributed has no gloo backend here"
+)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """All cases in one pair of processes: starting them takes most of the time."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output
+
+
+# --- what each process runs -----------------------------------------------------------------------------------------
+
+
+def make_model() -> nn.Module:
+    """The same on every rank."""
+    from logpe import LogPosition, log_attention
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = LogPosition(4, 8, "log-invariant", query_gain=True)
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            return self.out(log_attention(q, k, v, self.position, is_causal=True).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def train(model: nn.Module, x: Tensor, after_backward: Callable[[], None] = lambda: None) -> None:
+    """Three steps of the position and of the rest towards a made-up target."""
+    from logpe import parameter_groups
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x).float() - 1).square().mean().backward()
+        after_backward()
+        optimizer.step()
+
+
+def all_equal(x: Tensor) -> bool:
+    """Whether the ranks hold the same bits."""
+    copies = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(copies, x.detach().contiguous())
+    return all(torch.equal(copies[0], other) for other in copies)
+
+
+def data_parallel(rank: int) -> None:
+    """The parameters move, stay equal, and are those of one process with the whole batch."""
+    import logpe
+
+    model = make_model()
+    alone = copy.deepcopy(model)
+    start = copy.deepcopy(model)
+    batch = torch.randn(2 * WORLD, 12, 32, generator=torch.Generator().manual_seed(1))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    train(parallel, batch[2 * rank : 2 * rank + 2])
+    train(alone, batch)
+    moved = list(logpe.position_parameters(model))
+    assert len(moved) == 4
+    for p, before, expected in zip(
+        moved, logpe.position_parameters(start), logpe.position_parameters(alone), strict=True
+    ):
+        assert all_equal(p)
+        assert not torch.equal(p, before)
+        torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4)
+
+
+def sharded_bfloat16(rank: int) -> None:
+    """A bfloat16 model: the position is left out of the sharding, stays float32, and trains."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import logpe
+
+    model = make_model().bfloat16()
+    positions = list(logpe.position_parameters(model))
+    before = [p.detach().clone() for p in positions]
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), ignored_params=set(positions))
+
+    def average() -> None:  # ignored parameters are the caller's to synchronise
+        for p in positions:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD
+
+    torch.manual_seed(rank)
+    train(model, torch.randn(2, 12, 32, dtype=torch.bfloat16), average)
+    assert model.qkv.weight.dtype == torch.bfloat16
+    assert model.qkv.weight.to_local().shape == (48, 32)
+    assert positions == list(logpe.position_parameters(model))
+    for p, start in zip(positions, before, strict=True):
+        assert p.dtype == torch.float32
+        assert all_equal(p)
+        assert not torch.equal(p, start)
+
+
+def sharded_mixed_precision(rank: int) -> None:
+    """A float32 model that computes in bfloat16: sharded with the rest, the position stays float32, and trains."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    import logpe
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for ignore in (False, True):
+        model = make_model()
+        before = [p.detach().clone() for p in logpe.position_parameters(model)]
+        ignored = set(logpe.position_parameters(model)) if ignore else set()
+        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy, ignored_params=ignored)
+        torch.manual_seed(rank)
+        train(model, torch.randn(2, 12, 32))
+        for p, start in zip(logpe.position_parameters(model), before, strict=True):
+            assert p.dtype == torch.float32
+            whole = p if ignore else p.full_tensor()
+            assert not torch.equal(whole, start)
+            assert ignore or all_equal(whole)
+
+
+if __name__ == "__main__":
+    rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    for case in (data_parallel, sharded_bfloat16, sharded_mixed_precision):
+        print(case.__name__, flush=True)
+        case(rank)
+    dist.destroy_process_group()
