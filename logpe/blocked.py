@@ -32,7 +32,7 @@ from torch import Tensor
 from logpe import reference
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
-TILE_ELEMENTS = 2**18  # logits of a tile per thread, where one head does not have more: they stay in cache
+TILE_ELEMENTS = 2**19  # logits of a tile per thread, unless one head has more: they stay in cache
 UNLIMITED = 2**62
 PARAMETERS = ("power", "rate", "sharpness", "alpha")
 
