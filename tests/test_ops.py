@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from logpe import LogPosition, log_attention, log_attention_varlen, ops
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 BACKENDS = ["blocked", pytest.param("triton", marks=interpreted)]

@@ -193,6 +193,7 @@ def test_the_distance_bias_is_a_dense_mask_of_torchs_attention() -> None:
         torch.testing.assert_close(gradient, by_torch)
 
 
+@torch.no_grad()
 def test_everything_at_once_against_plain_loops() -> None:
     """The formulas of the module's docstring, one float at a time."""
     batch, heads, kv_heads, num_queries, num_keys, dim = 2, 4, 2, 6, 9, 7
@@ -217,7 +218,7 @@ def test_everything_at_once_against_plain_loops() -> None:
 
     for b in range(batch):
         for h in range(heads):
-            power, rate, sharpness, alpha = (float(getattr(values, name)[h].detach()) for name in PARAMETERS)
+            power, rate, sharpness, alpha = (float(getattr(values, name)[h]) for name in PARAMETERS)
             for m in range(num_queries):
                 i, masses = query_starts[b] + m, {}
                 for n in range(num_keys):

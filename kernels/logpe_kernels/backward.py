@@ -228,54 +228,60 @@ def dkdv_kernel(
         keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1, queries,
         window_right, window_left, sequences.key_bias is not None, BLOCK_M,
     )  # fmt: skip
-    for member in range(group_size):
-        h = kv_head * group_size + member
-        h64 = h.to(tl.int64)
-        head = Position(
-            None if position.power is None else tl.load(position.power + h),
-            None if position.rate is None else tl.load(position.rate + h),
-            None if position.sharpness is None else tl.load(position.sharpness + h),
-            None if position.alpha is None else tl.load(position.alpha + h),
-        )
-        q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
-        do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
-        lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
-        for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
-            skip = full_end - full_begin
-            for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_M):
-                m0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_M)
-                rows = m0 + columns
-                i = queries.start + rows  # [BLOCK_M]
-                # A full tile lies inside the sequence and has no dead row: nothing to mask.
-                mask = within(i, queries) if MASKED else None
-                lse_row = load_masked(lse + lse_offset + rows, mask, -float("inf"))
-                if MASKED:
-                    mask = lse_row > -float("inf")
-                    lse_row = tl.where(mask, lse_row, float("inf"))
-                delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
-                q_tile = load_rows(q_head, rows, strides.q[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-                do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
-                gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
-                if gain is not None:
-                    gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
-                distance, _, a = tile_logits(
-                    dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], j, first_query, last_query, i,
-                    queries.start + m0, None if key_bias is None else key_bias[:, None], head, MASKED,
-                )  # fmt: skip  # [BLOCK_N, BLOCK_M]
-                keep = None
-                if dropout_seed is not None:
-                    keep = dropout_keep(
-                        dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold
-                    )
-                _, p, g = weights_and_gradient(
-                    a, (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
+    # One loop over the query heads of the group and their tiles: a loop in a loop is not pipelined across heads.
+    for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
+        skip = full_end - full_begin
+        first = begin if MASKED else full_begin
+        count = tl.cdiv((end - skip if MASKED else full_end) - first, BLOCK_M)
+        for t in range(group_size * count):
+            h = kv_head * group_size + t // count
+            x = first + t % count * BLOCK_M
+            m0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_M)
+            h64 = h.to(tl.int64)
+            head = Position(
+                None if position.power is None else tl.load(position.power + h),
+                None if position.rate is None else tl.load(position.rate + h),
+                None if position.sharpness is None else tl.load(position.sharpness + h),
+                None if position.alpha is None else tl.load(position.alpha + h),
+            )
+            q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
+            do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
+            lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+            rows = m0 + columns
+            i = queries.start + rows  # [BLOCK_M]
+            # A full tile lies inside the sequence and has no dead row: nothing to mask.
+            mask = within(i, queries) if MASKED else None
+            lse_row = load_masked(lse + lse_offset + rows, mask, -float("inf"))
+            if MASKED:
+                mask = lse_row > -float("inf")
+                lse_row = tl.where(mask, lse_row, float("inf"))
+            delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
+            q_tile = load_rows(q_head, rows, strides.q[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
+            gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
+            if gain is not None:
+                gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
+            distance, _, a = tile_logits(
+                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], j, first_query, last_query, i,
+                queries.start + m0, None if key_bias is None else key_bias[:, None], head, MASKED,
+            )  # fmt: skip  # [BLOCK_N, BLOCK_M]
+            keep = None
+            if dropout_seed is not None:
+                keep = dropout_keep(
+                    dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold
                 )
-                dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
-                ds = g * sharpening(distance, head) * gain_row[None, :]
-                dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
+            _, p, g = weights_and_gradient(
+                a, (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
+            )
+            dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
+            ds = g * sharpening(distance, head) * gain_row[None, :]
+            dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
 
+    # A full tile is not masked, and may hold hidden keys at its end: their rows are formed, and dropped here.
     stored = tokens < keys.count
-    store_rows(dk, tokens, strides.dk[2], dk_acc * scale, stored, HEAD_DIM, BLOCK_D)
+    dk_acc = tl.where(exists[:, None], dk_acc * scale, 0.0)
+    dv_acc = tl.where(exists[:, None], dv_acc, 0.0)
+    store_rows(dk, tokens, strides.dk[2], dk_acc, stored, HEAD_DIM, BLOCK_D)
     store_rows(dv, tokens, strides.dv[2], dv_acc, stored, HEAD_DIM, BLOCK_D)
 
 

@@ -22,6 +22,7 @@ RUNTIME_INTEGERS = [
     "window_right",
 ]
 MAX_HEAD_DIM = 256
+FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 
 
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
@@ -81,7 +82,9 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, self.packed))
             self.k = self.rotate_keys(k, new_output(k, self.packed))
         self.position = Position(power, rate, sharpness, alpha)
-        self.heavy = sharpness is not None or alpha is not None  # more registers per element: smaller tiles
+        # More registers to an element (two more parts), or to an address (rows of an odd size): smaller tiles.
+        ragged = self.head_dim & (self.head_dim - 1) != 0
+        self.heavy = sharpness is not None or alpha is not None or ragged
         self.keywords: dict[str, Any] = dict(
             position=self.position,
             sequences=Sequences(
@@ -100,8 +103,8 @@ class Problem:
             total_keys=k.shape[0] if self.packed else 0,
             query_start=query_start,
             key_start=key_start,
-            window_left=window_left,
-            window_right=window_right,
+            window_left=None if window_left is None else min(window_left, FARTHEST),
+            window_right=None if window_right is None else min(window_right, FARTHEST),
             HEAD_DIM=self.head_dim,
             BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
             enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default

@@ -109,11 +109,12 @@ def tile_range(first, last, other, before, after, ALWAYS_MASK: tl.constexpr, BLO
     if after is not None:
         end = tl.minimum(end, last + after + 1)
         full_end = tl.minimum(full_end, first + after + 1)
+    empty = (last < tl.maximum(first, 0)) | (end <= begin)
     begin = (begin - other.start) // BLOCK * BLOCK
-    end = tl.where(last < first, begin, end - other.start)
+    end = tl.where(empty, begin, end - other.start)
     full_begin = (full_begin - other.start + BLOCK - 1) // BLOCK * BLOCK
     full_end = (full_end - other.start) // BLOCK * BLOCK
-    none_full = (full_end <= full_begin) | (first < 0) | (last < first)
+    none_full = empty | (full_end <= full_begin) | (first < 0)
     if ALWAYS_MASK:
         none_full = True
     full_begin = tl.where(none_full, begin, full_begin)
