@@ -228,22 +228,35 @@ def dkdv_kernel(
         keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1, queries,
         window_right, window_left, sequences.key_bias is not None, BLOCK_M,
     )  # fmt: skip
-    # One loop over the query heads of the group and their tiles: a loop in a loop is not pipelined across heads.
+    # One loop over the query heads of the group and their tiles: the state that a loop in a loop keeps alive spills.
+    first_head = kv_head * group_size
+    first_parameters = Position(
+        None if position.power is None else tl.load(position.power + first_head),
+        None if position.rate is None else tl.load(position.rate + first_head),
+        None if position.sharpness is None else tl.load(position.sharpness + first_head),
+        None if position.alpha is None else tl.load(position.alpha + first_head),
+    )
     for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
         skip = full_end - full_begin
-        first = begin if MASKED else full_begin
-        count = tl.cdiv((end - skip if MASKED else full_end) - first, BLOCK_M)
-        for t in range(group_size * count):
-            h = kv_head * group_size + t // count
-            x = first + t % count * BLOCK_M
+        start = begin if MASKED else full_begin
+        stop = end - skip if MASKED else full_end
+        span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
+        for y in range(start, stop if group_size == 1 else start + group_size * span, BLOCK_M):
+            if group_size == 1:
+                x = y
+                h = first_head
+                head = first_parameters
+            else:
+                x = start + (y - start) % span
+                h = first_head + (y - start) // span
+                head = Position(
+                    None if position.power is None else tl.load(position.power + h),
+                    None if position.rate is None else tl.load(position.rate + h),
+                    None if position.sharpness is None else tl.load(position.sharpness + h),
+                    None if position.alpha is None else tl.load(position.alpha + h),
+                )
             m0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_M)
             h64 = h.to(tl.int64)
-            head = Position(
-                None if position.power is None else tl.load(position.power + h),
-                None if position.rate is None else tl.load(position.rate + h),
-                None if position.sharpness is None else tl.load(position.sharpness + h),
-                None if position.alpha is None else tl.load(position.alpha + h),
-            )
             q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
             do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
             lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
