@@ -10,7 +10,8 @@ against what the target has, and the number of matrix instructions. ``--check`` 
 
 * does not compile;
 * wants more shared (or tensor) memory than the target has;
-* spills in half precision at head_dim <= 128 (dropout excepted: its random numbers live beside everything else);
+* spills in half precision at head_dim <= 128. Calls with more than a position (packed, grouped, a window, ...) may
+  spill around the loops over tiles, not in them; dropout's random numbers may spill there too;
 * is in half precision and has a product that did not become matrix instructions.
 """
 
@@ -116,9 +117,11 @@ class Row:
     stack: int = 0
     shared: int = 0
     tensor_memory: int = 0
-    matrix: int = 0
-    products: int = 0
+    matrix: int = 0  # instructions
+    products: int = 0  # tl.dot in the source
     instructions: int = 0
+    loops: list[int] = dataclasses.field(default_factory=list)  # instructions of each loop over tiles
+    spilled_in_loops: int = 0  # instructions of these loops that reach for spilled registers
     error: str | None = None
 
     def failures(self) -> Iterator[str]:
@@ -130,8 +133,11 @@ class Row:
             yield f"{self.shared} bytes of shared memory, {self.target} has {limit}"
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             yield f"{self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
-        if self.dtype in HALF and self.head_dim <= 128 and self.spill > 0 and "dropout" not in self.feature:
-            yield f"spills {self.spill} bytes"
+        if self.dtype in HALF and self.head_dim <= 128:
+            if self.feature == "plain" and self.spill > 0:
+                yield f"spills {self.spill} bytes"
+            elif self.spilled_in_loops > 0 and "dropout" not in self.feature:
+                yield f"spills {self.spill} bytes, {self.spilled_in_loops} times in a loop"
         if self.dtype in HALF and self.products > 0 and self.matrix == 0:
             yield "no matrix instructions"
 
@@ -153,8 +159,7 @@ def call(case: Case, preset: str) -> None:
     meta = functools.partial(torch.empty, device="meta")
     dtype: torch.dtype = getattr(torch, case.dtype)
     features = case.feature.split("+")
-    # A ragged head_dim is a multiple of 8 that rounds up to the table's.
-    head_dim = case.head_dim - 8 if "ragged" in features else case.head_dim
+    head_dim = case.head_dim * 3 // 4 if "ragged" in features else case.head_dim  # rounds up to the table's
     batch, heads = 2, 4
     kv_heads = 1 if "grouped" in features else heads
     num_queries = 1 if "decode" in features else LENGTH
@@ -309,6 +314,37 @@ def disassemble(kernel: Any) -> str:
         return _output(nvidia.cuobjdump.path, "-sass", file.name)
 
 
+def instructions(code: str) -> tuple[list[str], list[slice]]:
+    """The instructions of a disassembled kernel, in order, and its innermost loops as slices of them.
+
+    A loop is what lies between a branch and its target when that comes first.
+    """
+    lines: list[str] = []
+    places: dict[str, int] = {}  # of addresses or labels
+    loops: list[slice] = []
+    for line in code.splitlines():
+        if found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):  # SASS: /*0a10*/ @P0 BRA 0x9f0 ;
+            places[f"0x{int(found[1], 16):x}"] = len(lines)
+            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", found[2])
+            lines.append(found[2])
+        elif found := re.match(r"(\.LBB\w+):", line):
+            places[found[1]] = len(lines)
+            continue
+        elif found := re.match(r"\t([a-z]+_\w+\b.*)", line):  # AMD: s_cbranch_scc1 .LBB0_2
+            target = re.search(r"^s_c?branch\w*\s+(\.LBB\w+)", found[1])
+            lines.append(found[1])
+        else:
+            continue
+        if target and target[1] in places:
+            loops.append(slice(places[target[1]], len(lines)))
+    innermost = [
+        loop
+        for loop in loops
+        if not any(other != loop and other.start >= loop.start and other.stop <= loop.stop for other in loops)
+    ]
+    return lines, innermost
+
+
 def inspect_kernel(kernel: Any, row: Row) -> None:
     """Fill in what the compiled kernel uses."""
     code = disassemble(kernel)
@@ -324,14 +360,20 @@ def inspect_kernel(kernel: Any, row: Row) -> None:
         # vgpr_count includes the accumulation registers. Spills are counted in registers of 4 bytes.
         row.registers, row.spill = field("vgpr_count"), 4 * field("vgpr_spill_count")
         row.stack = field("private_segment_fixed_size")
-        row.matrix = len(re.findall(r"^\s*v_mfma", code, re.MULTILINE))
-        row.instructions = len(re.findall(r"^\s+[a-z]+_\w+ ", code, re.MULTILINE))
+        matrix, local = r"v_mfma", r"scratch_"
     else:
         row.registers, row.stack = _resources(kernel.asm["cubin"])
         row.spill = _spill(kernel, row.registers, row.stack) if row.stack else 0
         # HMMA (sm_80 to sm_120), HGMMA (sm_90), UTCHMMA (sm_100), and the same for other types.
-        row.matrix = len(re.findall(r"\b(?:UTC)?[A-Z]G?MMA\b", code))
-        row.instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
+        matrix, local = r"\b(?:UTC)?[A-Z]G?MMA\b", r"\b(?:LDL|STL)\b"
+    lines, loops = instructions(code)
+    row.instructions = len(lines)
+    row.matrix = sum(bool(re.search(matrix, line)) for line in lines)
+    product = matrix if row.matrix else r"FFMA|v_(?:pk_)?fma"
+    for loop in loops:
+        if any(re.search(product, line) for line in lines[loop]):
+            row.loops.append(loop.stop - loop.start)
+            row.spilled_in_loops += sum(bool(re.search(local, line)) for line in lines[loop])
 
 
 def _output(*command: str) -> str:

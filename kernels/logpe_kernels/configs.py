@@ -63,8 +63,8 @@ def entry(device: torch.device) -> tuple[str, str]:
 def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool = False) -> Config:
     """The shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
 
-    An entry is one configuration, or a light and a heavy one; heavy are calls with a sharpness, a query gain, or a
-    head_dim that is no power of two.
+    An entry is one configuration, or a light and a heavy one; heavy are calls with a sharpness, a query gain, a
+    key bias, or a head_dim that is no power of two.
     """
     if target == "cpu":
         return Config(32, 32, 4, 1)

@@ -82,9 +82,9 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, self.packed))
             self.k = self.rotate_keys(k, new_output(k, self.packed))
         self.position = Position(power, rate, sharpness, alpha)
-        # More registers to an element (two more parts), or to an address (rows of an odd size): smaller tiles.
+        # More registers to an element (two more parts, a bias), or to an address (odd rows): smaller tiles.
         ragged = self.head_dim & (self.head_dim - 1) != 0
-        self.heavy = sharpness is not None or alpha is not None or ragged
+        self.heavy = any(x is not None for x in (sharpness, alpha, key_bias)) or ragged
         self.keywords: dict[str, Any] = dict(
             position=self.position,
             sequences=Sequences(
