@@ -16,7 +16,8 @@ What is compared:
 * ``sdpa``: F.scaled_dot_product_attention without a bias.
 * ``flex``: compiled flex_attention with the bias as a score_mod; its parameters are constants.
 
-A point that fails, or would not fit in memory or in the time given, is a row that says so.
+A point that fails, or would not fit in memory or in the time given, is a row that says so. Times on a CPU that is busy
+otherwise say little; OMP_WAIT_POLICY=passive keeps their ratios right, because threads then do not spin for each other.
 """
 
 from __future__ import annotations
