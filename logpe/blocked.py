@@ -86,17 +86,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     full_lse = lse if lse.dim() == 3 else lse[None]
     for span in _spans(o, q, k):
         part = _Part(o, span, q, k, v)
-        part_out, part_lse = torch.empty_like(part.q), torch.empty_like(part.q[..., 0])
         for tile in part.tiles():
-            _, logits, weights = part.attend(tile)
-            part_lse[tile.queries] = tile.by_head(logits.amax(-1) - weights.amax(-1).log())
+            logits = part.logits(tile)[1]
+            peak = logits.amax(-1)
+            weights = part.softmax(tile, logits, out=logits)
+            tile_lse = tile.by_head(peak - weights.amax(-1).log_())
+            if part.dead is not None:
+                tile_lse.masked_fill_(part.dead[tile.heads, :, tile.rows], -math.inf)
             if o.dropout_p:
                 weights.mul_(part.dropout(tile))
-            part_out[tile.queries] = tile.by_head(weights @ part.v[tile.keys])
-        if part.dead is not None:
-            part_lse.masked_fill_(part.dead, -math.inf)
-        full_out[span.queries] = part.unreversed(part_out)
-        full_lse[span.queries] = part.unreversed(part_lse)
+            part.store(full_lse[span.queries], tile, tile_lse)
+            part.store(full_out[span.queries], tile, tile.by_head(weights @ part.v[tile.keys]))
     return out, lse
 
 
@@ -133,7 +133,8 @@ def backward(
         dtables = {name: torch.zeros_like(table, dtype=torch.float64) for name, table in part.tables.items()}
         for tile in part.tiles():
             tile_q, tile_dout = (x[tile.queries].flatten(1, 2) for x in (part.q, part_dout))
-            scores, logits, weights = part.attend(tile)
+            scores, logits = part.logits(tile)
+            weights = part.softmax(tile, logits, out=part.buffer("weights", tile.shape).flatten(1, 2))
             dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=logits)  # the logits have served
             if o.dropout_p:
                 dropout = part.dropout(tile)
@@ -367,20 +368,21 @@ class _Part:
         step = min(max(1, BLOCK_ROWS // group), num_queries)
         elements = group * step * min(num_keys, step + self.o.left + self.o.right)
         heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
-        for pair in range(0, pairs, heads):
+        # Whole sequences, or heads of one: no tile ends amid one and begins amid another.
+        span = max(heads // self.key_heads, 1) * self.key_heads
+        for pair in (p for first in range(0, pairs, span) for p in range(first, min(first + span, pairs), heads)):
             for row in range(0, num_queries, step):
-                pair_end, row_end = min(pair + heads, pairs), min(row + step, num_queries)
+                pair_end, row_end = min(pair + heads, pair // span * span + span, pairs), min(row + step, num_queries)
                 offset = self.last_query - self.span.key_position
                 first = max(0, offset - (row_end - 1) - self.o.left)
                 end = min(num_keys, offset - row + self.o.right + 1)
                 shape = (pair_end - pair, group, row_end - row, end - first)
                 yield _Tile(slice(pair, pair_end), slice(row, row_end), slice(first, end), shape)
 
-    def attend(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """The scores s, logits a and weights P of a tile, [heads, group * rows, columns], in buffers."""
+    def logits(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """The scores s and logits a of a tile, [heads, group * rows, columns], in buffers."""
         q, k = self.q[tile.queries].flatten(1, 2), self.k[tile.keys]
-        logits, weights = (self.buffer(name, tile.shape).flatten(1, 2) for name in ("logits", "weights"))
-        scores = logits
+        scores = logits = self.buffer("logits", tile.shape).flatten(1, 2)
         if "contrast" in self.tables:
             scores = torch.bmm(q, k.mT, out=self.buffer("scores", tile.shape).flatten(1, 2))
             torch.mul(tile.by_head(scores), self.view("contrast", tile), out=tile.by_head(logits))
@@ -390,10 +392,14 @@ class _Part:
             logits.baddbmm_(q, k.mT)
         if self.key_bias is not None:
             logits += self.key_bias[tile.heads, :, tile.columns]
-        torch.softmax(logits, -1, out=weights)
+        return scores, logits
+
+    def softmax(self, tile: _Tile, logits: Tensor, out: Tensor) -> Tensor:
+        """The weights P of a tile, zero in dead rows, in ``out``, which may be ``logits``."""
+        torch.softmax(logits, -1, out=out)
         if self.dead is not None:
-            tile.by_head(weights).masked_fill_(self.dead[tile.heads, :, tile.rows, None], 0)
-        return scores, logits, weights
+            tile.by_head(out).masked_fill_(self.dead[tile.heads, :, tile.rows, None], 0)
+        return out
 
     def view(self, table: str, tile: _Tile) -> Tensor:
         """The values of a table for a tile, [heads, group, rows, columns]."""
@@ -446,6 +452,14 @@ class _Part:
         if self.dead is not None:
             x.masked_fill_(self.dead if x.dim() == 3 else self.dead[..., None], 0)
         return x
+
+    def store(self, target: Tensor, tile: _Tile, x: Tensor) -> None:
+        """Write a tile, [heads, group, rows, ...], to its place in ``target``: (batch, query heads, rows, ...)."""
+        num_queries = target.shape[2]
+        target = target[:, :, num_queries - tile.rows.stop : num_queries - tile.rows.start]
+        target = target.unflatten(1, (self.key_heads, -1))
+        (first, head), (last, head_last) = (divmod(n, self.key_heads) for n in (tile.heads.start, tile.heads.stop - 1))
+        target[first : last + 1, head : head_last + 1] = x.flip(2).unflatten(0, (last + 1 - first, -1))
 
     def unreversed(self, x: Tensor) -> Tensor:
         return self.by_query_head(x).flip(2)

@@ -315,14 +315,14 @@ def test_same_bits_every_time() -> None:
 )
 def test_hidden_tiles_are_skipped(options: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     formed = 0
-    attend = blocked._Part.attend
+    logits = blocked._Part.logits
 
     def counted(part: Any, tile: Any) -> Any:
         nonlocal formed
         formed += math.prod(tile.shape)
-        return attend(part, tile)
+        return logits(part, tile)
 
-    monkeypatch.setattr(blocked._Part, "attend", counted)
+    monkeypatch.setattr(blocked._Part, "logits", counted)
     call = make_call(1, 2, 1, 1024, 1024, 4, **options)
     log_attention(call.q, call.k, call.v, call.values, **options)
     assert formed <= share * 2 * 1024**2
