@@ -22,6 +22,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 import logpe_kernels  # noqa: E402
 import logpe_kernels.position as position_kernels  # noqa: E402
+import logpe_kernels.tile as tile_kernels  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -491,6 +492,51 @@ def test_packed_is_one_call_per_sequence(device: torch.device) -> None:
 def test_block_shapes(block: tuple[int, int], window: dict[str, Any], device: torch.device) -> None:
     with configs.override(Config(*block, 4, 1)):
         check(make_call(1, 2, 1, 50, 75, 16, preset="log-invariant", device=device, **window))
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        dict(is_causal=True),
+        dict(query_start=20),
+        dict(is_causal=True, window=150),
+        dict(query_start=-150),
+        dict(query_start=300),
+    ],
+    ids=["causal", "full", "window", "before", "after"],
+)
+@pytest.mark.parametrize("preset", ["log-bias", "log-invariant"])
+def test_far_tiles(preset: str, window: dict[str, Any], device: torch.device) -> None:
+    """Tiles far from the diagonal, on either side of it, where a polynomial stands for the logarithm."""
+    with configs.override(Config(16, 16, 4, 1)):
+        check(make_call(1, 2, 1, 250, 291, 16, preset=preset, dtype=torch.float16, device=device, **window))
+
+
+@triton.jit
+def distance_kernel(y, rate, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    head = position_kernels.Position(None, tl.load(rate), None, None)
+    distance = tile_kernels.tile_distance(start + rows, columns, 0, KIND)
+    value = position_kernels.log2_distance(distance, head, 1.0) + tl.zeros([BLOCK, BLOCK], tl.float32)
+    tl.store(y + rows[:, None] * BLOCK + columns[None, :], value)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.07, 1.0, 30.0])
+@pytest.mark.parametrize("after", [True, False], ids=["rows after", "rows before"])
+def test_the_polynomial_of_a_far_tile(rate: float, after: bool, device: torch.device) -> None:
+    """log2(1 + rate * d) within the bound that position.py states, up to the nearest tile that is called far."""
+    block, rates = 16, torch.tensor([rate], device=device)
+    far = position_kernels.FAR.value * block + block
+    worst = {}
+    for kind in (tile_kernels.FAR_TILES.value, tile_kernels.FULL_TILES.value):
+        for start in (s if after else -s for s in (far, far + 5, 1000, 100_000)):
+            y = torch.empty(block, block, device=device)
+            distance_kernel[(1,)](y, rates, start, kind, block)
+            distance = (start + torch.arange(block)[:, None] - torch.arange(block)).abs().double()
+            error = (y.cpu() - torch.log2(1 + rate * distance)).abs() - 2**-21 * torch.log2(1 + rate * distance)
+            worst[kind] = max(worst.get(kind, 0.0), float(error.max()))
+    assert worst[tile_kernels.FAR_TILES.value] <= 1.13e-5
+    assert worst[tile_kernels.FULL_TILES.value] <= 1e-6
 
 
 def test_each_kernel_may_have_its_own_block(device: torch.device) -> None:

@@ -37,6 +37,8 @@ from .position import (
 )
 from .problem import RUNTIME_INTEGERS, Problem, new_output
 from .tile import (
+    MASKED_TILES,
+    PARTIALS,
     cast,
     dot,
     dropout_keep,
@@ -45,6 +47,8 @@ from .tile import (
     load_lengths,
     load_masked,
     load_rows,
+    loop_bounds,
+    partial_sums,
     sight,
     store_rows,
     tile_logits,
@@ -54,9 +58,9 @@ from .tile import (
 
 
 @triton.jit
-def weights_and_gradient(a, lse2, dp, delta, keep, dropout_scale):
-    """P, the weights that met v, and g = dL/da of one tile; keep is None without dropout."""
-    p = tl.exp2(a - lse2)
+def weights_and_gradient(a, dp, delta, keep, dropout_scale):
+    """P, the weights that met v, and g = dL/da of one tile, a less lse; keep is None without dropout."""
+    p = tl.exp2(a)
     if keep is None:
         return p, p, p * (dp - delta)
     else:
@@ -66,8 +70,14 @@ def weights_and_gradient(a, lse2, dp, delta, keep, dropout_scale):
 
 @triton.jit
 def accumulate(total, mean, g, p, derivative):
-    """Add sum_j g da/dtheta and sum_j P da/dtheta of one tile to their rows."""
-    return total + tl.sum(g * derivative, 1), mean + tl.sum(p * derivative, 1)
+    """Add sum_j g da/dtheta and sum_j P da/dtheta of one tile to their partial sums."""
+    return total + partial_sums(g * derivative), mean + partial_sums(p * derivative)
+
+
+@triton.jit
+def corrected(total, mean, error):
+    """The sum of what accumulate gathered, less what the error of delta added to it."""
+    return tl.sum(tl.sum(total - error[:, None] * mean, 1), 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -121,24 +131,21 @@ def dq_kernel(
     row_scale = gain_row * (scale * LOG2E)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    g_sum = tl.zeros([BLOCK_M], tl.float32)
-    power, power_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    rate, rate_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    sharpness, sharpness_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    alpha, alpha_mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    zeros = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
+    g_sum = zeros
+    power, power_mean, rate, rate_mean = zeros, zeros, zeros, zeros
+    sharpness, sharpness_mean, alpha, alpha_mean = zeros, zeros, zeros, zeros
 
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
-    begin, full_begin, full_end, end = tile_range(
-        queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1, keys,
-        window_left, window_right, sequences.key_bias is not None, BLOCK_N,
-    )  # fmt: skip
-    for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
-        skip = full_end - full_begin
-        for x in range(begin if MASKED else full_begin, end - skip if MASKED else full_end, BLOCK_N):
-            n0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_N)
+    first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
+    tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
+    for KIND in tl.static_range(2 if sequences.key_bias is not None else 1, 3):
+        start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, False, BLOCK_N)
+        for x in range(start, stop, BLOCK_N):
+            n0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_N)
             tokens = n0 + columns
             j = keys.start + tokens  # [BLOCK_N]
-            mask = within(j, keys) if MASKED else None
+            mask = within(j, keys) if KIND == MASKED_TILES else None
             key_bias = None
             if sequences.key_bias is not None:
                 key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
@@ -146,17 +153,15 @@ def dq_kernel(
             k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
             distance, score, a = tile_logits(
-                dot(q_tile, k_tile.T), row_scale[:, None], i, first_key, last_key, j, keys.start + n0,
-                None if key_bias is None else key_bias[None, :], head, MASKED,
+                dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], i, first_key, last_key, j, keys.start + n0,
+                None if key_bias is None else key_bias[None, :], head, KIND,
             )  # fmt: skip  # [BLOCK_M, BLOCK_N]
             keep = None
             if dropout_seed is not None:
                 keep = dropout_keep(dropout_seed, batch_head, i[:, None], j[None, :], dropout_threshold)
-            p, _, g = weights_and_gradient(
-                a, lse2[:, None], dot(do_tile, v_tile.T), delta_row[:, None], keep, dropout_scale
-            )
+            p, _, g = weights_and_gradient(a, dot(do_tile, v_tile.T), delta_row[:, None], keep, dropout_scale)
             acc = dot(cast(g * sharpening(distance, head), k_tile.dtype), k_tile, acc)
-            g_sum += tl.sum(g, 1)
+            g_sum += partial_sums(g)
             if dposition.power is not None:
                 power, power_mean = accumulate(power, power_mean, g, p, by_power(distance, head))
             if dposition.rate is not None:
@@ -169,21 +174,22 @@ def dq_kernel(
                 alpha, alpha_mean = accumulate(alpha, alpha_mean, g, p, by_gain(score, distance, head))
 
     store_rows(dq, rows, strides.dq[2], acc * (gain_row * scale)[:, None], stored, HEAD_DIM, BLOCK_D)
-    error = g_sum - dlse_row  # of delta
+    error = tl.sum(g_sum, 1) - dlse_row  # of delta
     tl.store(delta + lse_offset + rows, delta_row + error, mask=stored)
     if gain is not None:
         tl.store(gain + lse_offset + rows, gain_row, mask=stored)
     # One partial per program, [num_heads, programs of a head]: the launcher adds them up in this order.
     partial = h * (tl.num_programs(0) // num_heads) + b * num_tiles + m0 // BLOCK_M
     if dposition.power is not None:
-        tl.store(dposition.power + partial, tl.sum(power - error * power_mean, 0) * factors(head).power)
+        tl.store(dposition.power + partial, corrected(power, power_mean, error) * factors(head).power)
     if dposition.rate is not None:
-        tl.store(dposition.rate + partial, tl.sum(rate - error * rate_mean, 0) * factors(head).rate)
+        tl.store(dposition.rate + partial, corrected(rate, rate_mean, error) * factors(head).rate)
     if dposition.sharpness is not None:
-        tl.store(dposition.sharpness + partial, tl.sum(sharpness - error * sharpness_mean, 0) * factors(head).sharpness)
+        tl.store(dposition.sharpness + partial, corrected(sharpness, sharpness_mean, error) * factors(head).sharpness)
     if dposition.alpha is not None:
         by_alpha = log_length(n, gain_length) / gain_row
-        tl.store(dposition.alpha + partial, tl.sum((alpha - error * alpha_mean) * by_alpha, 0) * factors(head).alpha)
+        alpha, alpha_mean = alpha * by_alpha[:, None], alpha_mean * by_alpha[:, None]
+        tl.store(dposition.alpha + partial, corrected(alpha, alpha_mean, error) * factors(head).alpha)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -224,10 +230,8 @@ def dkdv_kernel(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     first_query, last_query = sight(j, keys, queries, window_right, window_left)
-    begin, full_begin, full_end, end = tile_range(
-        keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1, queries,
-        window_right, window_left, sequences.key_bias is not None, BLOCK_M,
-    )  # fmt: skip
+    first, last = keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1
+    tiles = tile_range(first, last, queries, window_right, window_left, sequences.key_bias is not None, BLOCK_M)
     # One loop over the query heads of the group and their tiles: the state that a loop in a loop keeps alive spills.
     first_head = kv_head * group_size
     first_parameters = Position(
@@ -236,10 +240,9 @@ def dkdv_kernel(
         None if position.sharpness is None else tl.load(position.sharpness + first_head),
         None if position.alpha is None else tl.load(position.alpha + first_head),
     )
-    for MASKED in tl.static_range(0 if sequences.key_bias is None else 1, 2):
-        skip = full_end - full_begin
-        start = begin if MASKED else full_begin
-        stop = end - skip if MASKED else full_end
+    SPLIT: tl.constexpr = position.rate is not None and q.dtype.element_ty.primitive_bitwidth == 16
+    for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
+        start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, SPLIT, BLOCK_M)
         span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
         for y in range(start, stop if group_size == 1 else start + group_size * span, BLOCK_M):
             if group_size == 1:
@@ -255,7 +258,7 @@ def dkdv_kernel(
                     None if position.sharpness is None else tl.load(position.sharpness + h),
                     None if position.alpha is None else tl.load(position.alpha + h),
                 )
-            m0 = tl.multiple_of(tl.where(x >= full_begin, x + skip, x) if MASKED else x, BLOCK_M)
+            m0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_M)
             h64 = h.to(tl.int64)
             q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
             do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
@@ -263,9 +266,9 @@ def dkdv_kernel(
             rows = m0 + columns
             i = queries.start + rows  # [BLOCK_M]
             # A full tile lies inside the sequence and has no dead row: nothing to mask.
-            mask = within(i, queries) if MASKED else None
+            mask = within(i, queries) if KIND == MASKED_TILES else None
             lse_row = load_masked(lse + lse_offset + rows, mask, -float("inf"))
-            if MASKED:
+            if KIND == MASKED_TILES:
                 mask = lse_row > -float("inf")
                 lse_row = tl.where(mask, lse_row, float("inf"))
             delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
@@ -275,17 +278,14 @@ def dkdv_kernel(
             if gain is not None:
                 gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
             distance, _, a = tile_logits(
-                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], j, first_query, last_query, i,
-                queries.start + m0, None if key_bias is None else key_bias[:, None], head, MASKED,
+                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], (lse_row * LOG2E)[None, :],
+                j, first_query, last_query, i, queries.start + m0,
+                None if key_bias is None else key_bias[:, None], head, KIND,
             )  # fmt: skip  # [BLOCK_N, BLOCK_M]
             keep = None
             if dropout_seed is not None:
-                keep = dropout_keep(
-                    dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold
-                )
-            _, p, g = weights_and_gradient(
-                a, (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
-            )
+                keep = dropout_keep(dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold)
+            _, p, g = weights_and_gradient(a, dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale)
             dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
             ds = g * sharpening(distance, head) * gain_row[None, :]
             dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .position import INTERPRETED, LOG2E, logit
+from .position import FAR, INTERPRETED, LOG2E, Distance, logit
 
 
 class Sequences(NamedTuple):
@@ -122,6 +122,36 @@ def tile_range(first, last, other, before, after, ALWAYS_MASK: tl.constexpr, BLO
     return begin, full_begin, full_end, end
 
 
+#: What the tiles of a loop have in common; the kernels run through them in this order.
+FAR_TILES = tl.constexpr(0)  # visible in full, and so far from the diagonal that a polynomial gives the distance
+FULL_TILES = tl.constexpr(1)
+MASKED_TILES = tl.constexpr(2)
+
+
+@triton.jit
+def loop_bounds(KIND: tl.constexpr, first, last, other, tiles, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The tiles of one kind as (start, stop, hole, skip): x in range(start, stop, BLOCK), plus skip from hole on.
+
+    tiles: what tile_range returned. SPLIT: whether there are far tiles, or all that are visible in full are FULL_TILES.
+    """
+    begin, full_begin, full_end, end = tiles
+    near_begin, near_end = full_begin, full_end
+    if SPLIT:
+        # From the middle of a far tile to the nearest row it is at least FAR * BLOCK.
+        left = (tl.maximum(first - other.start, 0) // BLOCK - FAR) * BLOCK
+        right = (tl.maximum(last - other.start, 0) // BLOCK + (FAR + 1)) * BLOCK
+        near_begin = tl.minimum(tl.maximum(left, full_begin), full_end)
+        near_end = tl.minimum(tl.maximum(right, near_begin), full_end)
+    if KIND == FAR_TILES:
+        hole, skip = near_begin, near_end - near_begin
+        return full_begin, full_end - skip, hole, skip
+    elif KIND == FULL_TILES:
+        return near_begin, near_end, near_end, 0
+    else:
+        skip = full_end - full_begin
+        return begin, end - skip, full_begin, skip
+
+
 @triton.jit
 def sight(p, axis, other, before, after):
     """First and last position of the other axis that the token at p meets; first > last where p does not exist."""
@@ -187,6 +217,10 @@ def load_key_bias(key_bias, b, num_keys, tokens, mask):
     return tl.load(key_bias + b.to(tl.int64) * num_keys + tokens, mask=mask, other=-float("inf"))
 
 
+#: In the layout of a matrix product's result a thread holds two columns of each of these, and of no others.
+PARTIALS = tl.constexpr(8)
+
+
 @triton.jit
 def dot(a, b, acc=None):
     """Matrix product in float32 (float32 operands without TF32). The interpreter has no bfloat16 product."""
@@ -203,22 +237,38 @@ def relative(position, origin):
 
 
 @triton.jit
-def tile_logits(qk, scale, row, first, last, column, origin, key_bias, head, MASKED: tl.constexpr):
-    """Distances, scores and logits of one tile; scores and logits in units of log2, -inf where hidden.
+def tile_distance(row, column, origin, KIND: tl.constexpr):
+    """Distances between the positions row [ROWS] and column [COLUMNS]; origin is the first position of the columns."""
+    if KIND == FAR_TILES:
+        HALF: tl.constexpr = (column.shape[0] - 1) / 2
+        return Distance(None, (relative(row, origin) - HALF)[:, None], (relative(column, origin) - HALF)[None, :])
+    else:
+        return Distance(tl.abs(relative(row, origin)[:, None] - relative(column, origin)[None, :]))
+
+
+@triton.jit
+def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, head, KIND: tl.constexpr):
+    """Distances, scores and logits less shift of one tile; these in units of log2, -inf where hidden.
 
     Rows are queries and columns keys (S) or the other way round (its transpose): positions row [ROWS], its
-    sight first and last [ROWS], column [COLUMNS]; origin is a position near the tile. scale (of the scores,
-    log2 e included) and key_bias are broadcast to the tile [ROWS, COLUMNS].
+    sight first and last [ROWS], column [COLUMNS], which begins at position origin. scale (of the scores,
+    log2 e included), shift (or None) and key_bias are broadcast to the tile [ROWS, COLUMNS].
     """
-    x = relative(column, origin)[None, :]
-    distance = tl.abs(relative(row, origin)[:, None] - x)
+    distance = tile_distance(row, column, origin, KIND)
     score = qk * scale
-    a = logit(score, distance, head)
+    a = logit(score, distance, head, shift)
     if key_bias is not None:
         a += key_bias * LOG2E
-    if MASKED:
+    if KIND == MASKED_TILES:
+        x = relative(column, origin)[None, :]
         a = tl.where((x >= relative(first, origin)[:, None]) & (x <= relative(last, origin)[:, None]), a, -float("inf"))
     return distance, score, a
+
+
+@triton.jit
+def partial_sums(x):
+    """[ROWS, COLUMNS] -> [ROWS, PARTIALS], each over the columns that one thread holds: no exchange between threads."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // PARTIALS, PARTIALS]), 1)
 
 
 @triton.jit
