@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,12 +91,20 @@ class Traits(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """Calls of one kind may share a measurement, at whatever length."""
-        return self.itemsize, padded(self.head_dim), self.ragged, self.parts, self.causal
+        return self.itemsize, padded(self.head_dim), self.ragged, tuple(self.parts), self.causal
 
 
 def log2_length(num_queries: int, num_keys: int) -> int:
     """The field of Traits: bits of the longer one, so that 2049 to 4096 are 12."""
     return (max(num_queries, num_keys, 1) - 1).bit_length()
+
+
+def traits(
+    device: torch.device, itemsize: int, head_dim: int, parts: Iterable[str], causal: bool, length: int
+) -> Traits:
+    """The traits of self-attention over ``length`` tokens, where the parts are known by name."""
+    present = dict.fromkeys(parts, True)
+    return Traits(device, itemsize, head_dim, **present, causal=causal, log2_length=log2_length(length, length))
 
 
 class Choice(NamedTuple):
@@ -218,9 +226,7 @@ class Entry(NamedTuple):
 
     def traits(self, device: torch.device) -> Traits:
         """Of the call that was measured."""
-        parts = dict.fromkeys(self.parts, True)
-        bucket = log2_length(self.length, self.length)
-        return Traits(device, self.itemsize, self.head_dim, **parts, causal=self.causal, log2_length=bucket)
+        return traits(device, self.itemsize, self.head_dim, self.parts, self.causal, self.length)
 
 
 class Tuned(NamedTuple):
@@ -382,14 +388,17 @@ def files(device: torch.device) -> Files:
 @functools.cache
 def choose(kernel: str, traits: Traits) -> Choice:
     """The configuration of ``kernel`` (one of KERNELS) for such a call, and where it comes from."""
-    for path, tuned in files(traits.device).used.items():
+    used = files(traits.device).used
+    for path, tuned in used.items():
         fitting = [x for x in tuned.entries if x.kernel == kernel and x.traits(traits.device).kind == traits.kind]
         if fitting:
             nearest = min(fitting, key=lambda x: (abs(math.log2(x.length) - traits.log2_length), -x.length))
-            return Choice(nearest.config, path, f"measured at {nearest.length} tokens")
-    target, why = entry(traits.device)
+            why = f"measured at {nearest.length} tokens, the nearest of {len(fitting)}"
+            return Choice(nearest.config, path, why)
+    target, _ = entry(traits.device)
     config = shipped(kernel, target, traits.itemsize, traits.head_dim, traits.heavy)
-    return Choice(config, TABLE, f"entry {target} ({why})")
+    why = "".join(f", nothing like it in {path}" for path in used)
+    return Choice(config, TABLE, f"for {target}{why}")
 
 
 _override: dict[str, Any] = {}
