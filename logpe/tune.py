@@ -57,7 +57,7 @@ def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
         config = default._replace(**{kernel.resident: rows, streamed: columns}, num_warps=warps)
         width = kernel.accumulators * configs.padded(task.head_dim) + kernel.scores * columns
         fits = FEWEST_REGISTERS <= rows * width / (32 * warps) <= MOST_REGISTERS
-        if half and rows < 16 * warps:  # a matrix instruction of a warp has 16 rows
+        if half and rows < 16 * warps and task.head_dim <= 128:  # a matrix instruction of a warp has 16 rows
             fits = False
         if fits and columns <= rows and config != default:
             found.append(config)
