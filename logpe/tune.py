@@ -176,7 +176,7 @@ def search(
         round(milliseconds, 5),
         default,
         round(default_milliseconds, 5),
-        [[c, round(x.milliseconds, 5) if isinstance(x, Comparison) else x] for c, x in measured.items()],
+        [[list(c), round(x.milliseconds, 5) if isinstance(x, Comparison) else x] for c, x in measured.items()],
         run=0,
     )
 
