@@ -407,6 +407,8 @@ class Gpu:
 
     def _call(self, worker: Worker, function: Callable[..., Any], *args: Any) -> Any:
         left = self.end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
         try:
             return worker.call(function, *args, seconds=min(LIMIT, left))
         except Failed as error:

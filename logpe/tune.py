@@ -70,9 +70,9 @@ def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
 
     half = task.itemsize == 2
     names = KERNELS[task.kernel].jit_function().arg_names
-    flags: list[dict[str, bool]] = [{}]
+    flags = [dict(TMA=False, WARP_SPECIALIZE=False)]
     if half and configs.has_tma(target) and "TMA" in names:
-        flags.append(dict(TMA=True))
+        flags.append(dict(TMA=True, WARP_SPECIALIZE=False))
         if "WARP_SPECIALIZE" in names:
             flags.append(dict(TMA=True, WARP_SPECIALIZE=True))
     stages = (1, 2, 3, 4) if half and target.startswith("sm_") else (1, 2)
@@ -258,11 +258,17 @@ def tune(
     todo = {key: task for key, task in wanted.items() if again or key not in entries}
     run = dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), command=command, **versions())
     runs = [*tuned.runs, run]
-    with tqdm(todo.items(), unit="shape", initial=len(wanted) - len(todo), total=len(wanted)) as progress:
+    done = len(wanted) - len(todo)
+    with tqdm(todo.items(), unit="shape", initial=done, total=len(wanted), miniters=0, mininterval=0.5) as progress:
+
+        def show(text: str) -> None:
+            progress.set_postfix_str(text, refresh=False)
+            progress.update(0)  # shows it, if the last time was a while ago
+
         try:
             for key, task in progress:
-                progress.set_description(str(task))
-                found = search(task, device, machine, progress.set_postfix_str)
+                progress.set_description(str(task), refresh=False)
+                found = search(task, device, machine, show)
                 if isinstance(found, str):
                     progress.write(f"{task}: {found}")
                     continue

@@ -105,9 +105,9 @@ def test_a_file_without_a_fitting_entry_leaves_it_to_the_next(folders: tuple[Pat
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "nearest"),
     [
-        (1, 1, 1000),
-        (1024, 1024, 1000),
-        (1025, 1025, 4096),  # 2048 is as near to 1024 as to 4096
+        (1, 1, 1024),
+        (1024, 1024, 1024),
+        (1025, 1025, 4096),  # 2048 is as near to 1024 as to 4096: the longer one
         (2049, 2049, 4096),
         (1, 4097, 4096),
         (8193, 4, 32768),
@@ -115,7 +115,7 @@ def test_a_file_without_a_fitting_entry_leaves_it_to_the_next(folders: tuple[Pat
     ],
 )
 def test_nearest_length(folders: tuple[Path, Path], num_queries: int, num_keys: int, nearest: int) -> None:
-    lengths = {1000: [64, 32, 4, 2], 4096: [64, 64, 4, 2], 32768: [128, 64, 4, 2]}
+    lengths = {1024: [64, 32, 4, 2], 4096: [64, 64, 4, 2], 32768: [128, 64, 4, 2]}
     write(folders[0], *(make_entry(n, config) for n, config in lengths.items()))
     traits = CALL._replace(log2_length=configs.log2_length(num_queries, num_keys))
     choice = configs.choose("forward", traits)
