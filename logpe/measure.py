@@ -250,8 +250,8 @@ def compare(
         return f"wrong: {reason}"
     if not all(torch.equal(actual[name], again[name]) for name in actual):
         return "wrong: not the same result twice"
-    default_time, time = (timer or take_turns)(launches[:2], budget)
-    return Comparison(time, default_time)
+    default_milliseconds, milliseconds = (timer or take_turns)(launches[:2], budget)
+    return Comparison(milliseconds, default_milliseconds)
 
 
 _inputs = functools.lru_cache(maxsize=1)(make_inputs)
@@ -363,7 +363,7 @@ class Worker:
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            process.join()
+            process.join(10)  # not for ever: one that hangs in the driver does not die
             self.pipe.close()
 
     def close(self) -> None:
@@ -377,12 +377,12 @@ def _serve(pipe: Any, device: torch.device | None) -> None:
     with open(os.devnull, "w") as nothing:  # on failure the compilers print whole modules
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    if device is not None:
-        torch.cuda.set_device(device)
     with contextlib.suppress(EOFError):
         while True:
             function, args = pipe.recv()
             try:
+                if device is not None:
+                    torch.cuda.set_device(device)
                 answer = True, function(*args)
             except Exception as error:
                 answer = False, describe(error)
@@ -396,7 +396,7 @@ class OutOfTime(Exception):
 class Gpu:
     """Compiles in several processes and measures in one. Raises OutOfTime after ``end``, of time.monotonic()."""
 
-    def __init__(self, device: torch.device, jobs: int, end: float) -> None:
+    def __init__(self, device: torch.device | None, jobs: int, end: float) -> None:
         self.device, self.end = device, end
         self.bench = Worker(device)
         self.compilers: queue.SimpleQueue[Worker] = queue.SimpleQueue()

@@ -223,6 +223,7 @@ def test_every_shipped_configuration_passes_the_checks() -> None:
                 for head_dim in (16, 32, 64, 128, 256):
                     for heavy in (False, True):
                         config = configs.shipped(kernel, target, itemsize, head_dim, heavy)
+                        configs.check_values(kernel, config)
                         facts = (itemsize, head_dim, target, TARGETS[target].shared)
                         assert configs.cannot_launch(kernel, config, *facts) is None, (kernel, config, facts)
 

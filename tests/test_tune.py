@@ -98,7 +98,7 @@ def test_candidates_are_some_and_may_fit(target: str, kernel: str, dtype: str) -
         assert pipelines
         assert default not in (*found, *pipelines)
         for config in (*found, *pipelines):
-            assert configs.make_config(kernel, list(config)) == config
+            configs.check_values(kernel, config)
             facts = (task.itemsize, head_dim, target, shared)
             assert configs.cannot_launch(kernel, config, *facts) is None
         assert all(tuple(c[3:]) == tuple(default[3:]) for c in found)

@@ -292,17 +292,20 @@ def write(path: Path, tuned: Tuned) -> None:
 
 
 def make_config(kernel: str, value: Any) -> Any:
-    """A configuration as JSON has it: a list of the leading fields, or an object. ValueError where it is nonsense."""
+    """A configuration as JSON has it: a list of the leading fields, or an object; ValueError if it is neither."""
     model = KERNELS[kernel]
     try:
-        config = type(model)(**value) if isinstance(value, dict) else type(model)(*value)
+        return type(model)(**value) if isinstance(value, dict) else type(model)(*value)
     except TypeError as error:
         raise ValueError(f"{value} is no configuration of {kernel}: {error}") from error
+
+
+def check_values(kernel: str, config: Any) -> None:
+    """Raise ValueError where a field has a value that no target could launch."""
     for name, x in config._asdict().items():
-        allowed = (False, True) if isinstance(getattr(model, name), bool) else ALLOWED[name]
+        allowed = (False, True) if isinstance(getattr(KERNELS[kernel], name), bool) else ALLOWED[name]
         if type(x) is not type(allowed[0]) or x not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {x!r}")
-    return config
 
 
 def cannot_launch(kernel: str, config: Any, itemsize: int, head_dim: int, target: str, shared: int) -> str | None:
@@ -351,6 +354,8 @@ def _read_entry(item: Any, runs: int, device: torch.device) -> Entry:
     if not isinstance(item["tried"], list):
         raise ValueError(f"tried must be a list, got {item['tried']!r}")
     configs = {name: make_config(item["kernel"], item[name]) for name in ("config", "default")}
+    for config in configs.values():
+        check_values(item["kernel"], config)
     read = Entry(**{**item, **configs})
     facts = (read.itemsize, read.head_dim, target_of(device), shared_memory(device))
     if reason := cannot_launch(read.kernel, read.config, *facts):
