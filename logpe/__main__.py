@@ -14,7 +14,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m logpe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print versions, devices, backends and tiles, and check them")
-    tune.add_arguments(commands.add_parser("tune", help="measure the fastest tiles for this GPU and keep them"))
+    parser_of_tune = commands.add_parser(
+        "tune",
+        help="measure the fastest tiles for this GPU and keep them",
+        description=tune.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_arguments(parser_of_tune)
     options = parser.parse_args(arguments)
     return tune.main(options) if options.command == "tune" else int(doctor() > 0)
 
