@@ -300,6 +300,8 @@ def why_not(device: torch.device) -> str | None:
     """Why nothing can be measured there; None if it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "it needs a GPU: there is none here, or this build of torch does not see it"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no {device}: torch sees {torch.cuda.device_count()} GPUs"
     if ops.interpreting():
         return "TRITON_INTERPRET=1 is set: the kernels would be interpreted, not compiled"
     return ops.why_not_triton(device)
@@ -323,7 +325,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=_count, help="default: as many as --heads")
     parser.add_argument("--batch", type=_count, help=f"default: {TOKENS} over the length, at least 1")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", type=_device, default=torch.device("cuda"), help="such as cuda:1")
     parser.add_argument("--minutes", type=float, default=30, help="stop after so long; default %(default)s")
     parser.add_argument("--out", type=Path, help="default: the file from which log_attention reads")
     parser.add_argument("--again", action="store_true", help="also measure what the file holds already")
@@ -342,6 +344,13 @@ def _head_dim(text: str) -> int:
     if value > 256:
         raise argparse.ArgumentTypeError(f"must be at most 256, got {value}")
     return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
 
 
 def _jobs(device: torch.device) -> int:

@@ -315,7 +315,9 @@ def test_shapes_of_one_kind_are_measured_once() -> None:
     assert {(task.batch, task.heads, task.kv_heads) for task in tasks} == {(3, 8, 2)}
 
 
-@pytest.mark.parametrize("bad", [["--head-dims", "512"], ["--lengths", "0"], ["--presets", "alibi"], ["--jobs", "-1"]])
+@pytest.mark.parametrize(
+    "bad", [["--head-dims", "512"], ["--lengths", "0"], ["--presets", "alibi"], ["--jobs", "-1"], ["--device", "x"]]
+)
 def test_bad_arguments(bad: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         options(*bad)
@@ -327,6 +329,11 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert command.main(["tune"]) == 2
     assert "tune cannot run: it needs a GPU" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert command.main(["tune", "--device", "cuda:2"]) == 2
+    assert "there is no cuda:2: torch sees 2 GPUs" in capsys.readouterr().err
+    assert command.main(["tune", "--device", "cpu"]) == 2
+    assert "it needs a GPU" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert command.main(["tune"]) == 2
     assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
