@@ -83,7 +83,7 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, self.packed))
             self.k = self.rotate_keys(k, new_output(k, self.packed))
         self.position = Position(power, rate, sharpness, alpha)
-        self.traits = Traits(
+        self.traits = Traits(  # by position, which is quicker
             q.device,
             q.element_size(),
             self.head_dim,
@@ -91,8 +91,8 @@ class Problem:
             sharpness is not None,
             alpha is not None,
             key_bias is not None,
-            causal=window_right == 0,
-            log2_length=log2_length(self.num_queries, self.num_keys),
+            window_right == 0,
+            log2_length(self.num_queries, self.num_keys),
         )
         self.keywords: dict[str, Any] = dict(
             position=self.position,
