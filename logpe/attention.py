@@ -184,9 +184,7 @@ def log_attention_varlen(  # type: ignore[misc]
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
     batch = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] != batch + 1:
-        raise ValueError(
-            f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}"
-        )
+        raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
     values = _resolve_position(position, q, heads)
     left, right = _resolve_window(window, is_causal)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)

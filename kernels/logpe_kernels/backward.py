@@ -315,7 +315,7 @@ def backward(
         dlse = dlse.contiguous()
     delta = torch.empty_like(lse)
     gain = torch.empty_like(lse) if problem.position.alpha is not None else None
-    config = configs.lookup("backward_dq", q, problem.head_dim, problem.heavy)
+    config = configs.lookup("backward_dq", problem.traits)
     programs = problem.batch * triton.cdiv(problem.num_queries, config.BLOCK_M)  # of one head
     partials = [
         lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
@@ -324,14 +324,14 @@ def backward(
     if programs > 0:
         dq_kernel[(problem.heads * programs,)](
             problem.q, problem.k, v, out, lse, dlse, delta, gain, dout, dq, Position(*partials),
-            problem.strides(lse, out=out, dout=dout, dq=dq), **problem.keywords, **config._asdict(),
+            problem.strides(lse, out=out, dout=dout, dq=dq), **problem.keywords, **config.launch(),
         )  # fmt: skip
-    config = configs.lookup("backward_dkdv", q, problem.head_dim, problem.heavy)
+    config = configs.lookup("backward_dkdv", problem.traits)
     programs = problem.batch * problem.kv_heads * triton.cdiv(problem.num_keys, config.BLOCK_N)
     if programs > 0:
         dkdv_kernel[(programs,)](
             problem.q, problem.k, v, lse, delta, gain, dout, dk, dv,
-            problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config._asdict(),
+            problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config.launch(),
         )  # fmt: skip
     if problem.theta is not None:
         problem.rotate_queries(dq, dq, inverse=True)

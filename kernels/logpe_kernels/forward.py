@@ -118,10 +118,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
     else:
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    config = configs.lookup("forward", q, problem.head_dim, problem.heavy)
+    config = configs.lookup("forward", problem.traits)
     grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
     if grid > 0:
         forward_kernel[(grid,)](
-            problem.q, problem.k, v, out, lse, problem.strides(lse, out=out), **problem.keywords, **config._asdict()
+            problem.q, problem.k, v, out, lse, problem.strides(lse, out=out), **problem.keywords, **config.launch()
         )
     return out, lse

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configs import Traits, log2_length
 from .position import Position
 from .rotation import rotate
 from .tile import Sequences, Strides
@@ -82,9 +83,17 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, self.packed))
             self.k = self.rotate_keys(k, new_output(k, self.packed))
         self.position = Position(power, rate, sharpness, alpha)
-        # More registers to an element (two more parts, a bias), or to an address (odd rows): smaller tiles.
-        ragged = self.head_dim & (self.head_dim - 1) != 0
-        self.heavy = any(x is not None for x in (sharpness, alpha, key_bias)) or ragged
+        self.traits = Traits(  # by position, which is quicker
+            q.device,
+            q.element_size(),
+            self.head_dim,
+            power is not None,
+            sharpness is not None,
+            alpha is not None,
+            key_bias is not None,
+            window_right == 0,
+            log2_length(self.num_queries, self.num_keys),
+        )
         self.keywords: dict[str, Any] = dict(
             position=self.position,
             sequences=Sequences(

@@ -1,0 +1,438 @@
+"""Compiling and timing one configuration of one kernel, in a process that may come to grief: for :mod:`logpe.tune`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import multiprocessing
+import os
+import queue
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition
+
+if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
+    from logpe_kernels.configs import Traits
+
+LIMIT = 120.0  # seconds for one candidate, the start of a process included
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One kernel on one shape. preset: one of PRESETS, and "+gain" for a query gain."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    preset: str
+    causal: bool
+    length: int
+    batch: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Arguments of LogPosition."""
+        name, _, gain = self.preset.partition("+")
+        return dict(preset=name, query_gain=bool(gain))
+
+    @property
+    def parts(self) -> list[str]:
+        """As in the configurations' files."""
+        present = (*PRESET_PARTS[self.position["preset"]], *(["alpha"] if self.position["query_gain"] else []))
+        return [part for part in LEARNABLE_PARTS if part in present and part != "rate"]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return getattr(torch, self.dtype).itemsize
+
+    def traits(self, device: torch.device) -> Traits:
+        """By which its configuration is found."""
+        from logpe_kernels import configs
+
+        return configs.traits(device, self.itemsize, self.head_dim, self.parts, self.causal, self.length)
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return f"{self.kernel} {self.dtype} D={self.head_dim} {self.preset} {mask} N={self.length}"
+
+
+class Inputs(NamedTuple):
+    """Arguments of the launchers; out and lse are those of the forward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    options: dict[str, Any]
+
+
+def make_inputs(task: Task, device: torch.device) -> Inputs:
+    """Random ones; on the meta device, tensors of the same shapes."""
+    import logpe_kernels
+
+    dtype = getattr(torch, task.dtype)
+    q, k, v, dout = (
+        torch.randn(task.batch, heads, task.length, task.head_dim, device=device).to(dtype)
+        for heads in (task.heads, task.kv_heads, task.kv_heads, task.heads)
+    )
+    values = LogPosition(task.heads, task.head_dim, **task.position, learnable=False, device=device)()
+    options: dict[str, Any] = {name: value for name, value in values._asdict().items() if value is not None}
+    options |= dict(scale=task.head_dim**-0.5, max_seqlen_q=task.length, max_seqlen_k=task.length)
+    if task.causal:
+        options |= dict(window_right=0)
+    if device.type == "meta":
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    else:
+        out, lse = logpe_kernels.forward(q, k, v, **options)
+    return Inputs(q, k, v, dout, out, lse, options)
+
+
+def _forward(x: Inputs) -> dict[str, Tensor]:
+    import logpe_kernels
+
+    return dict(zip(("out", "lse"), logpe_kernels.forward(x.q, x.k, x.v, **x.options), strict=True))
+
+
+def _backward(x: Inputs) -> dict[str, Tensor]:
+    import logpe_kernels
+
+    gradients = logpe_kernels.backward(x.dout, None, x.q, x.k, x.v, x.out, x.lse, **x.options)
+    names = ("dq", "dk", "dv", "dpower", "drate", "dsharpness", "dalpha")
+    return {name: x for name, x in zip(names, gradients, strict=True) if x is not None}
+
+
+class Kernel(NamedTuple):
+    """Where a kernel is, what launches it, and what it keeps in registers.
+
+    module, function: of logpe_kernels. run: calls the launcher. resident: the side of the tile that stays while the
+    loop streams the other. accumulators, scores: tiles [resident, head_dim] and [resident, streamed] held at once.
+    """
+
+    module: str
+    function: str
+    run: Callable[[Inputs], dict[str, Tensor]]
+    resident: str
+    accumulators: int
+    scores: int
+
+    def jit_function(self) -> Any:
+        """The Triton kernel itself."""
+        return getattr(importlib.import_module(f"logpe_kernels.{self.module}"), self.function)
+
+
+KERNELS = {
+    "forward": Kernel("forward", "forward_kernel", _forward, "BLOCK_M", 1, 1),
+    "backward_dq": Kernel("backward", "dq_kernel", _backward, "BLOCK_M", 1, 2),
+    "backward_dkdv": Kernel("backward", "dkdv_kernel", _backward, "BLOCK_N", 2, 2),
+}
+
+
+# ---- one candidate ---------------------------------------------------------------------------------------------------
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes: registers and spilled registers of a thread, bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+class Comparison(NamedTuple):
+    """Median milliseconds of a candidate and of the default, taken in turns."""
+
+    milliseconds: float
+    default: float
+
+    @property
+    def ratio(self) -> float:
+        """Below 1, the candidate is faster."""
+        return self.milliseconds / self.default
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any
+    grid: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self) -> Any:
+        """Repeat it."""
+        return self.kernel[self.grid](*self.args, **self.keywords)
+
+
+class _Recorder:
+    """Stands in for a kernel, and keeps its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Launch], dry: bool) -> None:
+        self.kernel, self.launches, self.dry = kernel, launches, dry
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **keywords: Any) -> Any:
+            self.launches.append(Launch(self.kernel, grid, args, keywords))
+            return None if self.dry else self.launches[-1]()
+
+        return launch
+
+
+@contextlib.contextmanager
+def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
+    """The launches of each of KERNELS, which with ``dry`` are not carried out."""
+    launches: dict[str, list[Launch]] = {name: [] for name in KERNELS}
+    originals = {name: kernel.jit_function() for name, kernel in KERNELS.items()}
+
+    def install(functions: dict[str, Any]) -> None:
+        for name, function in functions.items():
+            setattr(importlib.import_module(f"logpe_kernels.{KERNELS[name].module}"), KERNELS[name].function, function)
+
+    install({name: _Recorder(function, launches[name], dry) for name, function in originals.items()})
+    try:
+        yield launches
+    finally:
+        install(originals)
+
+
+def compile_candidate(task: Task, config: Any) -> Resources | str:
+    """Compile one configuration for the current device and load it; why that fails, where it does."""
+    from logpe_kernels import configs
+
+    try:
+        with configs.override(**{task.kernel: config}), recorded(dry=True) as launches:
+            KERNELS[task.kernel].run(make_inputs(task, torch.device("meta")))
+        (launch,) = launches[task.kernel]
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.keywords)
+        compiled._init_handles()  # loads it, as PyTorch's inductor does: raises where it does not fit
+        return Resources(compiled.n_regs, compiled.n_spills, compiled.metadata.shared)
+    except Exception as error:
+        return describe(error)
+
+
+def compare(
+    task: Task,
+    config: Any,
+    default: Any,
+    budget: float,
+    device: torch.device,
+    timer: Callable[[list[Launch], float], list[float]] | None = None,
+) -> Comparison | str:
+    """Run a configuration and the default on the same inputs; times, or why the configuration is out.
+
+    budget: milliseconds for the timing. timer: :func:`take_turns`, unless a test has another.
+    """
+    from logpe_kernels import configs
+
+    inputs = _inputs(dataclasses.replace(task, kernel=""), device)
+    results, launches = [], []
+    with poisoned():
+        for c in (default, config, config):
+            with configs.override(**{task.kernel: c}), recorded() as recording:
+                results.append(KERNELS[task.kernel].run(inputs))
+            launches.extend(recording[task.kernel])
+    expected, actual, again = results
+    if reason := difference(actual, expected, getattr(torch, task.dtype)):
+        return f"wrong: {reason}"
+    if not all(torch.equal(actual[name], again[name]) for name in actual):
+        return "wrong: not the same result twice"
+    default_milliseconds, milliseconds = (timer or take_turns)(launches[:2], budget)
+    return Comparison(milliseconds, default_milliseconds)
+
+
+_inputs = functools.lru_cache(maxsize=1)(make_inputs)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN, so that what a kernel leaves out is not what another left there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
+    """How two results differ by more than the rounding of another order of summation; None if they do not.
+
+    Allowed are 4 eps of the largest value in half precision (out is rounded, and so are the weights before they meet
+    v), and 256 eps in float32, where nothing is rounded but the sums over keys.
+    """
+    allowed = torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
+    for name, x in expected.items():
+        y = actual[name]
+        finite = x.isfinite()
+        if not torch.equal(finite, y.isfinite()):
+            return f"{name} is not finite where it should be, or the other way round"
+        size = x[finite].abs().max().item() if finite.any() else 0.0
+        error = (y[finite].double() - x[finite].double()).abs().max().item() if finite.any() else 0.0
+        if error > allowed * size:
+            return f"{name} differs by {error:.2g}, {allowed * size:.2g} allowed"
+    return None
+
+
+def take_turns(launches: list[Launch], budget: float) -> list[float]:
+    """Median milliseconds of each launch, one after the other with a cold cache, over ``budget`` milliseconds."""
+    from triton.runtime import driver
+
+    cache = driver.active.get_empty_cache_for_benchmark()
+
+    def turn() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        events = []
+        for launch in launches:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            driver.active.clear_cache(cache)
+            begin.record()
+            launch()
+            end.record()
+            events.append((begin, end))
+        return events
+
+    def times(turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> list[float]:
+        torch.cuda.synchronize()
+        columns = zip(*turns, strict=True)
+        return [statistics.median(begin.elapsed_time(end) for begin, end in column) for column in columns]
+
+    turn()  # warms up
+    once = sum(times([turn()]))
+    return times([turn() for _ in range(min(200, max(5, int(budget / max(once, 1e-3)))))])
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A call in a worker raised, took too long, or brought the worker down."""
+
+
+class Worker:
+    """A process that calls functions, on ``device`` if given. It starts with a call, and anew after a failure."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.process: Any = None
+        self.pipe: Any = None
+        self.closed = False
+
+    def call(self, function: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> Any:
+        """What the function returns; raises Failed, which says why, if it does not return in so many seconds."""
+        if self.closed:
+            raise Failed("stopped")
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+            self.pipe, other = context.Pipe()
+            self.process = context.Process(target=_serve, args=(other, self.device), daemon=True)
+            self.process.start()
+            other.close()
+        process = self.process
+        try:
+            self.pipe.send((function, args))
+            answered = self.pipe.poll(max(0.0, seconds))
+            fine, answer = self.pipe.recv() if answered else (False, f"took more than {seconds:.0f} s")
+        except (EOFError, OSError):
+            process.join(5)
+            fine, answer = False, f"brought its process down (exit code {process.exitcode})"
+        if not fine:  # what a failed kernel leaves behind is not to be relied on
+            self._end()
+            raise Failed(answer)
+        return answer
+
+    def _end(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.join(10)  # not for ever: one that hangs in the driver does not die
+            self.pipe.close()
+
+    def close(self) -> None:
+        """End the process, in the middle of a call if need be."""
+        self.closed = True
+        self._end()
+
+
+def _serve(pipe: Any, device: torch.device | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints
+    with open(os.devnull, "w") as nothing:  # on failure the compilers print whole modules
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = pipe.recv()
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                answer = True, function(*args)
+            except Exception as error:
+                answer = False, describe(error)
+            pipe.send(answer)
+
+
+class OutOfTime(Exception):
+    """The time that the command was given is over."""
+
+
+class Gpu:
+    """Compiles in several processes and measures in one. Raises OutOfTime after ``end``, of time.monotonic()."""
+
+    def __init__(self, device: torch.device | None, jobs: int, end: float) -> None:
+        self.device, self.end = device, end
+        self.bench = Worker(device)
+        self.compilers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.workers = [Worker(device) for _ in range(jobs)]
+        for worker in self.workers:
+            self.compilers.put(worker)
+        self.threads = ThreadPoolExecutor(jobs)
+
+    def _call(self, worker: Worker, function: Callable[..., Any], *args: Any) -> Any:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        try:
+            return worker.call(function, *args, seconds=min(LIMIT, left))
+        except Failed as error:
+            if time.monotonic() >= self.end:
+                raise OutOfTime from None
+            return str(error)
+
+    def _compile(self, task: Task, config: Any) -> Resources | str:
+        worker = self.compilers.get()
+        try:
+            return self._call(worker, compile_candidate, task, config)
+        finally:
+            self.compilers.put(worker)
+
+    def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
+        """See Machine."""
+        return list(self.threads.map(functools.partial(self._compile, task), candidates))
+
+    def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
+        """See Machine."""
+        return self._call(self.bench, compare, task, config, default, budget, self.device)
+
+    def close(self) -> None:
+        """End all processes."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in (self.bench, *self.workers):
+            worker.close()

@@ -1,0 +1,395 @@
+"""``python -m logpe tune``: measure which tiles are the fastest on this GPU for one's own shapes.
+
+For each kernel and shape the tiles are tried first, and then the pipelining of the best. Candidates are compiled by
+several processes at once; those that do not fit, or spill, are dropped. The others take turns with the shipped
+configuration on the same inputs, so that both meet the same clocks. One whose results differ from the shipped
+configuration's by more than rounding, or from run to run, is out; the fastest that is left is taken where it is
+faster by more than noise. The file is written after each shape, and a second run goes on where the first ended.
+
+A candidate may bring down the compiler, or hang the GPU: it runs in a process that is replaced then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+import logpe
+from logpe import ops
+from logpe.measure import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
+from logpe.position import PRESET_PARTS, PRESETS
+
+if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
+    from logpe_kernels.configs import Entry, Traits
+
+TOKENS, HIDDEN = 16384, 2048  # batch and heads are such that a shape has so many, unless they are given
+NOISE = 0.02  # a candidate must be faster by more than this share of the time
+QUICK, THOROUGH = 40.0, 200.0  # milliseconds of the GPU for a candidate, and for one that is about to win
+FINALISTS = 3  # tiles whose pipelining is tried, and candidates that may be confirmed
+# float32 numbers that a thread holds at once. Beyond, it surely spills; below, a tile is too small to be worth it.
+FEWEST_REGISTERS, MOST_REGISTERS = 40, 224
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
+    """Candidates with the pipelining of ``default`` that a target with so much shared memory may be able to run."""
+    from logpe_kernels import configs
+
+    kernel = KERNELS[task.kernel]
+    streamed = "BLOCK_N" if kernel.resident == "BLOCK_M" else "BLOCK_M"
+    half = task.itemsize == 2
+    found = []
+    for rows, columns, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
+        config = default._replace(**{kernel.resident: rows, streamed: columns}, num_warps=warps)
+        width = kernel.accumulators * configs.padded(task.head_dim) + kernel.scores * columns
+        fits = FEWEST_REGISTERS <= rows * width / (32 * warps) <= MOST_REGISTERS
+        if half and rows < 16 * warps and task.head_dim <= 128:  # a matrix instruction of a warp has 16 rows
+            fits = False
+        if fits and columns <= rows and config != default:
+            found.append(config)
+    return launchable(found, task, target, shared)
+
+
+def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
+    """The candidates with the tile of ``config``: other stages, and where the kernel has it the path of sm_90."""
+    from logpe_kernels import configs
+
+    half = task.itemsize == 2
+    names = KERNELS[task.kernel].jit_function().arg_names
+    flags = [dict(TMA=False, WARP_SPECIALIZE=False)]
+    if half and configs.has_tma(target) and "TMA" in names:
+        flags.append(dict(TMA=True, WARP_SPECIALIZE=False))
+        if "WARP_SPECIALIZE" in names:
+            flags.append(dict(TMA=True, WARP_SPECIALIZE=True))
+    stages = (1, 2, 3, 4) if half and target.startswith("sm_") else (1, 2)
+    found = [config._replace(num_stages=n, **flag) for flag, n in itertools.product(flags, stages)]
+    return launchable([c for c in found if c != config], task, target, shared)
+
+
+def launchable(found: Iterable[Any], task: Task, target: str, shared: int) -> list[Any]:
+    """Those of which it is not certain beforehand that they do not fit."""
+    from logpe_kernels import configs
+
+    facts = (task.itemsize, task.head_dim, target, shared)
+    return [config for config in found if configs.cannot_launch(task.kernel, config, *facts) is None]
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+class Machine(Protocol):
+    """What compiles and measures for :func:`search`."""
+
+    def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
+        """Of each candidate what it takes, or why there is no such kernel."""
+        ...
+
+    def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
+        """Times, or why the configuration is out."""
+        ...
+
+
+def prune(compiled: dict[Any, Resources | str]) -> list[Any]:
+    """Those that compiled without spills; if all of them spill, those that compiled."""
+    usable = {config: found for config, found in compiled.items() if isinstance(found, Resources)}
+    return [config for config, found in usable.items() if found.spills == 0] or list(usable)
+
+
+def fastest(measured: dict[Any, Comparison | str]) -> list[Any]:
+    """The right ones, in order of their time over the default's in the same turns."""
+    right = {config: found.ratio for config, found in measured.items() if isinstance(found, Comparison)}
+    return sorted(right, key=lambda config: right[config])
+
+
+def search(
+    task: Task, device: torch.device, machine: Machine, show: Callable[[str], object] = lambda text: None
+) -> Entry | str:
+    """The entry of a task (its run is 0); or why there is none, where not one candidate could be measured."""
+    from logpe_kernels import configs
+
+    traits, target = task.traits(device), configs.target_of(device)
+    default = configs.shipped(task.kernel, configs.entry(device)[0], traits.itemsize, traits.head_dim, traits.heavy)
+    facts = (target, configs.shared_memory(device))
+    measured: dict[Any, Comparison | str] = {}
+
+    def attempt(candidates: Iterable[Any]) -> None:
+        new = [config for config in dict.fromkeys(candidates) if config not in measured]
+        show(f"compiling {len(new)}")
+        compiled = dict(zip(new, machine.compile(task, new), strict=True))
+        kept = prune(compiled)
+        for config, found in compiled.items():
+            if config not in kept:
+                measured[config] = found if isinstance(found, str) else f"spills {found.spills} registers"
+        for index, config in enumerate(kept):
+            show(f"measuring {index + 1} of {len(kept)}")
+            measured[config] = machine.compare(task, config, default, QUICK)
+
+    attempt(tiles(task, default, *facts))
+    best = [default, *fastest(measured)[:FINALISTS]]
+    attempt(candidate for config in best for candidate in pipelines(config, task, *facts) if candidate != default)
+
+    # The best of many is in part lucky: it has to be as good once more, in more turns.
+    winner, final = default, None
+    for config in fastest(measured)[:FINALISTS]:
+        found = measured[config]
+        assert isinstance(found, Comparison)
+        if found.ratio > 1 - NOISE:
+            break
+        show("confirming")
+        measured[config] = final = machine.compare(task, config, default, THOROUGH)
+        if isinstance(final, Comparison) and final.ratio <= 1 - NOISE:
+            winner = config
+            break
+    times = [found for found in measured.values() if isinstance(found, Comparison)]
+    if not times:
+        reasons = {found for found in measured.values() if isinstance(found, str)}
+        return f"none of {len(measured)} candidates ran: {'; '.join(sorted(reasons)[:3])}"
+    if isinstance(final, Comparison) and winner != default:
+        milliseconds, default_milliseconds = final
+    else:
+        milliseconds = default_milliseconds = statistics.median(found.default for found in times)
+    return configs.Entry(
+        task.kernel,
+        traits.itemsize,
+        task.head_dim,
+        task.parts,
+        task.causal,
+        task.length,
+        task.batch,
+        task.heads,
+        task.kv_heads,
+        winner,
+        round(milliseconds, 5),
+        default,
+        round(default_milliseconds, 5),
+        [[list(c), round(x.milliseconds, 5) if isinstance(x, Comparison) else x] for c, x in measured.items()],
+        run=0,
+    )
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def make_tasks(options: argparse.Namespace) -> list[Task]:
+    """In order of what they tell: what the command line names first comes first, a shape with all its lengths."""
+    shapes = itertools.product(options.masks, options.head_dims, options.presets, options.lengths, options.kernels)
+    tasks: dict[Any, Task] = {}
+    for mask, head_dim, preset, length, kernel in shapes:
+        heads = options.heads or max(1, HIDDEN // head_dim)
+        kv_heads = options.kv_heads or heads
+        batch = options.batch or max(1, TOKENS // length)
+        causal = mask == "causal"
+        task = Task(kernel, options.dtype, head_dim, _unrotated(preset), causal, length, batch, heads, kv_heads)
+        tasks.setdefault(_key(kernel, task.traits(torch.device("meta"))), task)
+    return list(tasks.values())
+
+
+def _unrotated(preset: str) -> str:
+    """The preset without its rotation, which is not these kernels' work."""
+    name, plus, gain = preset.partition("+")
+    parts = set(PRESET_PARTS[name]) - {"rotary"}
+    return next(other for other, its in PRESET_PARTS.items() if set(its) == parts) + plus + gain
+
+
+def _key(kernel: str, traits: Traits) -> tuple[Any, ...]:
+    """One entry of a file answers it."""
+    return kernel, *traits.kind, traits.log2_length
+
+
+def versions() -> dict[str, str]:
+    """What measured times depend on."""
+    import triton
+
+    return dict(
+        logpe=logpe.__version__, torch=torch.__version__, triton=triton.__version__, driver=driver_version(),
+        python=platform.python_version(),
+    )  # fmt: skip
+
+
+def driver_version() -> str:
+    """Of the GPU; "unknown" where nvidia-smi does not say."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def tune(
+    tasks: list[Task],
+    path: Path,
+    device: torch.device,
+    machine: Machine,
+    *,
+    command: str = "",
+    again: bool = False,
+) -> list[Entry]:
+    """Measure the tasks that the file does not hold, or with ``again`` all, and write it after each.
+
+    Returns the file's entries for the tasks. OutOfTime and KeyboardInterrupt end it early, and lose but the task in
+    hand. Raises ValueError where there is a file that is damaged, or of another device, and OSError where none can be.
+    """
+    from logpe_kernels import configs
+    from tqdm import tqdm
+
+    try:
+        tuned = configs.read(path, device)
+    except FileNotFoundError:
+        tuned = configs.Tuned(str(configs.name_of(device)), configs.target_of(device), [], [])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable")
+    entries = {_key(x.kernel, x.traits(device)): x for x in tuned.entries}
+    wanted = {_key(task.kernel, task.traits(device)): task for task in tasks}
+    todo = {key: task for key, task in wanted.items() if again or key not in entries}
+    run = dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), command=command, **versions())
+    runs = [*tuned.runs, run]
+    done = len(wanted) - len(todo)
+    with tqdm(todo.items(), unit="shape", initial=done, total=len(wanted), miniters=0, mininterval=0.5) as progress:
+
+        def show(text: str) -> None:
+            progress.set_postfix_str(text, refresh=False)
+            progress.update(0)  # shows it, if the last time was a while ago
+
+        try:
+            for key, task in progress:
+                progress.set_description(str(task), refresh=False)
+                found = search(task, device, machine, show)
+                if isinstance(found, str):
+                    progress.write(f"{task}: {found}")
+                    continue
+                entries[key] = found._replace(run=len(runs) - 1)
+                configs.write(path, tuned._replace(runs=runs, entries=list(entries.values())))
+        except OutOfTime:
+            progress.write("The time is over; the same command goes on from here.")
+        except KeyboardInterrupt:
+            progress.write("Interrupted; the same command goes on from here.")
+    return [entries[key] for key in wanted if key in entries]
+
+
+def table(entries: list[Entry]) -> str:
+    """A line for each entry."""
+    lines = [["kernel", "bytes", "D", "parts", "mask", "N", "shipped ms", "best ms", "faster", "configuration"]]
+    for x in entries:
+        config = " ".join(f"{name}={value}" for name, value in x.config.launch().items())
+        config += " (shipped)" if x.config == x.default else ""
+        lines.append([
+            x.kernel, str(x.itemsize), str(x.head_dim), "+".join(x.parts) or "none", "causal" if x.causal else "full",
+            str(x.length), f"{x.default_milliseconds:.3f}", f"{x.milliseconds:.3f}",
+            f"{x.default_milliseconds / x.milliseconds:.2f}x", config,
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be measured there; None if it can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "it needs a GPU: there is none here, or this build of torch does not see it"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no {device}: torch sees {torch.cuda.device_count()} GPUs"
+    if ops.interpreting():
+        return "TRITON_INTERPRET=1 is set: the kernels would be interpreted, not compiled"
+    return ops.why_not_triton(device)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    gains = [f"{preset}+gain" for preset in PRESETS]
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--head-dims", nargs="+", type=_head_dim, default=[128, 64], metavar="D")
+    parser.add_argument(
+        "--presets", nargs="+", choices=[*PRESETS, *gains], default=["log-bias", "none"], metavar="PRESET",
+        help="of %(choices)s; a rotation makes no difference to these kernels",
+    )  # fmt: skip
+    parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
+    parser.add_argument(
+        "--lengths", nargs="+", type=_count, default=[4096, 16384, 1024], metavar="N",
+        help="one of each power of two: 2049 to 4096 share an entry",
+    )  # fmt: skip
+    parser.add_argument("--heads", type=_count, help=f"default: {HIDDEN} over head_dim")
+    parser.add_argument("--kv-heads", type=_count, help="default: as many as --heads")
+    parser.add_argument("--batch", type=_count, help=f"default: {TOKENS} over the length, at least 1")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--device", type=_device, default=torch.device("cuda"), help="such as cuda:1")
+    parser.add_argument("--minutes", type=float, default=30, help="stop after so long; default %(default)s")
+    parser.add_argument("--out", type=Path, help="default: the file from which log_attention reads")
+    parser.add_argument("--again", action="store_true", help="also measure what the file holds already")
+    parser.add_argument("--jobs", type=_count, help="compiling processes; default: by cores and memory, at most 8")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _head_dim(text: str) -> int:
+    value = _count(text)
+    if value > 256:
+        raise argparse.ArgumentTypeError(f"must be at most 256, got {value}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+
+
+def _jobs(device: torch.device) -> int:
+    """A core each, and the half GiB of the GPU that a process takes before it does anything, eight times."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores - 1, torch.cuda.get_device_properties(device).total_memory // 2**32))
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command; returns its exit status."""
+    end = time.monotonic() + 60 * options.minutes
+    if reason := why_not(options.device):
+        print(f"tune cannot run: {reason}", file=sys.stderr)
+        return 2
+    tasks = make_tasks(options)
+    for task in tasks:
+        if task.heads % task.kv_heads:
+            print(f"--heads must be a multiple of --kv-heads, got {task.heads} and {task.kv_heads}", file=sys.stderr)
+            return 2
+    from logpe_kernels import configs
+
+    index = torch.cuda.current_device() if options.device.index is None else options.device.index
+    device = torch.device("cuda", index)
+    read_from = configs.user_folder() / configs.file_name(str(configs.name_of(device)))
+    path = options.out or read_from
+    machine = Gpu(device, options.jobs or _jobs(device), end)
+    try:
+        command = shlex.join(["python", "-m", "logpe", *sys.argv[1:]])
+        entries = tune(tasks, path, device, machine, command=command, again=options.again)
+    except (OSError, ValueError) as error:
+        print(f"{path} cannot be used, move it away or name another with --out: {error}", file=sys.stderr)
+        return 2
+    finally:
+        machine.close()
+    if not entries:
+        print("Nothing was measured.", file=sys.stderr)
+        return 1
+    print(table(entries))
+    print(f"\n{configs.name_of(device)}: written to {path}")
+    if path != read_from:
+        print(f"log_attention reads {read_from}: copy it there, or set LOGPE_CONFIG_DIR")
+    return 0
