@@ -90,7 +90,7 @@ def print_configs(device: torch.device) -> None:
         print(f"  {itemsize} bytes, D {head_dim}, {'+'.join(parts) or 'no position'}, causal, {length} tokens")
         for kernel in configs.KERNELS:
             choice = configs.choose(kernel, traits)
-            tile = " ".join(f"{field}={value}" for field, value in choice.config.launch().items())
+            tile = configs.text_of(choice.config)
             print(f"    {kernel:<14}{tile}: {choice.file.name}, {choice.why}")
 
 

@@ -65,18 +65,13 @@ def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
 
 
 def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
-    """The candidates with the tile of ``config``: other stages, and where the kernel has it the path of sm_90."""
+    """The candidates with the tile of ``config``: other stages, and on sm_90 and later descriptors."""
     from logpe_kernels import configs
 
     half = task.itemsize == 2
-    names = KERNELS[task.kernel].jit_function().arg_names
-    flags = [dict(TMA=False, WARP_SPECIALIZE=False)]
-    if half and configs.has_tma(target) and "TMA" in names:
-        flags.append(dict(TMA=True, WARP_SPECIALIZE=False))
-        if "WARP_SPECIALIZE" in names:
-            flags.append(dict(TMA=True, WARP_SPECIALIZE=True))
+    flags = (False, True) if half and configs.has_tma(target) else (False,)
     stages = (1, 2, 3, 4) if half and target.startswith("sm_") else (1, 2)
-    found = [config._replace(num_stages=n, **flag) for flag, n in itertools.product(flags, stages)]
+    found = [config._replace(num_stages=n, TMA=flag) for flag, n in itertools.product(flags, stages)]
     return launchable([c for c in found if c != config], task, target, shared)
 
 
@@ -283,9 +278,11 @@ def tune(
 
 def table(entries: list[Entry]) -> str:
     """A line for each entry."""
+    from logpe_kernels import configs
+
     lines = [["kernel", "bytes", "D", "parts", "mask", "N", "shipped ms", "best ms", "faster", "configuration"]]
     for x in entries:
-        config = " ".join(f"{name}={value}" for name, value in x.config.launch().items())
+        config = configs.text_of(x.config)
         config += " (shipped)" if x.config == x.default else ""
         lines.append([
             x.kernel, str(x.itemsize), str(x.head_dim), "+".join(x.parts) or "none", "causal" if x.causal else "full",

@@ -22,6 +22,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 import logpe_kernels  # noqa: E402
 import logpe_kernels.position as position_kernels  # noqa: E402
+import logpe_kernels.problem as problem_kernels  # noqa: E402
 import logpe_kernels.tile as tile_kernels  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -510,6 +511,40 @@ def test_far_tiles(preset: str, window: dict[str, Any], device: torch.device) ->
     """Tiles far from the diagonal, on either side of it, where a polynomial stands for the logarithm."""
     with configs.override(Config(16, 16, 4, 1)):
         check(make_call(1, 2, 1, 250, 291, 16, preset=preset, dtype=torch.float16, device=device, **window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "window", [dict(is_causal=True), dict(window=(60, 5), query_start=11)], ids=["causal", "window"]
+)
+def test_descriptors(window: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Full tiles by descriptor, next to masked ones by pointers; the same bits as by pointers alone."""
+    if device.type == "cuda" and not configs.has_tma(configs.target_of(device)):
+        pytest.skip("this GPU has no tensor descriptors")
+    packed = {name: value for name, value in window.items() if name != "query_start"}
+    calls = [
+        make_call(2, 4, 2, 100, 111, 16, dtype=dtype, preset="log-invariant", device=device, **window),
+        make_call(1, 2, 1, 75, 80, 40, dtype=dtype, preset="log-rotary-bias", device=device, **window),
+        make_call(1, 2, 1, 70, 70, 20, dtype=dtype, device=device, **window),  # rows of 40 bytes: no descriptor
+        make_packed_call([70, 3, 33], [70, 3, 33], kv_heads=2, outside=5, dtype=dtype, device=device, **packed),
+    ]
+    for call in calls:
+        with configs.override(Config(16, 16, 4, 1, TMA=True)):
+            by_descriptor = check(call)
+        with configs.override(Config(16, 16, 4, 1)):
+            by_pointer = run(call, "triton")
+        assert all(torch.equal(x, by_pointer[name]) for name, x in by_descriptor.items())
+
+
+def test_descriptors_are_used(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = problem_kernels.TensorDescriptor
+    monkeypatch.setattr(problem_kernels, "TensorDescriptor", lambda *x: made.append(x) or real(*x))
+    call = make_call(1, 2, 1, 40, 40, 16, dtype=torch.float16, device=device)
+    with configs.override(Config(16, 32, 4, 1, TMA=True)):
+        check(call)
+    assert [x[1:3] for x in made[:2]] == [([1, 1, 40, 16], [640, 640, 16, 1])] * 2
+    assert [x[3] for x in made] == [[1, 1, rows, 16] for rows in (32, 32, 32, 32, 16, 16)]
 
 
 @triton.jit

@@ -112,22 +112,13 @@ def test_less_shared_memory_leaves_fewer_candidates() -> None:
     assert max(c.num_stages for c in small) < max(c.num_stages for c in large)
 
 
-def test_descriptors_are_tried_where_kernel_and_target_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Function:
-        arg_names = ("q", "TMA", "WARP_SPECIALIZE")
+def test_descriptors_are_tried_where_the_target_has_them() -> None:
+    def flags(task: Task, target: str) -> set[bool]:
+        return {c.TMA for c in tune.pipelines(Config(64, 64, 4, 2), task, target, 227 * 1024)}
 
-    flags = lambda task, target: {  # noqa: E731
-        (c.TMA, c.WARP_SPECIALIZE) for c in tune.pipelines(Config(64, 64, 4, 2), task, target, 227 * 1024)
-    }
-    monkeypatch.setattr(measure.Kernel, "jit_function", lambda self: Function)
-    assert flags(TASK, "sm_90") == flags(TASK, "sm_100") == {(False, False), (True, False), (True, True)}
-    assert flags(TASK, "sm_80") == flags(TASK, "gfx942") == {(False, False)}
-    float32 = Task("forward", "float32", 128, "log-bias", True, 4096, 4, 16, 16)
-    assert flags(float32, "sm_90") == {(False, False)}
-    Function.arg_names = ("q", "TMA")
-    assert flags(TASK, "sm_90") == {(False, False), (True, False)}
-    Function.arg_names = ("q",)
-    assert flags(TASK, "sm_90") == {(False, False)}
+    assert flags(TASK, "sm_90") == flags(TASK, "sm_100") == {False, True}
+    assert flags(TASK, "sm_80") == flags(TASK, "gfx942") == {False}
+    assert flags(Task("forward", "float32", 128, "log-bias", True, 4096, 4, 16, 16), "sm_90") == {False}
 
 
 def test_spilling_candidates_go_unless_all_spill() -> None:
@@ -184,7 +175,7 @@ def test_a_wrong_result_never_wins() -> None:
     machine = Fake(lambda config: "wrong: out differs" if config[:2] == (64, 64) else 0.9 - 0.1 * (config[1] == 32))
     entry = search(machine)
     assert entry.config[1] == 32
-    assert [[64, 64, 4, 2, False, False], "wrong: out differs"] in json.loads(json.dumps(entry.tried))
+    assert [[64, 64, 4, 2, False], "wrong: out differs"] in json.loads(json.dumps(entry.tried))
 
     machine = Fake()
     machine.ratio = lambda config: 0.5 if machine.compared[-1][2] == tune.QUICK else "wrong: not the same result twice"

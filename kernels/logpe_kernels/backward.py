@@ -46,11 +46,12 @@ from .tile import (
     load_key_bias,
     load_lengths,
     load_masked,
-    load_rows,
+    load_tile,
     loop_bounds,
     partial_sums,
+    rows_of,
     sight,
-    store_rows,
+    store_tile,
     tile_logits,
     tile_range,
     within,
@@ -82,7 +83,7 @@ def corrected(total, mean, error):
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dq_kernel(
-    q, k, v, out, lse, dlse, delta, gain, dout, dq, dposition, strides,
+    q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dposition, strides,
     position, sequences, dropout_seed, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
@@ -103,14 +104,14 @@ def dq_kernel(
         None if position.alpha is None else tl.load(position.alpha + h),
     )
 
-    b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
-    k += b64 * strides.k[0] + h64 // group_size * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
-    v += b64 * strides.v[0] + h64 // group_size * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
-    out += b64 * strides.out[0] + h64 * strides.out[1] + queries.row.to(tl.int64) * strides.out[2]
-    dq += b64 * strides.dq[0] + h64 * strides.dq[1] + queries.row.to(tl.int64) * strides.dq[2]
-    dout += b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
-    lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+    batch = b if sequences.cu_seqlens_q is None else b * 0  # packed sequences lie in one
+    q = rows_of(q, None, strides.q, batch, h, queries.row)
+    k = rows_of(k, k_tma, strides.k, batch, h // group_size, keys.row)
+    v = rows_of(v, v_tma, strides.v, batch, h // group_size, keys.row)
+    out = rows_of(out, None, strides.out, batch, h, queries.row)
+    dout = rows_of(dout, None, strides.dout, batch, h, queries.row)
+    dq = rows_of(dq, None, strides.dq, batch, h, queries.row)
+    lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
 
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -119,9 +120,9 @@ def dq_kernel(
     lse_row = tl.load(lse + lse_offset + rows, mask=stored, other=-float("inf"))
     alive = lse_row > -float("inf")
     lse2 = tl.where(alive, lse_row * LOG2E, float("inf"))
-    q_tile = load_rows(q, rows, strides.q[2], alive, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do_tile = load_rows(dout, rows, strides.dout[2], alive, HEAD_DIM, BLOCK_D)
-    o_tile = load_rows(out, rows, strides.out[2], alive, HEAD_DIM, BLOCK_D)
+    q_tile = load_tile(q, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do_tile = load_tile(dout, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)
+    o_tile = load_tile(out, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)
     dlse_row = tl.zeros([BLOCK_M], tl.float32)
     if dlse is not None:
         dlse_row = tl.load(dlse + lse_offset + rows, mask=alive, other=0.0)
@@ -150,8 +151,8 @@ def dq_kernel(
             if sequences.key_bias is not None:
                 key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
-            k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+            k_tile = load_tile(k, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)
             distance, score, a = tile_logits(
                 dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], i, first_key, last_key, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, KIND,
@@ -173,7 +174,7 @@ def dq_kernel(
             if dposition.alpha is not None:
                 alpha, alpha_mean = accumulate(alpha, alpha_mean, g, p, by_gain(score, distance, head))
 
-    store_rows(dq, rows, strides.dq[2], acc * (gain_row * scale)[:, None], stored, HEAD_DIM, BLOCK_D)
+    store_tile(dq, m0, acc * (gain_row * scale)[:, None], stored, HEAD_DIM, BLOCK_D)
     error = tl.sum(g_sum, 1) - dlse_row  # of delta
     tl.store(delta + lse_offset + rows, delta_row + error, mask=stored)
     if gain is not None:
@@ -194,7 +195,7 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
-    q, k, v, lse, delta, gain, dout, dk, dv, strides,
+    q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv, strides,
     position, sequences, dropout_seed, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
@@ -210,11 +211,11 @@ def dkdv_kernel(
         window_left, window_right,
     )  # fmt: skip
 
-    b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
-    k += b64 * strides.k[0] + kv64 * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
-    v += b64 * strides.v[0] + kv64 * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
-    dk += b64 * strides.dk[0] + kv64 * strides.dk[1] + keys.row.to(tl.int64) * strides.dk[2]
-    dv += b64 * strides.dv[0] + kv64 * strides.dv[1] + keys.row.to(tl.int64) * strides.dv[2]
+    batch = b if sequences.cu_seqlens_q is None else b * 0
+    k = rows_of(k, None, strides.k, batch, kv_head, keys.row)
+    v = rows_of(v, None, strides.v, batch, kv_head, keys.row)
+    dk = rows_of(dk, None, strides.dk, batch, kv_head, keys.row)
+    dv = rows_of(dv, None, strides.dv, batch, kv_head, keys.row)
 
     tokens = n0 + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
@@ -224,8 +225,8 @@ def dkdv_kernel(
     if sequences.key_bias is not None:
         key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, exists)
         exists = key_bias > -float("inf")
-    k_tile = load_rows(k, tokens, strides.k[2], exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_rows(v, tokens, strides.v[2], exists, HEAD_DIM, BLOCK_D)
+    k_tile = load_tile(k, n0, BLOCK_N, exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_tile(v, n0, BLOCK_N, exists, HEAD_DIM, BLOCK_D)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -259,10 +260,9 @@ def dkdv_kernel(
                     None if position.alpha is None else tl.load(position.alpha + h),
                 )
             m0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_M)
-            h64 = h.to(tl.int64)
-            q_head = q + b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
-            do_head = dout + b64 * strides.dout[0] + h64 * strides.dout[1] + queries.row.to(tl.int64) * strides.dout[2]
-            lse_offset = b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+            q_rows = rows_of(q, q_tma, strides.q, batch, h, queries.row)
+            do_rows = rows_of(dout, dout_tma, strides.dout, batch, h, queries.row)
+            lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
             rows = m0 + columns
             i = queries.start + rows  # [BLOCK_M]
             # A full tile lies inside the sequence and has no dead row: nothing to mask.
@@ -272,8 +272,8 @@ def dkdv_kernel(
                 mask = lse_row > -float("inf")
                 lse_row = tl.where(mask, lse_row, float("inf"))
             delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
-            q_tile = load_rows(q_head, rows, strides.q[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do_tile = load_rows(do_head, rows, strides.dout[2], mask, HEAD_DIM, BLOCK_D)
+            q_tile = load_tile(q_rows, m0, BLOCK_M, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do_tile = load_tile(do_rows, m0, BLOCK_M, mask, HEAD_DIM, BLOCK_D)
             gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
             if gain is not None:
                 gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
@@ -294,8 +294,8 @@ def dkdv_kernel(
     stored = tokens < keys.count
     dk_acc = tl.where(exists[:, None], dk_acc * scale, 0.0)
     dv_acc = tl.where(exists[:, None], dv_acc, 0.0)
-    store_rows(dk, tokens, strides.dk[2], dk_acc, stored, HEAD_DIM, BLOCK_D)
-    store_rows(dv, tokens, strides.dv[2], dv_acc, stored, HEAD_DIM, BLOCK_D)
+    store_tile(dk, n0, dk_acc, stored, HEAD_DIM, BLOCK_D)
+    store_tile(dv, n0, dv_acc, stored, HEAD_DIM, BLOCK_D)
 
 
 def backward(
@@ -323,15 +323,16 @@ def backward(
     ]
     if programs > 0:
         dq_kernel[(problem.heads * programs,)](
-            problem.q, problem.k, v, out, lse, dlse, delta, gain, dout, dq, Position(*partials),
-            problem.strides(lse, out=out, dout=dout, dq=dq), **problem.keywords, **config.launch(),
+            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
+            delta, gain, dout, dq, Position(*partials), problem.strides(lse, out=out, dout=dout, dq=dq),
+            **problem.keywords, **config.launch(),
         )  # fmt: skip
     config = configs.lookup("backward_dkdv", problem.traits)
     programs = problem.batch * problem.kv_heads * triton.cdiv(problem.num_keys, config.BLOCK_N)
     if programs > 0:
         dkdv_kernel[(programs,)](
-            problem.q, problem.k, v, lse, delta, gain, dout, dk, dv,
-            problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config.launch(),
+            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
+            dout, dk, dv, problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config.launch(),
         )  # fmt: skip
     if problem.theta is not None:
         problem.rotate_queries(dq, dq, inverse=True)

@@ -36,11 +36,15 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     TMA: bool = False  # full tiles come through tensor descriptors: sm_90 and later
-    WARP_SPECIALIZE: bool = False
 
     def launch(self) -> dict[str, Any]:
-        """The keywords of a launch; a flag that is off is left to the kernel's default."""
-        return {name: value for name, value in self._asdict().items() if value is not False}
+        """The keywords of a launch; with TMA the kernel is given descriptors."""
+        return {name: value for name, value in self._asdict().items() if name != "TMA"}
+
+
+def text_of(config: Any) -> str:
+    """For people: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2; a flag that is off is left out."""
+    return " ".join(f"{name}={value}" for name, value in config._asdict().items() if value is not False)
 
 
 #: The kernels that are configured, each with what the interpreter uses: its type says which fields the kernel takes.
@@ -310,8 +314,8 @@ def check_values(kernel: str, config: Any) -> None:
 
 def cannot_launch(kernel: str, config: Any, itemsize: int, head_dim: int, target: str, shared: int) -> str | None:
     """Why a target with so many bytes of shared memory (0: unknown) surely cannot; None if it may be able to."""
-    if (getattr(config, "TMA", False) or getattr(config, "WARP_SPECIALIZE", False)) and not has_tma(target):
-        return f"TMA and WARP_SPECIALIZE need sm_90 or later, this is {target}"
+    if getattr(config, "TMA", False) and not has_tma(target):
+        return f"TMA needs sm_90 or later, this is {target}"
     # At the least: the two tiles that the loop streams, but for the stage which the products read from registers.
     rows = config.BLOCK_M if kernel == "backward_dkdv" else config.BLOCK_N
     needed = max(1, 2 * (config.num_stages - 1)) * rows * padded(head_dim) * itemsize

@@ -18,11 +18,12 @@ from .tile import (
     load_axes,
     load_key_bias,
     load_lengths,
-    load_rows,
+    load_tile,
     loop_bounds,
+    rows_of,
     sight,
     softmax_step,
-    store_rows,
+    store_tile,
     tile_logits,
     tile_range,
     within,
@@ -31,7 +32,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def forward_kernel(
-    q, k, v, out, lse, strides, position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    q, k, v, k_tma, v_tma, out, lse, strides, position, sequences, dropout_seed, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -52,17 +53,17 @@ def forward_kernel(
         None if position.alpha is None else tl.load(position.alpha + h),
     )
 
-    b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    q += b64 * strides.q[0] + h64 * strides.q[1] + queries.row.to(tl.int64) * strides.q[2]
-    k += b64 * strides.k[0] + h64 // group_size * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
-    v += b64 * strides.v[0] + h64 // group_size * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
-    out += b64 * strides.out[0] + h64 * strides.out[1] + queries.row.to(tl.int64) * strides.out[2]
-    lse += b64 * strides.lse[0] + h64 * strides.lse[1] + queries.row
+    batch = b if sequences.cu_seqlens_q is None else b * 0  # packed sequences lie in one
+    q = rows_of(q, None, strides.q, batch, h, queries.row)
+    k = rows_of(k, k_tma, strides.k, batch, h // group_size, keys.row)
+    v = rows_of(v, v_tma, strides.v, batch, h // group_size, keys.row)
+    out = rows_of(out, None, strides.out, batch, h, queries.row)
+    lse += b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
 
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     i = queries.start + rows  # [BLOCK_M]
-    q_tile = load_rows(q, rows, strides.q[2], within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q_tile = load_tile(q, m0, BLOCK_M, within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     n = load_lengths(sequences, b, i, window_left)
     row_scale = tl.full([BLOCK_M], scale * LOG2E, tl.float32) * query_gain(n, head, gain_length)
 
@@ -74,7 +75,7 @@ def forward_kernel(
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
     tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
     # The polynomial is right to 1e-5: good enough beside half-precision inputs.
-    SPLIT: tl.constexpr = position.rate is not None and q.dtype.element_ty.primitive_bitwidth == 16
+    SPLIT: tl.constexpr = position.rate is not None and q.pointer.dtype.element_ty.primitive_bitwidth == 16
     for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
         start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
@@ -86,8 +87,8 @@ def forward_kernel(
             if sequences.key_bias is not None:
                 key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
-            k_tile = load_rows(k, tokens, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = load_rows(v, tokens, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+            k_tile = load_tile(k, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)
             _, _, a = tile_logits(
                 dot(q_tile, k_tile.T), row_scale[:, None], None, i, first_key, last_key, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, KIND,
@@ -100,7 +101,7 @@ def forward_kernel(
     dead = l_i == 0.0
     scale_out = dropout_scale / tl.where(dead, 1.0, l_i) if dropout_seed is not None else 1.0 / tl.where(dead, 1.0, l_i)
     stored = rows < queries.count
-    store_rows(out, rows, strides.out[2], acc * scale_out[:, None], stored, HEAD_DIM, BLOCK_D)
+    store_tile(out, m0, acc * scale_out[:, None], stored, HEAD_DIM, BLOCK_D)
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 
@@ -122,6 +123,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
     if grid > 0:
         forward_kernel[(grid,)](
-            problem.q, problem.k, v, out, lse, problem.strides(lse, out=out), **problem.keywords, **config.launch()
-        )
+            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,
+            problem.strides(lse, out=out), **problem.keywords, **config.launch(),
+        )  # fmt: skip
     return out, lse

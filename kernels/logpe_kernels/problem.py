@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Traits, log2_length
 from .position import Position
@@ -128,6 +129,21 @@ class Problem:
         """Turn x, which is laid out like k, into out (which may be x)."""
         assert self.theta is not None
         return rotate(x, out, self.theta, self.rotary_scale, *self._key_axis, inverse=inverse)
+
+    def descriptors(self, config: Any, rows: int, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
+        """Of tensors laid out like q or k, for loads of [1, 1, rows, BLOCK_D]; None where config has no TMA.
+
+        TMA wants 16-byte steps: a tensor that is not so aligned is loaded through pointers, and so is an empty one.
+        """
+        return tuple(self._descriptor(x, rows) if config.TMA else None for x in tensors)
+
+    def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
+        if self.packed:
+            x = x.transpose(0, 1)[None]  # (1, H, total, D)
+        steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+        if x.numel() == 0 or x.data_ptr() % 16 or any(step % 16 for step in steps):
+            return None
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.keywords["BLOCK_D"]])
 
     def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
         """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""

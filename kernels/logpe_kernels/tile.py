@@ -190,6 +190,39 @@ def load_rows(x, rows, stride, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
     return load_masked(pointers, keep, 0.0)
 
 
+class Rows(NamedTuple):
+    """The rows of one sequence and head of a tensor: row r lies at pointer + r * stride."""
+
+    pointer: Any
+    stride: Any
+    descriptor: Any  # of the whole tensor, (B, H, N, D) in tiles of [1, 1, rows, BLOCK_D], or None
+    b: Any
+    h: Any
+    first: Any  # in the tensor
+
+
+@triton.jit
+def rows_of(x, descriptor, strides, b, h, first):
+    """The rows from ``first`` on of head h in batch b."""
+    pointer = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + first.to(tl.int64) * strides[2]
+    return Rows(pointer, strides[2], descriptor, b, h, first)
+
+
+@triton.jit
+def load_tile(x, start, count: tl.constexpr, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start to start + count as [count, BLOCK_D], zeros where mask is False; by descriptor if that can be."""
+    if x.descriptor is None or mask is not None:
+        return load_rows(x.pointer, start + tl.arange(0, count), x.stride, mask, HEAD_DIM, BLOCK_D)
+    else:
+        return tl.reshape(x.descriptor.load([x.b, x.h, x.first + start, 0]), [count, BLOCK_D])
+
+
+@triton.jit
+def store_tile(x, start, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [count, BLOCK_D] into Rows from ``start`` where mask is True."""
+    store_rows(x.pointer, start + tl.arange(0, value.shape[0]), x.stride, value, mask, HEAD_DIM, BLOCK_D)
+
+
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """float32 to dtype, to nearest. The interpreter truncates on the way to bfloat16: round by hand there."""
