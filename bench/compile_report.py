@@ -160,7 +160,10 @@ class Row:
 
     @property
     def clocks(self) -> dict[str, float]:
-        """The roofline: clocks of an SM per score element that each unit needs in that loop."""
+        """The roofline: clocks of an SM per score element that each unit needs in that loop.
+
+        The matrix unit counts in half precision alone; AMD's does the products of float32 too, at another rate.
+        """
         depth = self.head_dim * roofline.PRODUCTS[self.kernel] if self.dtype in HALF else None
         return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
 
@@ -531,7 +534,7 @@ def _setting(row: Row) -> tuple[Any, ...]:
 def resources(rows: list[Row]) -> str:
     """A line for each target, kernel, type, head_dim and configuration: the worst over presets, masks and features."""
     columns = ("registers", "spill", "stack", "shared")
-    lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "matrix", "seconds", "kernels"]]
+    lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "matrix", "seconds", "rows"]]
 
     def group(row: Row) -> tuple[Any, ...]:
         return *_setting(row), row.tile
@@ -707,7 +710,7 @@ def main(arguments: list[str] | None = None) -> int:
         budgets = read_budgets()
     failed = failures()
     print(resources(rows), costs(rows), sep="\n\n", end="\n\n")
-    print(f"{len(rows)} kernels of {len(calls)} calls in {time.monotonic() - start:.0f} s, {len(failed)} failures")
+    print(f"{len(rows)} rows of {len(calls)} calls in {time.monotonic() - start:.0f} s, {len(failed)} failures")
     if budgets is None:
         print(f"{BUDGETS.name} has no budgets for Triton {versions()['triton']}: costs were not compared with it")
     if left:

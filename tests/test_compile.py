@@ -62,8 +62,6 @@ def test_slice_compiles_for_every_target(tmp_path: Path) -> None:
         if row["kernel"] in roofline.PRODUCTS:  # loops over full and masked tiles, each warp with products of its own
             assert len(row["loops"]) >= (1 if "key_bias" in row["feature"] else 2), row
             assert all(0 < loop["tiles"] <= 1 and loop["special"] >= 1 for loop in row["loops"]), row
-            special = [loop["special"] for loop in row["loops"]]
-            assert special[row["bulk"]] == pytest.approx(min(special), abs=0.1), row
             assert row["clocks"]["fp32"] > 0, row
     if triton.__version__ == json.loads(report.BUDGETS.read_text())["triton"]:
         assert "costs were not compared" not in result.stdout
@@ -330,7 +328,7 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert json.loads(out.read_text())["rows"][0]["clocks"]["matrix"] == 0.125
     assert report.main([*command, "--resume"]) == 0
     assert [case.mask for case in compiled] == ["causal", "full"]
-    assert "2 kernels of 2 calls" in capsys.readouterr().out
+    assert "2 rows of 2 calls" in capsys.readouterr().out
     assert report.main([*command, "--resume", "--kernels", "forward"]) == 0
     assert "starting over" in capsys.readouterr().out
     assert len(compiled) == 4
