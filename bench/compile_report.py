@@ -1,28 +1,38 @@
 """Compile every shipped configuration for every target, without a GPU, and report what the compilers made of it.
 
-    python -m bench.compile_report                      # everything, about an hour on two cores
-    python -m bench.compile_report --targets sm_90 --head-dims 64 128 --presets log-bias --check
-    python -m bench.compile_report --quick --check      # the slice that the tests run
+    python -m bench.compile_report --out report.json --resume       # everything, about an hour on two cores
+    python -m bench.compile_report --targets sm_90 --head-dims 64 128 --presets none log-bias --check
+    python -m bench.compile_report --quick --check                  # the slice that the tests run
+    python -m bench.compile_report --features plain --write-budgets # after a change of kernels or tiles
 
 The launchers themselves run, on tensors without storage, against a driver that claims to be the target: what is
 compiled is what a GPU would be given. Read from the result: registers, spills and stack per thread, shared memory
-against what the target has, and the number of matrix instructions. ``--check`` exits with 1 if a kernel
+against what the target has, the number of matrix instructions, and what the loops over tiles cost per score element
+(:mod:`bench.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
+that they imply if all units overlap perfectly, beside those of ``none``. ``--check`` exits with 1 if a kernel
 
 * does not compile;
 * wants more shared (or tensor) memory than the target has;
 * spills in half precision at head_dim <= 128. Calls with more than a position (packed, grouped, a window, ...) may
   spill around the loops over tiles, not in them; dropout's random numbers may spill there too;
-* is in half precision and has a product that did not become matrix instructions.
+* is in half precision and has a product that did not become matrix instructions;
+* costs more per score element than budgets.json allows, in a call with nothing but a position. The loop that is
+  judged is the one that serves most of a long sequence. Shipped configurations must have a budget, those of
+  ``--configs`` need none. Budgets hold for the Triton that they were written with; under another one they are not
+  compared, and a line says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures as futures
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -32,7 +42,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +51,18 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
+from bench import roofline
+from bench.roofline import Loop, Rates
+
 KIB = 1024
 HALF = ("bfloat16", "float16")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 LENGTH = 1024
 TENSOR_MEMORY_COLUMNS = 512
+BUDGETS = Path(__file__).parent / "budgets.json"
+#: What is budgeted of a loop, per score element, and how much more than was counted a budget allows.
+COSTS = ("special", "fp32", "issued")
+HEADROOM = 1.03
 
 
 class Target(NamedTuple):
@@ -55,15 +72,21 @@ class Target(NamedTuple):
     arch: int | str
     warp_size: int
     shared: int
+    rates: Rates
 
 
+# Rates of NVIDIA: special functions and float32 from the CUDA C++ programming guide's table of the throughput of
+# native arithmetic instructions; issue, 4 schedulers with a warp of 32 each; matrix from the dense bfloat16 rate in
+# the architectures' white papers (A100 312 TFLOP/s, L40S 362, H100 SXM 989, B200 2,250, RTX PRO 6000 Blackwell 504)
+# over SMs and clock. GeForce cards of sm_89 and sm_120 have half of that. Of AMD: FLOPs per clock and compute unit in
+# the CDNA 3 white paper, where float32 counts packed instructions; it has none for special functions and issue.
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * KIB),
-    "sm_89": Target("cuda", 89, 32, 99 * KIB),
-    "sm_90": Target("cuda", 90, 32, 227 * KIB),
-    "sm_100": Target("cuda", 100, 32, 227 * KIB),
-    "sm_120": Target("cuda", 120, 32, 99 * KIB),
-    "gfx942": Target("hip", "gfx942", 64, 64 * KIB),
+    "sm_80": Target("cuda", 80, 32, 163 * KIB, Rates(1024, 16, 64, 128)),
+    "sm_89": Target("cuda", 89, 32, 99 * KIB, Rates(512, 16, 128, 128)),
+    "sm_90": Target("cuda", 90, 32, 227 * KIB, Rates(2048, 16, 128, 128)),
+    "sm_100": Target("cuda", 100, 32, 227 * KIB, Rates(4096, 16, 128, 128)),
+    "sm_120": Target("cuda", 120, 32, 99 * KIB, Rates(512, 16, 128, 128)),
+    "gfx942": Target("hip", "gfx942", 64, 64 * KIB, Rates(1024, None, 128, None)),
 }
 #: LogPosition's presets; log-invariant is the heaviest for the backward and takes the query gain along.
 PRESETS = ("none", "log-bias", "log-invariant+gain", "log-rotary", "log-rotary-bias")
@@ -81,7 +104,6 @@ FEATURES = (
     "decode",
     "dlse",
 )
-CONFIG_FIELDS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +142,46 @@ class Row:
     matrix: int = 0  # instructions
     products: int = 0  # tl.dot in the source
     instructions: int = 0
-    loops: list[int] = dataclasses.field(default_factory=list)  # instructions of each loop over tiles
-    spilled_in_loops: int = 0  # instructions of these loops that reach for spilled registers
+    loops: list[Loop] = dataclasses.field(default_factory=list)  # over tiles
     error: str | None = None
 
-    def failures(self) -> Iterator[str]:
-        """What --check holds against it."""
+    @property
+    def tile(self) -> str:
+        """The configuration in short: 128x64 num_warps=8 num_stages=2, and the names of flags that are set."""
+        block = "x".join(str(self.config[name]) for name in ("BLOCK_M", "BLOCK_N") if name in self.config)
+        rest = {name: value for name, value in self.config.items() if not name.startswith("BLOCK_")}
+        flags = (name if value is True else f"{name}={value}" for name, value in rest.items() if value is not False)
+        return " ".join(filter(None, (block, *flags)))
+
+    @property
+    def bulk(self) -> Loop:
+        """Of its loops, which it must have, the one that serves most of a long sequence."""
+        return roofline.bulk(self.loops)
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        """The roofline: clocks of an SM per score element that each unit needs in that loop.
+
+        The matrix unit counts in half precision alone; AMD's does the products of float32 too, at another rate.
+        """
+        depth = self.head_dim * roofline.PRODUCTS[self.kernel] if self.dtype in HALF else None
+        return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
+
+    def figures(self) -> dict[str, Any]:
+        """All of it for a file, with the index of the loop that counts and its roofline."""
+        more = dict(bulk=self.loops.index(self.bulk), clocks=self.clocks) if self.loops else {}
+        return dataclasses.asdict(self) | more
+
+    @property
+    def budget(self) -> str | None:
+        """Its name in budgets.json; None for what has no budget."""
+        if self.feature != "plain" or self.kernel not in roofline.PRODUCTS:
+            return None
+        dtype = "half" if self.dtype in HALF else self.dtype
+        return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {self.preset} [{self.tile}]"
+
+    def failures(self, budgets: dict[str, list[float]] | None, complete: bool = False) -> Iterator[str]:
+        """What --check holds against it. budgets: as in the file, or None; complete: one that is missing fails."""
         limit = TARGETS[self.target].shared
         if self.error is not None:
             yield f"does not compile: {self.error}"
@@ -136,15 +192,23 @@ class Row:
         if self.dtype in HALF and self.head_dim <= 128:
             if self.feature == "plain" and self.spill > 0:
                 yield f"spills {self.spill} bytes"
-            elif self.spilled_in_loops > 0 and "dropout" not in self.feature:
-                yield f"spills {self.spill} bytes, {self.spilled_in_loops} times in a loop"
+            elif (times := sum(loop.spills for loop in self.loops)) > 0 and "dropout" not in self.feature:
+                yield f"spills {self.spill} bytes, {times} times in a loop"
         if self.dtype in HALF and self.products > 0 and self.matrix == 0:
             yield "no matrix instructions"
+        if self.error is None and self.budget is not None and budgets is not None:
+            if not self.loops:
+                yield "no loop over tiles found in its code"
+            elif self.budget in budgets:
+                for name, most in zip(COSTS, budgets[self.budget], strict=True):
+                    if (cost := getattr(self.bulk, name)) > most:
+                        yield f"{cost:.2f} {name} instructions per score element, the budget is {most:.2f}"
+            elif complete:
+                yield "no budget: run with --write-budgets"
 
     def __str__(self) -> str:
-        tile = " ".join(f"{name}={value}" for name, value in self.config.items())
         where = f"{self.target} {self.kernel} {self.dtype} D={self.head_dim} {self.preset} {self.mask} {self.feature}"
-        return f"{where} [{tile}]"
+        return f"{where} [{self.tile}]"
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------
@@ -192,14 +256,18 @@ def call(case: Case, preset: str) -> None:
 
 
 def cases(
-    targets: Iterable[str], dtypes: Iterable[str], head_dims: Iterable[int], presets: tuple[str, ...]
+    targets: Iterable[str],
+    dtypes: Iterable[str],
+    head_dims: Iterable[int],
+    presets: tuple[str, ...],
+    features: tuple[str, ...] = FEATURES,
 ) -> Iterator[Case]:
     """Everything: the grid, and every feature at the common sizes. Presets share a case, since they share kernels."""
     for target, head_dim, dtype in itertools.product(targets, head_dims, dtypes):
-        for mask in MASKS:
+        for mask in MASKS if "plain" in features else ():
             yield Case(target, dtype, head_dim, presets, mask)
         if head_dim in (64, 128 if dtype in HALF else 64) and "log-bias" in presets:
-            for feature in FEATURES[1:]:
+            for feature in (feature for feature in features if feature != "plain"):
                 mask = "full" if feature == "key_bias" else "causal"
                 yield Case(target, dtype, head_dim, ("log-bias",), mask, feature)
 
@@ -260,7 +328,7 @@ def compile_case(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    rows: dict[Any, Row] = {}
+    rows: dict[tuple[str, str], Row] = {}  # by kernel and preset
     compile_only = JITFunction.run
     preset = ""
 
@@ -268,20 +336,22 @@ def compile_case(
         name = function.fn.__name__.removesuffix("_kernel")
         if kernels is not None and name not in kernels:
             return None
-        config = {field: keywords[field] for field in CONFIG_FIELDS if field in keywords}
+        config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
         row = Row(case.target, case.dtype, case.head_dim, preset, case.mask, case.feature, name, config)
         start = time.perf_counter()
         try:
             kernel = compile_only(function, *args, grid=grid, warmup=True, **keywords)
             row.seconds = round(time.perf_counter() - start, 2)
-            if kernel.hash in rows:
-                return kernel
-            inspect_kernel(kernel, row)
-            rows[kernel.hash] = row
+            same = next((other for (key, _), other in rows.items() if key == kernel.hash), None)
+            if same is None:
+                inspect_kernel(kernel, row)
+            else:  # Presets share kernels.
+                row = dataclasses.replace(same, preset=preset)
+            rows[kernel.hash, preset] = row
             return kernel
         except Exception as error:
             row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {_complaint(console)}".strip()
-            rows[str(row)] = row
+            rows[str(row), preset] = row
             return None
 
     def forget() -> None:
@@ -314,37 +384,6 @@ def disassemble(kernel: Any) -> str:
         return _output(nvidia.cuobjdump.path, "-sass", file.name)
 
 
-def instructions(code: str) -> tuple[list[str], list[slice]]:
-    """The instructions of a disassembled kernel, in order, and its innermost loops as slices of them.
-
-    A loop is what lies between a branch and its target when that comes first.
-    """
-    lines: list[str] = []
-    places: dict[str, int] = {}  # of addresses or labels
-    loops: list[slice] = []
-    for line in code.splitlines():
-        if found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):  # SASS: /*0a10*/ @P0 BRA 0x9f0 ;
-            places[f"0x{int(found[1], 16):x}"] = len(lines)
-            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", found[2])
-            lines.append(found[2])
-        elif found := re.match(r"(\.LBB\w+):", line):
-            places[found[1]] = len(lines)
-            continue
-        elif found := re.match(r"\t([a-z]+_\w+\b.*)", line):  # AMD: s_cbranch_scc1 .LBB0_2
-            target = re.search(r"^s_c?branch\w*\s+(\.LBB\w+)", found[1])
-            lines.append(found[1])
-        else:
-            continue
-        if target and target[1] in places:
-            loops.append(slice(places[target[1]], len(lines)))
-    innermost = [
-        loop
-        for loop in loops
-        if not any(other != loop and other.start >= loop.start and other.stop <= loop.stop for other in loops)
-    ]
-    return lines, innermost
-
-
 def inspect_kernel(kernel: Any, row: Row) -> None:
     """Fill in what the compiled kernel uses."""
     code = disassemble(kernel)
@@ -360,20 +399,17 @@ def inspect_kernel(kernel: Any, row: Row) -> None:
         # vgpr_count includes the accumulation registers. Spills are counted in registers of 4 bytes.
         row.registers, row.spill = field("vgpr_count"), 4 * field("vgpr_spill_count")
         row.stack = field("private_segment_fixed_size")
-        matrix, local = r"v_mfma", r"scratch_"
     else:
         row.registers, row.stack = _resources(kernel.asm["cubin"])
         row.spill = _spill(kernel, row.registers, row.stack) if row.stack else 0
-        # HMMA (sm_80 to sm_120), HGMMA (sm_90), UTCHMMA (sm_100), and the same for other types.
-        matrix, local = r"\b(?:UTC)?[A-Z]G?MMA\b", r"\b(?:LDL|STL)\b"
-    lines, loops = instructions(code)
+    lines, _ = roofline.instructions(code)
     row.instructions = len(lines)
-    row.matrix = sum(bool(re.search(matrix, line)) for line in lines)
-    product = matrix if row.matrix else r"FFMA|v_(?:pk_)?fma"
-    for loop in loops:
-        if any(re.search(product, line) for line in lines[loop]):
-            row.loops.append(loop.stop - loop.start)
-            row.spilled_in_loops += sum(bool(re.search(local, line)) for line in lines[loop])
+    row.matrix = roofline.count(roofline.MATRIX, lines)
+    if row.kernel in roofline.PRODUCTS:
+        warp_size = TARGETS[row.target].warp_size
+        tile = row.config["BLOCK_M"] * row.config["BLOCK_N"] / (row.config["num_warps"] * warp_size)
+        depth = row.head_dim * roofline.PRODUCTS[row.kernel]
+        row.loops = roofline.loops_over_tiles(code, depth, tile, warp_size)
 
 
 def _output(*command: str) -> str:
@@ -445,9 +481,11 @@ def compile_all(
     kernels: tuple[str, ...] | None = None,
     table: Path | None = None,
     jobs: int = 1,
-    done: Callable[[int], object] = lambda count: None,
-) -> list[Row]:
-    """compile_case on all of ``todo`` in worker processes; one that the compiler brings down becomes a failed row."""
+) -> Generator[tuple[Case, list[Row]], None, None]:
+    """compile_case on all of ``todo`` in worker processes, as they are done; those not begun are dropped on close.
+
+    One that the compiler brings down becomes a failed row.
+    """
     context = multiprocessing.get_context("spawn")
     worker = threading.local()  # each thread has a process of its own: a crash takes no other case along
     pools: list[futures.ProcessPoolExecutor] = []
@@ -467,39 +505,101 @@ def compile_all(
             where = (case.target, case.dtype, case.head_dim, case.presets[0], case.mask, case.feature)
             return [Row(*where, kernel="?", config={}, error=error)]
 
-    def work(case: Case) -> list[Row]:
-        rows = attempt(case)
-        done(1)
-        return rows
-
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, futures.ThreadPoolExecutor(jobs) as threads:
+        pending = {threads.submit(attempt, case): case for case in todo}
         try:
-            with futures.ThreadPoolExecutor(jobs) as threads:
-                return [row for rows in threads.map(work, todo) for row in rows]
+            for done in futures.as_completed(pending):
+                yield pending[done], done.result()
         finally:
+            threads.shutdown(cancel_futures=True)
             for pool in pools:
                 pool.shutdown()
 
 
-def summary(rows: list[Row]) -> str:
+# ---- what is made of them --------------------------------------------------------------------------------------------
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    order = [*roofline.PRODUCTS, row.kernel].index(row.kernel)
+    return list(TARGETS).index(row.target), order, row.kernel, row.dtype, row.head_dim
+
+
+def resources(rows: list[Row]) -> str:
     """A line for each target, kernel, type, head_dim and configuration: the worst over presets, masks and features."""
-    columns = ("target", "kernel", "dtype", "D", "tile", "warps", "stages")
-    lines = [[*columns, "registers", "spill", "stack", "shared", "of", "matrix", "seconds", "kernels"]]
+    columns = ("registers", "spill", "stack", "shared")
+    lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "matrix", "seconds", "rows"]]
 
     def group(row: Row) -> tuple[Any, ...]:
-        return list(TARGETS).index(row.target), row.kernel, row.dtype, row.head_dim, tuple(row.config.values())
+        return *_setting(row), row.tile
 
     for _, members in itertools.groupby(sorted(rows, key=group), group):
         same = list(members)
         row = same[0]
-        tile = "x".join(str(row.config[name]) for name in ("BLOCK_M", "BLOCK_N") if name in row.config)
-        schedule = [row.config.get(name, "") for name in ("num_warps", "num_stages")]
-        worst = [max(getattr(r, name) for r in same) for name in ("registers", "spill", "stack", "shared")]
+        worst = [max(getattr(r, name) for r in same) for name in columns]
         least, seconds = min(r.matrix for r in same), max(r.seconds for r in same)
-        line = (row.target, row.kernel, row.dtype, row.head_dim, tile, *schedule, *worst, TARGETS[row.target].shared)
+        line = (row.target, row.kernel, row.dtype, row.head_dim, row.tile, *worst, TARGETS[row.target].shared)
         lines.append([str(entry) for entry in (*line, least, f"{seconds:.1f}", len(same))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return markdown(lines)
+
+
+def costs(rows: list[Row]) -> str:
+    """What a score element costs with each preset, and how its bound compares with that of none.
+
+    Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
+    but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
+    Presets that share a kernel share a line. "-": no rate is published, so nothing bounds.
+    """
+    counts = ("special", "fp32", "conversions", "issued")
+    units = [f"{unit} clocks" for unit in Rates._fields]
+    lines = [["target", "kernel", "dtype", "D", "preset", "tile", *counts, "loops", *units, "bound by", "of none"]]
+    plain = sorted((row for row in rows if row.feature == "plain" and row.loops), key=_setting)
+    for _, members in itertools.groupby(plain, _setting):
+        # The last of a name stays: the dearest.
+        dearest = {row.preset: row for row in sorted(members, key=lambda row: row.bulk.issued)}
+        of_none = max(dearest["none"].clocks.values()) if "none" in dearest else None
+        alike: dict[str, list[str]] = {}
+        for preset in sorted(dearest, key=PRESETS.index):
+            row = dearest[preset]
+            clocks = row.clocks
+            unit = max(clocks, key=lambda unit: clocks[unit])
+            line = [row.tile, *(f"{getattr(row.bulk, name):.2f}" for name in counts)]
+            line.append(" ".join(f"{loop.issued:.1f}" for loop in row.loops))
+            line += [f"{clocks[unit]:.4f}" if unit in clocks else "-" for unit in Rates._fields]
+            line += [unit, f"{clocks[unit] / of_none:.2f}" if of_none else "-"]
+            where = [row.target, row.kernel, row.dtype, str(row.head_dim)]
+            same = alike.setdefault(" ".join(line), [*where, "", *line])
+            same[4] = ", ".join(filter(None, (same[4], preset)))
+        lines += alike.values()
+    return markdown(lines)
+
+
+def read_budgets() -> dict[str, list[float]] | None:
+    """What each kernel may cost per score element, by Row.budget, in COSTS; None if written with another Triton."""
+    content = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    return content["budgets"] if content.get("triton") == versions()["triton"] else None
+
+
+def write_budgets(rows: list[Row]) -> int:
+    """Set the budgets of what was compiled to a little more than it costs; leave the others. Returns their number."""
+    measured: dict[str, list[float]] = {}
+    for row in rows:
+        if row.budget is not None and row.loops:
+            allowed = [math.ceil(getattr(row.bulk, name) * HEADROOM * 100) / 100 for name in COSTS]
+            measured[row.budget] = list(map(max, allowed, measured.get(row.budget, allowed)))
+    # One that was measured with another tile is of no use any more.
+    settings = {name.partition(" [")[0] for name in measured}
+    kept = {name: most for name, most in (read_budgets() or {}).items() if name.partition(" [")[0] not in settings}
+    lines = (f"  {json.dumps(name)}: {json.dumps(most)}" for name, most in sorted((kept | measured).items()))
+    head = f' "triton": {json.dumps(versions()["triton"])},\n "costs": {json.dumps(COSTS)},\n "budgets": '
+    write_text(BUDGETS, "{\n" + head + "{\n" + ",\n".join(lines) + "\n }\n}\n")
+    return len(measured)
 
 
 def versions() -> dict[str, str]:
@@ -516,12 +616,37 @@ def versions() -> dict[str, str]:
     )
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, content: str) -> None:
     """Write all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1)
+        file.write(content)
     os.replace(file.name, path)
+
+
+def sources(*settings: object) -> str:
+    """A name for the state of all that the figures depend on: the kernels, their tables, this report and settings."""
+    import logpe_kernels
+
+    state = hashlib.sha256(repr((settings, versions())).encode())
+    for folder in (Path(__file__).parent, Path(logpe_kernels.__path__[0])):
+        for file in sorted((*folder.glob("*.py"), *folder.glob("configs/*.json"))):
+            if folder.name != "bench" or file.name in ("compile_report.py", "roofline.py"):
+                state.update(file.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def load(path: Path, state: str) -> tuple[list[Row], list[str]]:
+    """Rows and calls of an earlier run; none of either if what it compiled was not the same."""
+    content = json.loads(path.read_text())
+    if content.get("sources") != state:
+        print(f"{path} is of other kernels, versions or settings: starting over")
+        return [], []
+    fields = [field.name for field in dataclasses.fields(Row)]
+    rows = [Row(**{name: row[name] for name in fields}) for row in content["rows"]]
+    for row in rows:
+        row.loops = [Loop(**loop) for loop in row.loops]  # type: ignore[arg-type]
+    return rows, content["calls"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -532,35 +657,67 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES))
     parser.add_argument("--configs", type=Path, help="a table like configs/default.json to use in its place")
     parser.add_argument(
         "--quick", action="store_true", help="the slice that the tests run; of the others minds --targets"
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if something failed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if something failed, or is missing")
+    parser.add_argument("--write-budgets", action="store_true", help=f"set those of what is compiled in {BUDGETS.name}")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
-    parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="write all figures to this JSON file, after every call")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds of the same kernels and versions")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no call after so long")
     options = parser.parse_args(arguments)
+    if options.resume and options.out is None:
+        parser.error("--resume needs --out, the file to go on with")
 
     os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
     todo = list(
         quick_cases(options.targets)
         if options.quick
-        else cases(options.targets, options.dtypes, options.head_dims, tuple(options.presets))
+        else cases(options.targets, options.dtypes, options.head_dims, tuple(options.presets), tuple(options.features))
     )
     kernels = tuple(options.kernels) if options.kernels else None
-    start = time.perf_counter()
-    with tqdm(total=len(todo), unit="call", smoothing=0) as progress:
-        rows = compile_all(todo, kernels, options.configs, options.jobs, progress.update)
-    seconds = time.perf_counter() - start
-    failures = [f"{row}: {reason}" for row in rows for reason in row.failures()]
-    print(summary(rows))
-    print(f"{len(rows)} kernels in {seconds:.0f} s, {len(failures)} failures")
-    for failure in failures:
+    state = sources(kernels, options.configs and options.configs.read_text())
+    rows: list[Row] = []
+    calls: list[str] = []
+    if options.resume and options.out.exists():
+        rows, calls = load(options.out, state)
+    todo = [case for case in todo if str(case) not in calls]
+    budgets = read_budgets()
+
+    def failures() -> list[str]:
+        return [f"{row}: {reason}" for row in rows for reason in row.failures(budgets, complete=not options.configs)]
+
+    start = time.monotonic()
+    with (
+        tqdm(total=len(todo), unit="call", smoothing=0) as progress,
+        contextlib.closing(compile_all(todo, kernels, options.configs, options.jobs)) as compiled,
+    ):
+        for case, more in compiled:
+            rows += more
+            calls.append(str(case))
+            progress.update()
+            if options.out:
+                content = dict(versions=versions(), sources=state, calls=calls, failures=failures())
+                write_text(options.out, json.dumps(content | dict(rows=[row.figures() for row in rows]), indent=1))
+            if time.monotonic() > start + 60 * options.minutes:
+                break
+    left = [case for case in todo if str(case) not in calls]
+    if options.write_budgets:
+        print(f"{write_budgets(rows)} budgets written to {BUDGETS}")
+        budgets = read_budgets()
+    failed = failures()
+    print(resources(rows), costs(rows), sep="\n\n", end="\n\n")
+    print(f"{len(rows)} rows of {len(calls)} calls in {time.monotonic() - start:.0f} s, {len(failed)} failures")
+    if budgets is None:
+        print(f"{BUDGETS.name} has no budgets for Triton {versions()['triton']}: costs were not compared with it")
+    if left:
+        print(f"{len(left)} calls are left" + ("" if options.out is None else ": --resume goes on"))
+    for failure in failed:
         print(f"FAIL {failure}")
-    if options.out:
-        content = dict(versions=versions(), seconds=round(seconds, 1), failures=failures)
-        write_json(options.out, content | dict(rows=[dataclasses.asdict(row) for row in rows]))
-    return 1 if options.check and failures else 0
+    return 1 if options.check and (failed or left) else 0
 
 
 if __name__ == "__main__":

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+pytest.importorskip("tqdm")
+
+from bench import compile_report as report  # noqa: E402
+from bench import roofline  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -19,7 +26,7 @@ ITEMSIZES = ("2", "4")
 HEAD_DIMS = ("16", "32", "64", "128", "256")
 
 
-def compile_report(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), *sys.path]))
@@ -37,12 +44,12 @@ def one_config(tmp_path: Path, target: str, config: list[int]) -> str:
 
 def test_slice_compiles_for_every_target(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    result = compile_report("--quick", "--check", "--out", str(out))
+    result = run("--quick", "--check", "--out", str(out))
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    report = json.loads(out.read_text())
-    assert report["failures"] == []
-    assert report["versions"]["triton"]
-    rows = report["rows"]
+    content = json.loads(out.read_text())
+    assert content["failures"] == []
+    assert content["versions"]["triton"]
+    rows = content["rows"]
     assert len(rows) <= 300
     assert {row["target"] for row in rows} == set(TARGETS)
     assert {row["kernel"] for row in rows} >= {"forward", "dq", "dkdv", "rotate"}
@@ -51,6 +58,13 @@ def test_slice_compiles_for_every_target(tmp_path: Path) -> None:
         assert registers, target
     assert all(row["registers"] > 0 and row["instructions"] > 0 for row in rows)
     assert all(row["shared"] > 0 for row in rows if row["products"])
+    for row in rows:
+        if row["kernel"] in roofline.PRODUCTS:  # loops over full and masked tiles, each warp with products of its own
+            assert len(row["loops"]) >= (1 if "key_bias" in row["feature"] else 2), row
+            assert all(0 < loop["tiles"] <= 1 and loop["special"] >= 1 for loop in row["loops"]), row
+            assert row["clocks"]["fp32"] > 0, row
+    if triton.__version__ == json.loads(report.BUDGETS.read_text())["triton"]:
+        assert "costs were not compared" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -64,7 +78,7 @@ def test_slice_compiles_for_every_target(tmp_path: Path) -> None:
 def test_check_fails(tmp_path: Path, target: str, config: list[int], reason: str) -> None:
     arguments = ["--targets", target, "--head-dims", "128", "--dtypes", "bfloat16", "--presets", "none"]
     arguments += ["--kernels", "forward", "--configs", one_config(tmp_path, target, config)]
-    result = compile_report(*arguments, "--check")
+    result = run(*arguments, "--check")
     assert result.returncode == 1, result.stdout + result.stderr[-3000:]
     failures = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
     assert any(reason in line for line in failures), result.stdout
@@ -77,6 +91,8 @@ def test_default_table_has_every_cell() -> None:
     assert logpe_kernels.__file__
     shipped = json.loads((Path(logpe_kernels.__file__).parent / "configs" / "default.json").read_text())
     assert set(shipped) == set(TARGETS)
+    from logpe_kernels.configs import Config
+
     for target, kernels in shipped.items():
         assert set(kernels) == set(KERNELS), target
         for kernel, sizes in kernels.items():
@@ -86,7 +102,235 @@ def test_default_table_has_every_cell() -> None:
                 for head_dim, cell in head_dims.items():
                     where = (target, kernel, itemsize, head_dim)
                     assert isinstance(cell, list) or set(cell) == {"light", "heavy"}, where
-                    for block_m, block_n, num_warps, num_stages in [cell] if isinstance(cell, list) else cell.values():
-                        assert all(16 <= n <= 256 and n & (n - 1) == 0 for n in (block_m, block_n)), where
-                        assert num_warps in (1, 2, 4, 8), where
-                        assert num_stages >= 1, where
+                    for config in (Config(*entry) for entry in ([cell] if isinstance(cell, list) else cell.values())):
+                        assert all(16 <= n <= 256 and n & (n - 1) == 0 for n in (config.BLOCK_M, config.BLOCK_N)), where
+                        assert config.num_warps in (1, 2, 4, 8), where
+                        assert config.num_stages >= 1, where
+
+
+# --- loops and their cost, on code written by hand ------------------------------------------------------------------
+
+
+def sass(code: str) -> str:
+    """As cuobjdump prints it: an instruction a line; "name:" is a label, whose address stands where it is named."""
+    lines = [line.strip() for line in code.strip().splitlines()]
+    addresses: dict[str, str] = {}
+    text: list[str] = []
+    for line in lines:
+        if line.endswith(":"):
+            addresses[line[:-1]] = f"0x{16 * len(text):x}"
+        else:
+            text.append(line)
+    named = [re.sub(r"\b[a-z]+\b(?!\[)", lambda word: addresses.get(word[0], word[0]), line) for line in text]
+    return "\n".join(f"        /*{16 * i:04x}*/                   {line} ;  /* 0x0 */" for i, line in enumerate(named))
+
+
+def body(scores: int, special: int = 1, fp32: int = 3, *products: str) -> str:
+    """A loop's body for one thread that forms so many scores, with so many instructions for each."""
+    return "\n".join(
+        [*products, *(["MUFU.EX2 R1, R1"] + ["MUFU.LG2 R2, R2"] * (special - 1) + ["FFMA R3, R3"] * fp32) * scores]
+    )
+
+
+# A warp's products of one 16 x 16 tile with D = 16, forward: 2 * 16 * 16 * 16 multiply-adds.
+HMMA = ["HMMA.16816.F32.BF16 R4, R8, R10, R4"] * 4
+FORWARD = dict(depth=2 * 16, tile=16 * 16 / 32, warp_size=32)
+
+
+def test_far_full_and_masked_loops() -> None:
+    far, full = body(8, 1, 5, *HMMA), body(8, 2, 3, *HMMA)
+    masked = body(8, 2, 3, *HMMA, *["FSEL R1, R1, R2, P0"] * 8)
+    code = f"""
+        MUFU.EX2 R9, R9
+        start:
+        {masked}
+        @!P0 BRA start
+        near:
+        {full}
+        @!P1 BRA near
+        away:
+        {far}
+        BRA.U !UP0, away
+        EXIT
+        self:
+        BRA self"""
+    loops = roofline.loops_over_tiles(sass(code), **FORWARD)
+    assert [loop.special for loop in loops] == [2, 2, 1]
+    assert [loop.fp32 for loop in loops] == [3, 3, 5]
+    assert [loop.issued for loop in loops] == [1 + 5 + 5 / 8, 5 + 5 / 8, 6 + 5 / 8]
+    assert {loop.scores for loop in loops} == {8}
+    assert roofline.bulk(loops) is loops[2]  # dearer in instructions than the near one
+    assert roofline.bulk(loops[:2]) is loops[1]
+
+
+@pytest.mark.parametrize("unrolled", [1, 2, 3])
+def test_unrolling_and_pipelining_change_no_cost(unrolled: int) -> None:
+    code = "\n".join(["loop:", *[body(8, 1, 3, *HMMA[:2]), *HMMA[2:]] * unrolled, "@P0 BRA loop", "EXIT"])
+    (loop,) = roofline.loops_over_tiles(sass(code), **FORWARD)
+    assert (loop.tiles, loop.special, loop.fp32) == (unrolled, 1, 3)
+    assert loop.issued == pytest.approx(4 + 4 / 8 + 1 / (8 * unrolled))
+
+
+def test_waits_in_a_loop_and_behind_the_kernel() -> None:
+    code = f"""
+        head:
+        poll:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2
+        @!P0 BRA poll
+        BSSY B0, join
+        BRA.U !UP0, join
+        {body(8, 1, 3, *HMMA)}
+        BSYNC B0
+        join:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2
+        @!P0 BRA tail
+        back:
+        STL [R1], R5
+        @P3 BRA head
+        EXIT
+        tail:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2
+        @!P0 BRA tail
+        BRA back"""
+    (loop,) = roofline.loops_over_tiles(sass(code), **FORWARD)
+    assert loop.instructions == 4 + 4 + 8 * 4 + 1 + 2 + 2 + 3
+    assert loop.spills == 1
+    assert (loop.tiles, loop.special, loop.fp32) == (1, 1, 3)
+
+
+def test_warp_specialised_consumers() -> None:
+    """Two groups of four warps have half of a 128 x 16 tile each, and loops of their own; a third group loads."""
+    half = body(8, 1, 3, *["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR16], R24"] * 2)
+    code = f"""
+        again:
+        @P0 BRA second
+        @P1 BRA loads
+        first:
+        {half}
+        @!P2 BRA first
+        BRA again
+        second:
+        {half}
+        @!P2 BRA second
+        BRA again
+        loads:
+        UTMALDG.2D [UR16], [UR8]
+        BRA.U UP1, loads
+        EXIT"""
+    # num_warps says four: for these it would be 16 scores a thread.
+    loops = roofline.loops_over_tiles(sass(code), depth=2 * 16, tile=128 * 16 / 128, warp_size=32)
+    assert [(loop.scores, loop.tiles, loop.special, loop.fp32) for loop in loops] == [(8, 0.5, 1, 3)] * 2
+
+
+def test_products_without_a_shape() -> None:
+    """Of tcgen05 and of float32: exponentials and multiply-adds count tiles; their surplus is no tile."""
+    product = "UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR9], tmem[UR52], idesc[UR53], UPT"
+    rescale = "\n".join(["rescale:", "MUFU.EX2 R1, R1", "@P0 BRA rescale"])
+    code = "\n".join([rescale, "loop:", body(16, 1, 3, product), "MUFU.EX2 R7, R7", "@P0 BRA loop", "EXIT"])
+    (loop,) = roofline.loops_over_tiles(sass(code), **FORWARD)
+    assert (loop.scores, loop.tiles, loop.fp32) == (16, 2, 3)
+    code = "\n".join(["loop:", body(8, 1, 32 + 3), "MUFU.EX2 R7, R7", "@P0 BRA loop", "EXIT"])
+    (loop,) = roofline.loops_over_tiles(sass(code), **FORWARD)
+    assert (loop.scores, loop.tiles, loop.fp32, loop.special) == (8, 1, 35, 9 / 8)
+
+
+def test_amd() -> None:
+    body = ["v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]"] * 2
+    body += ["v_exp_f32_e32 v1, v1", "v_pk_fma_f32 v[2:3], v[2:3], v[4:5]", "v_sub_f32_e32 v1, v1, v2"] * 8
+    body += ["v_cvt_f16_f32_e32 v1, v1", "s_cbranch_scc1 .LBB0_2", "s_endpgm"]
+    code = "\n".join(["\ts_mov_b32 s0, 0", ".LBB0_2:                        ; %loop", *(f"\t{line}" for line in body)])
+    (loop,) = roofline.loops_over_tiles(code, depth=2 * 16, tile=32 * 16 / 64, warp_size=64)
+    assert (loop.scores, loop.tiles, loop.special, loop.fp32, loop.conversions) == (8, 1, 1, 3, 1 / 8)
+    assert loop.instructions == 2 + 24 + 2
+
+
+def loop_of(special: float, fp32: float, issued: float) -> roofline.Loop:
+    return roofline.Loop(
+        instructions=64, spills=0, scores=8, tiles=1, special=special, fp32=fp32, conversions=0, issued=issued
+    )
+
+
+def row_of(preset: str, *loops: roofline.Loop, **more: object) -> report.Row:
+    config = dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2, TMA=True, WARP_SPECIALIZE=False)
+    row = report.Row("sm_90", "bfloat16", 128, preset, "causal", "plain", "forward", config, loops=list(loops))
+    return dataclasses.replace(row, **more)
+
+
+def test_roofline_beside_none() -> None:
+    none, bias = row_of("none", loop_of(1, 4, 9)), row_of("log-bias", loop_of(2, 7, 20), loop_of(3, 7, 21))
+    assert none.clocks == dict(matrix=0.125, special=1 / 16, fp32=4 / 128, issue=9 / 128)
+    assert bias.clocks == dict(matrix=0.125, special=2 / 16, fp32=7 / 128, issue=20 / 128)
+    table = report.costs([bias, none, dataclasses.replace(none, preset="log-rotary")]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [line[4:6] for line in cells[2:]] == [
+        ["none, log-rotary", "128x64 num_warps=8 num_stages=2 TMA"],
+        ["log-bias", "128x64 num_warps=8 num_stages=2 TMA"],
+    ]
+    assert [line[-2:] for line in cells[2:]] == [["matrix", "1.00"], ["issue", "1.25"]]
+    assert "special" not in row_of("none", loop_of(1, 4, 9), target="gfx942").clocks
+    assert "matrix" not in row_of("none", loop_of(1, 4, 9), dtype="float32").clocks
+
+
+def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "BUDGETS", tmp_path / "budgets.json")
+    assert report.read_budgets() is None
+    good, other = row_of("none", loop_of(1, 4, 9)), row_of("log-bias", loop_of(2, 7, 12))
+    assert list(good.failures(report.read_budgets(), complete=True)) == []
+    assert report.write_budgets([good, other, row_of("none", loop_of(1, 4, 8), mask="full")]) == 2
+    budgets = report.read_budgets()
+    assert budgets is not None
+    assert budgets[good.budget or ""] == [1.03, 4.12, 9.27]
+    assert list(good.failures(budgets, complete=True)) == []
+
+    worse = row_of("none", loop_of(1, 4, 9.3), dtype="float16")
+    assert list(worse.failures(budgets)) == ["9.30 issued instructions per score element, the budget is 9.27"]
+    assert list(row_of("none").failures(budgets)) == ["no loop over tiles found in its code"]
+    moved = row_of("none", loop_of(1, 4, 7), config=dict(good.config, TMA=False))
+    assert list(moved.failures(budgets)) == []
+    assert list(moved.failures(budgets, complete=True)) == ["no budget: run with --write-budgets"]
+    packed = row_of("none", loop_of(9, 9, 99), feature="packed")
+    assert list(packed.failures(budgets, complete=True)) == []
+
+    report.write_budgets([moved])  # that of the tile that it had is dropped, others stay
+    assert set(report.read_budgets() or {}) == {moved.budget, other.budget}
+    content = json.loads(report.BUDGETS.read_text())
+    report.BUDGETS.write_text(json.dumps(content | dict(triton="0")))
+    assert report.read_budgets() is None
+
+
+def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    compiled: list[report.Case] = []
+
+    def compile_all(todo: list[report.Case], *rest: object) -> Iterator[tuple[report.Case, list[report.Row]]]:
+        for case in todo:
+            compiled.append(case)
+            yield case, [row_of(preset, loop_of(1, 4, 9), mask=case.mask) for preset in case.presets]
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(report, "compile_all", compile_all)
+    monkeypatch.setattr(report, "BUDGETS", tmp_path / "budgets.json")
+    out = tmp_path / "out" / "report.json"
+    command = [
+        "--targets",
+        "sm_90",
+        "--dtypes",
+        "bfloat16",
+        "--head-dims",
+        "128",
+        "--features",
+        "plain",
+        "--check",
+        "--write-budgets",
+    ]
+    command += ["--presets", "none", "--out", str(out)]
+    assert report.main([*command, "--minutes", "0"]) == 1
+    assert "1 calls are left: --resume goes on" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"][0]["clocks"]["matrix"] == 0.125
+    assert report.main([*command, "--resume"]) == 0
+    assert [case.mask for case in compiled] == ["causal", "full"]
+    assert "2 rows of 2 calls" in capsys.readouterr().out
+    assert report.main([*command, "--resume", "--kernels", "forward"]) == 0
+    assert "starting over" in capsys.readouterr().out
+    assert len(compiled) == 4
+    with pytest.raises(SystemExit):
+        report.main(["--resume"])
