@@ -58,8 +58,8 @@ class NoDevice:
     launcher_cls = staticmethod(lambda source, metadata: nothing)
 
     def get_current_device(self) -> int:
-        """The only one."""
-        return 0
+        """No other driver's number: Triton keeps kernels by it."""
+        return 90
 
     def get_current_stream(self, device: int) -> int:
         """The default one."""
@@ -85,12 +85,18 @@ def no_device() -> Iterator[None]:
     def target(device: torch.device) -> str:
         return "sm_90"
 
-    previous = driver._active
+    def forget() -> None:
+        for function in vars(configs).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(driver.set_active, previous)
+        stack.callback(forget)
+        stack.callback(driver.set_active, driver._active)
         stack.enter_context(mock.patch.object(ops, "why_not_triton", nothing))
         stack.enter_context(mock.patch.object(configs, "target_of", target))
         driver.set_active(NoDevice())
+        forget()
         yield
 
 
