@@ -12,9 +12,10 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # imported where it is needed, so that a worker without it starts in no time
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method has one colour in every picture
@@ -57,6 +58,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def device_name(device: torch.device) -> str:
     """Of the GPU or the processor."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -77,6 +80,8 @@ def commit() -> str:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What a time depends on, but for the code and what else keeps the machine busy (see `load`)."""
+    import torch
+
     try:
         import triton
 

@@ -75,7 +75,7 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
     def compare(seconds: float) -> list[str]:
         size = ["--methods", *METHODS, "--directions", "forward", "backward"]
         if not gpu:
-            size = ["--device", "cpu", "--methods", "log-bias", "none", "--directions", "forward"]
+            size = ["--device", "cpu", "--methods", throughput.OURS, "--directions", "forward"]
             size += ["--hidden", "64", "--lengths", "64", "128", "--long"]
         return ["-m", "bench.throughput", *size, "--resume", "--minutes", minutes(seconds), "--out", str(folder)]
 
