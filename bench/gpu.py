@@ -68,7 +68,9 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
 
     def tests(seconds: float) -> list[str]:
         where = [] if gpu else ["tests/test_attention.py"]
-        several = ["-n", str(min(4, os.cpu_count() or 1))] if gpu and importlib.util.find_spec("xdist") else []
+        several = (
+            ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if gpu and importlib.util.find_spec("xdist") else []
+        )
         report = folder / "tests.xml"
         return ["-m", "pytest", "-m", "gpu", *where, *several, "-p", "no:cacheprovider", f"--junitxml={report}"]
 

@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     machine = describe_machine(device)
-    with contextlib.nullcontext() if gpu else no_device():
+    with torch.cuda.device(device) if gpu else no_device():
         steps = ladder(device, options.length, options.heads, options.head_dim)
         found = measure(steps, options.rounds, device)
         print("\n".join(f"{name}: {value}" for name, value in machine.items()))

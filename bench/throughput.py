@@ -125,7 +125,7 @@ class Repeats(NamedTuple):
     limit: float
 
 
-REPEATS = {"cpu": Repeats(5, 60, 5, 50, 0, 3600), "cuda": Repeats(0.25, 10, 10, 100, 0.02, 180)}
+REPEATS = {"cpu": Repeats(5, 60, 5, 50, 0, 3600), "cuda": Repeats(0.25, 5, 10, 100, 0.02, 180)}
 
 
 def device_type(name: str) -> str:
@@ -402,7 +402,7 @@ def time_once(before: Callable[[], Any], step: Callable[[Any], None], device: st
         return time.perf_counter() - begin
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _cache_filler().zero_()
-    torch.cuda._sleep(1_000_000)  # clock cycles, half a millisecond: the host has launched it all by then
+    torch.cuda._sleep(2_000_000)  # clock cycles, a millisecond: the host has launched it all by then
     start.record()
     step(state)
     end.record()
@@ -416,13 +416,15 @@ def measure(question: tuple[Case, bool]) -> dict[str, Any]:
     Raises if the device can no longer be used.
     """
     case, timed = question
+    gpu = device_type(case.device) != "cpu"
     try:
-        return _measure(case, timed)
+        with torch.cuda.device(case.device) if gpu else contextlib.nullcontext():
+            return _measure(case, timed)
     except Exception as error:
         found = dict(missing=reason(error))
     forget()
-    if device_type(case.device) != "cpu":
-        torch.cuda.synchronize()
+    if gpu:
+        torch.cuda.synchronize(case.device)
     return found
 
 
@@ -432,8 +434,8 @@ def _measure(case: Case, timed: bool) -> dict[str, Any]:
         small = replace(case, length=128)
         before, step = make_step(small, prepare(small))
         step(before())
-    else:
-        _cache_filler()
+    elif timed:
+        _cache_filler()  # before memory is counted
     prepared = prepare(case)
     before, step = make_step(case, prepared)
     step(before())  # compiles, where anything is compiled
@@ -574,6 +576,8 @@ def run_all(groups: list[list[Case]], done: dict[Case, dict[str, Any]], end: flo
         stack.enter_context(progress)
         worker = stack.enter_context(Worker(measure))
         helpers = [stack.enter_context(Worker(measure)) for _ in range(jobs)]
+        if helpers:  # each of them is one of many: none is to start many of its own
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         for group in todo:
             if helpers and group:
                 progress.set_description("compiling")

