@@ -956,7 +956,10 @@ def show(run: dict[str, Any], rows: Rows, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write and print what the command line asks for. Exit status 130: stopped by Ctrl-C."""
+    """Measure, write and print what the command line asks for.
+
+    Exit status 1: everything that was tried failed. 130: stopped by Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     path = options.out / f"throughput-{device_type(options.device)}.json"
@@ -991,6 +994,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     show(run, rows, path)
+    if rows and not status:
+        status = int(all("missing" in row for row in rows.values()))
     if missing := sum(case not in rows for group in groups for case in group):
         print(f"Stopped with {missing} points to go: the same command with --resume goes on.")
     return status

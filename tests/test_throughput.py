@@ -343,6 +343,10 @@ def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, 
     assert (tmp_path / "throughput-cuda.png").exists()
 
 
+def test_a_run_in_which_everything_fails_fails(canned, tmp_path):
+    assert throughput.main(["--device", "cpu", "--methods", "eager", "--long", "--out", str(tmp_path)]) == 1
+
+
 def test_the_time_is_over(canned, tmp_path, capsys):
     assert throughput.main(command(tmp_path, "--minutes", "0")) == 0
     assert "Stopped with 24 points to go" in capsys.readouterr().out
