@@ -82,7 +82,7 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         return ["-m", "bench.throughput", *size, "--resume", "--minutes", minutes(seconds), "--out", str(folder)]
 
     def host(seconds: float) -> list[str]:
-        size = [] if gpu else ["--device", "cpu", "--rounds", "2"]
+        size = [] if gpu else ["--device", "cpu", "--rounds", "5"]
         return ["-m", "bench.host_overhead", *size, "--out", str(folder / "host_overhead.json")]
 
     def tune(seconds: float) -> list[str]:
