@@ -173,10 +173,10 @@ class Worker:
 
     def _obituary(self) -> str:
         assert self.log is not None
-        self.process.join()
-        status = self.process.exitcode
+        self.process.join(30)
+        status = self.process.exitcode or 0
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        self.close()
+        self.close(kill=True)
         if status < 0:
             return f"killed by signal {-status} ({signal.Signals(-status).name})"
         return lines[-1][:200] if lines else f"ended with status {status}"

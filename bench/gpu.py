@@ -227,7 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
     outcomes = run_all(parts(folder, gpu), options.minutes * 60, log)
     lines = [f"{name}: {value}" for name, value in machine.items()]
-    lines += ["", table(outcomes)]
     verdicts = []
     if gpu:
         try:
@@ -247,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         targets=dict(verdicts),
     )
     write_whole(folder / "gpu.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
-    lines += ["", *(str(path) for path in sorted(folder.iterdir()))]
+    lines += ["", *(str(path) for path in sorted(folder.iterdir())), "", table(outcomes)]
     with log.open("a") as file:
         file.write("\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
