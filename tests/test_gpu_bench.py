@@ -116,6 +116,16 @@ def test_counts_of_the_tests(tmp_path):
     assert gpu.test_summary(path) == "6 passed, 1 failed, 1 errors, 2 skipped (wrong, broken)"
 
 
+def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
+    runs = [dict(commit=name, points=[]) for name in ("this", "other")]
+    (tmp_path / "throughput-cuda.json").write_text(json.dumps(dict(format=throughput.FORMAT, runs=runs)))
+    monkeypatch.setattr(gpu, "commit", lambda: "this")
+    assert gpu.throughput_summary(tmp_path, gpu=True) == "0 points"
+    monkeypatch.setattr(gpu, "commit", lambda: "new")
+    with pytest.raises(LookupError):
+        gpu.throughput_rows(tmp_path, gpu=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "folder")]) == 2
