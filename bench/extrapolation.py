@@ -20,7 +20,6 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,22 +38,10 @@ from tqdm import tqdm
 
 import logpe
 from bench import corpus, tasks
+from bench.common import COLOURS, LABELS, RESULTS, commit, device_name, write_whole
 from bench.model import ENCODINGS, Model, Shape
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
-RESULTS = Path(__file__).parent / "results"
-COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
-    "rope": "#D55E00",
-    "alibi": "#0072B2",
-    "log-bias": "#009E73",
-    "none": "#7F7F7F",
-    "sinusoid": "#E69F00",
-    "log-sinusoid": "#B8A800",
-    "log-invariant": "#56B4E9",
-    "log-rotary": "#CC79A7",
-    "log-rotary-bias": "#000000",
-}
-LABELS = {"rope": "RoPE", "alibi": "ALiBi", "none": "no encoding"}
 
 
 @dataclass(frozen=True)
@@ -154,13 +141,6 @@ def training_work(settings: Settings) -> int:
 def scoring_work(job: Job, length: int, settings: Settings) -> int:
     """Of all questions of one length."""
     return work(len(job.windows) if isinstance(job, Text) else settings.samples * len(settings.depths), length)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at `path` is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def train(model: Model, job: Job, seed: int, settings: Settings, checkpoint: Path, advance: Advance) -> dict[str, Any]:
@@ -477,27 +457,6 @@ def caption(runs: dict[str, Any], text: Text, source: str, settings: Settings) -
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    """Of the GPU or the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of the code that runs; "" outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()
 
 
 BUDGETS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,203 @@
+"""bench.gpu and bench.host_overhead: everything but the figures, which need a GPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, host_overhead, throughput
+from bench.gpu import Part
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log.txt"
+
+
+def part(code, summary=lambda: "", name="part", share=1.0):
+    return Part(name, share, lambda seconds: ["-c", code], summary)
+
+
+def test_a_part_that_ends_well(log):
+    outcome = gpu.run_part(part("print('hello')", lambda: "all is well"), 60, log)
+    assert (outcome.part, outcome.state, outcome.result) == ("part", "ok", "all is well")
+    assert "=== part: python -c" in log.read_text()
+    assert "hello" in log.read_text()
+
+
+def test_a_part_finds_the_checkout_and_no_interpreter(log, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    code = "import os, sys; print(os.getcwd(), sys.path[1:4], os.environ.get('TRITON_INTERPRET'))"
+    root = Path(gpu.__file__).parents[1]
+    outcome = gpu.run_part(part(code), 60, log)
+    assert outcome.result == f"{root} {[str(root), str(root / 'kernels'), '/elsewhere']} None"
+
+
+def test_a_part_that_fails(log):
+    outcome = gpu.run_part(part("print('why'); raise SystemExit(3)", lambda: {}["nothing"]), 60, log)
+    assert (outcome.state, outcome.result) == ("failed (3)", "no result: KeyError; why")
+
+
+def test_a_part_out_of_time_may_write_down_what_it_has(log):
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written', flush=True)"
+    begin = time.monotonic()
+    outcome = gpu.run_part(part(code, lambda: "half"), 3, log)
+    assert (outcome.state, outcome.result) == ("out of time", "half; written")
+    assert time.monotonic() - begin < 30
+
+
+def test_a_part_that_does_not_listen_is_ended_with_its_children(log, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    outcome = gpu.run_part(part(code), 3, log)
+    assert outcome.state == "out of time"
+    child = int(outcome.result)
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child lives on")
+
+
+def test_time_that_is_not_needed_goes_to_the_next(log, monkeypatch):
+    given = []
+
+    def run_part(part, seconds, log):
+        given.append(seconds)
+        if part.name == "c":
+            raise KeyboardInterrupt
+        return gpu.Outcome(part.name, "ok")
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    todo = [part("", name=name, share=share) for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.1), ("d", 0.1))]
+    outcomes = gpu.run_all(todo, 1000, log)
+    assert [(x.part, x.state) for x in outcomes] == [("a", "ok"), ("b", "ok"), ("c", "not run"), ("d", "not run")]
+    assert given == pytest.approx([500 - gpu.GRACE / 2, 600 - gpu.GRACE / 2, 500 - gpu.GRACE / 2], abs=1)
+    printed = gpu.table(outcomes).splitlines()
+    assert len(printed) == 5
+    assert printed[3].split() == ["c", "not", "run", "0", "stopped", "by", "Ctrl-C"]
+
+
+def test_parts_are_bounded_commands_of_this_project(tmp_path):
+    names = [part.name for part in gpu.parts(tmp_path, gpu=True)]
+    assert names == ["tests", "throughput", "host overhead", "tuner"]
+    assert sum(part.share for part in gpu.parts(tmp_path, gpu=True)) == pytest.approx(1)
+    commands = {part.name: part.command(120.0) for part in gpu.parts(tmp_path, gpu=True)}
+    assert commands["tests"][:4] == ["-m", "pytest", "-m", "gpu"]
+    assert commands["tuner"] == ["-m", "logpe", "tune", "--minutes", "1.67", "--out", str(tmp_path / "tune.json")]
+    options = throughput.parse([*commands["throughput"][2:], "--device", "cuda"])
+    assert options.resume
+    assert options.out == tmp_path
+    assert options.minutes == 1.67
+    assert throughput.OURS in options.methods
+
+
+def test_counts_of_the_tests(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        '<testsuites><testsuite errors="1" failures="1" skipped="2" tests="10">'
+        '<testcase name="right"/><testcase name="wrong"><failure message="no">text</failure></testcase>'
+        '<testcase name="broken"><error message="oh">text</error></testcase></testsuite></testsuites>'
+    )
+    assert gpu.test_summary(path) == "6 passed, 1 failed, 1 errors, 2 skipped (wrong, broken)"
+
+
+def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
+    runs = [dict(commit=name, points=[]) for name in ("this", "other")]
+    (tmp_path / "throughput-cuda.json").write_text(json.dumps(dict(format=throughput.FORMAT, runs=runs)))
+    monkeypatch.setattr(gpu, "commit", lambda: "this")
+    assert gpu.throughput_summary(tmp_path, gpu=True) == "0 points"
+    monkeypatch.setattr(gpu, "commit", lambda: "new")
+    with pytest.raises(LookupError):
+        gpu.throughput_rows(tmp_path, gpu=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "folder")]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().out
+    assert not (tmp_path / "folder").exists()
+
+
+def test_all_parts_in_tiny_sizes(tmp_path):
+    """As a user starts it: the processes, the files, the table."""
+    command = [sys.executable, "-m", "bench.gpu", "--cpu", "--minutes", "6", "--out", str(tmp_path / "folder")]
+    paths = {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "kernels")])}
+    done = subprocess.run(command, cwd=gpu.ROOT, env=os.environ | paths, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines if line[1:2] == ["ok"]] == [["tests", "ok"], ["throughput", "ok"]]
+    assert "measured nothing" in done.stdout
+    found = json.loads((tmp_path / "folder" / "gpu.json").read_text())
+    assert [(x["part"], x["state"]) for x in found["parts"]] == [
+        ("tests", "ok"),
+        ("throughput", "ok"),
+        ("host overhead", "ok"),
+    ]
+    assert "passed" in found["parts"][0]["result"]
+    assert found["parts"][1]["result"] == "2 points"
+    names = {path.name for path in (tmp_path / "folder").iterdir()}
+    comparison = {f"throughput-cpu.{kind}" for kind in ("json", "csv", "png")}
+    assert names == {"gpu.json", "host_overhead.json", "log.txt", "tests.xml"} | comparison
+
+    host = json.loads((tmp_path / "folder" / "host_overhead.json").read_text())
+    assert host["machine"]["launch"] == host_overhead.STUBBED
+    assert host["target"].startswith("not measured (no GPU")
+    times = {name: some["least"] for name, some in host["microseconds"].items()}
+    steps = [name for name in times if name.startswith(("launcher", "+"))]
+    assert len(steps) == 6
+    assert "+ the launch" not in times  # it is left out, and nothing says otherwise
+    assert times[steps[0]] < times[steps[1]] < times[steps[3]] < times[steps[5]]  # each includes the ones before
+    assert 0 < times[host_overhead.SDPA] < times[steps[5]]
+
+
+# --- host overhead ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_each_step_adds():
+    found = {"launcher: x": [10.0, 11.0, 12.0], "+ more": [14.5, 15.0, 16.0], "beside": [1.0, 2.0, 3.0]}
+    lines = [line.split() for line in host_overhead.table(found).splitlines()]
+    assert [line[-1] for line in lines] == ["adds", "10.0", "4.5", "3.0"]
+    assert len(lines[3]) == 4  # what stands beside the ladder adds nothing
+
+
+@pytest.mark.parametrize(
+    ("whole", "sdpa", "verdict"),
+    [(60.0, 12.0, "met: 60 us, 5.0 times"), (61.0, 20.0, "missed"), (60.0, 11.0, "missed")],
+)
+def test_the_target_takes_both(whole, sdpa, verdict):
+    found = {f"+ softplus: {host_overhead.WHOLE}": [1.0, whole, 99.0], host_overhead.SDPA: [1.0, sdpa, 99.0]}
+    assert host_overhead.verdict(found, gpu=True).startswith(verdict)
+    assert host_overhead.verdict(found, gpu=False).startswith("not measured")
+
+
+def test_the_interpreter_launches_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        host_overhead.main([])
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_host_overhead_on_a_gpu(tmp_path, capsys):
+    assert host_overhead.main(["--rounds", "3", "--out", str(tmp_path / "host.json")]) == 0
+    found = json.loads((tmp_path / "host.json").read_text())
+    times = {name: some["least"] for name, some in found["microseconds"].items()}
+    assert "+ the launch" in times
+    graph = next(value for name, value in times.items() if "graph" in name)
+    assert graph < times[f"+ softplus: {host_overhead.WHOLE}"]
+    assert found["target"].startswith(("met", "missed"))
