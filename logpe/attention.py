@@ -408,7 +408,7 @@ def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | 
 def _resolve_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # nor NaN; math.isfinite would break the graph of a model whose scale is symbolic
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
