@@ -9,31 +9,33 @@
     model.save_pretrained("out")
     model = logpe.transformers.from_pretrained("out")                  # AutoModel refuses to load it without positions
 
-The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and masks;
-no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves them), and
-each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``: parameters like any others, float32 in
-a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay off it:
-``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay)), None))``.
+The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and
+masks; no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves
+them in), and each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``: parameters like any
+others, float32 in a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay
+off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay)), None))``.
 
-Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so that
-a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps. Keys are
-cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by name: masks
-that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping.
+Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so
+that a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps.
+Keys are cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by
+name: masks that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping.
 
 Continuing a model that was trained with RoPE
 ---------------------------------------------
-1. Convert it, on its own theta: ``use_log_position(model, "log-rotary-bias", rotary_scale=512)``. f_c(n) = c log(1 + n/c)
-   is n itself for n much smaller than c, so that a rotary_scale c of a fraction of the length it was trained at
-   keeps near positions nearly as they were, and compresses far ones. ``"log-bias"`` alone takes the rotation away, and
-   has more to learn again.
-2. Train all the weights for some hundred steps at the length of before, on data like before, at about the last learning
-   rate of the training, with a higher one for the positions: they are few numbers, and their start is a draw.
+1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens that it
+   was trained at. The rotation keeps the model's own theta, and f_c(n) = c log(1 + n/c) is n itself for n far below
+   c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. ``"log-bias"`` alone takes
+   the rotation away; the model then has more to learn again.
+2. Train all weights for some hundred steps, at the length and on data like before, with about a third of the peak
+   learning rate, and a higher one for the positions: they are a few numbers that start at a draw.
 
-       groups = logpe.parameter_groups(model, weight_decay=0.1)
-       groups[1]["lr"] = 1e-2                                          # the positions
-       optimizer = torch.optim.AdamW(groups, lr=1e-4)
+       groups = logpe.parameter_groups(model, weight_decay=0.1)        # the weights, the positions
+       groups[0]["lr"], groups[1]["lr"] = peak_rate / 3, 1e-2
+       optimizer = torch.optim.AdamW(groups)
 
-3. Evaluate at the old length first, then at longer ones.
+3. Compare the loss with that of the model before, at the old length first, then at longer ones.
+
+``tests/test_transformers.py`` does this with a small model.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def use_log_position(
     learnable = position_options.get("learnable", True)
     if not isinstance(learnable, bool):
         position_options["learnable"] = sorted(learnable)
-    _install(model, dict(preset=preset, share_position=share_position, keep_positions=keep_positions, **position_options))
+    settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions)
+    _install(model, settings | position_options)
     return model
 
 
@@ -159,7 +162,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
 
     def make(layer: int) -> LogPosition:
         device = next(attentions[layer].parameters()).device
-        return LogPosition(num_heads, head_dim, preset, device=device, **(rotary[layer] | options)).train(model.training)
+        position = LogPosition(num_heads, head_dim, preset, device=device, **(rotary[layer] | options))
+        return position.train(model.training)
 
     positions = [make(layer) for layer in range(1 if share else len(attentions))]
     if "rotary" in positions[0].parts:
@@ -274,7 +278,7 @@ def log_attention_forward(
     Returns:
         (B, Nq, Hq, D), and None for the weights.
     """
-    owner = getattr(module, "_log_position_owner", module)
+    owner: Any = getattr(module, "_log_position_owner", module)
     if not hasattr(owner, "log_position"):
         raise RuntimeError(
             f"this {type(module).__name__} has no log position: convert its model with "
@@ -295,9 +299,10 @@ def log_attention_forward(
             )
         query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
         starts = dict(query_start=query_start, key_start=key_start)
-    values = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
+    values: PositionValues = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
     if owner is not module:  # one position for layers on many devices
-        values = PositionValues(*(x.to(query.device) if isinstance(x, Tensor) else x for x in values))
+        tensors: dict[str, Any] = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
+        values = values._replace(**tensors)
     out = log_attention(
         query,
         key,
@@ -369,7 +374,7 @@ def log_position_mask(
 
 
 def _require(condition: Tensor, message: str) -> None:
-    """Raise ValueError unless ``condition``, bool (); in a trace, where there is no value yet, assert it at run time."""
+    """Raise ValueError unless ``condition``, a bool tensor (); a trace has no values yet, and asserts it when run."""
     if is_tracing(condition):
         torch._assert_async(condition, message)
     elif not condition:
