@@ -1,4 +1,7 @@
-"""``python -m logpe doctor``: what is installed here, which backend runs, with which tiles, and whether it is right."""
+"""``python -m logpe doctor``: what is installed here, which backend runs, with which tiles, and whether it is right.
+
+``python -m logpe generate``: text from a converted Transformers model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import sys
 import torch
 
 import logpe
-from logpe import ops
+from logpe import generate, ops
 
 ALLOWED_ERROR = 1e-4  # of the largest value, in float32
 
@@ -93,8 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m logpe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print versions, devices, backends and tiles, and check them")
-    parser.parse_args(arguments)
-    return 1 if doctor() else 0
+    generate.add_parser(commands)
+    chosen = parser.parse_args(arguments)
+    return chosen.run(chosen) if "run" in chosen else 1 if doctor() else 0
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ Continuing a model that was trained with RoPE
 ---------------------------------------------
 1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens that it
    was trained at. The rotation keeps the model's own theta, and f_c(n) = c log(1 + n/c) is n itself for n far below
-   c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. ``"log-bias"`` alone takes
-   the rotation away; the model then has more to learn again.
+   c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. A smaller scale, and the
+   more so ``"log-bias"``, which takes the rotation away, leave more to learn again, and carry further.
 2. Train all weights for some hundred steps, at the length and on data like before, with about a third of the peak
    learning rate, and a higher one for the positions: they are a few numbers that start at a draw.
 
@@ -301,8 +301,8 @@ def log_attention_forward(
         starts = dict(query_start=query_start, key_start=key_start)
     values: PositionValues = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
     if owner is not module:  # one position for layers on many devices
-        tensors: dict[str, Any] = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
-        values = values._replace(**tensors)
+        moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
+        values = values._replace(**moved)
     out = log_attention(
         query,
         key,

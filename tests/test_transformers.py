@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import logpe
+import logpe.__main__
 import logpe.transformers
 from logpe.position import LogPosition
 from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
@@ -297,7 +299,7 @@ def test_padding(name: str, preset: str) -> None:
 def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, **options: Any) -> Any:
     torch.manual_seed(0)
     settings = dict(max_new_tokens=10, min_new_tokens=10, return_dict_in_generate=True, output_logits=True)
-    return model.generate(ids, attention_mask=mask, pad_token_id=0, **settings, **options)
+    return model.generate(ids, attention_mask=mask, pad_token_id=0, **(settings | options))
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -482,6 +484,152 @@ def test_peft(share: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(start, tmp_path).eval()
     close(loaded(ids).logits, model(ids).logits)
+
+
+# --- a model that knows something ---------------------------------------------------------------------------
+
+LENGTH = 64
+
+
+@functools.cache
+def text() -> bytes:
+    topics = pytest.importorskip("pydoc_data.topics").topics  # English about Python; some distributions ship it apart
+    return "\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def windows(count: int, held_out: bool, generator: torch.Generator) -> Tensor:
+    """(count, LENGTH) from the first tenth of the text, which is held out, or from the rest."""
+    data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
+    data = data[: len(data) // 10] if held_out else data[len(data) // 10 :]
+    start = torch.randint(len(data) - LENGTH, (count,), generator=generator)
+    return data[start[:, None] + torch.arange(LENGTH)]
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel) -> float:
+    """Nats per byte on held-out windows."""
+    ids = windows(64, True, torch.Generator().manual_seed(2))
+    return float(model.eval()(ids, labels=ids).loss)
+
+
+def train(model: PreTrainedModel, groups: list[dict[str, Any]], steps: int) -> float:
+    """The usual recipe: warm-up, cosine, clipping. Returns :func:`evaluate` at the end."""
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.1
+    )
+    generator = torch.Generator().manual_seed(1)
+    model.train()
+    for _ in range(steps):
+        ids = windows(16, False, generator)
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return evaluate(model)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A model trained with RoPE, converted, and trained on: its folder, and the loss after each of the three."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 300)]
+        use_log_position(model, "log-rotary-bias", rotary_scale=LENGTH)
+        losses.append(evaluate(model))
+        groups = logpe.parameter_groups(model, weight_decay=0.1)
+        groups[0]["lr"], groups[1]["lr"] = 5e-3 / 3, 1e-2
+        losses.append(train(model, groups, 120))
+    folder = tmp_path_factory.mktemp("continued")
+    model.save_pretrained(folder)
+    return folder, losses
+
+
+def test_continued_training_recovers(continued: tuple[Path, list[float]]) -> None:
+    trained, converted, recovered = continued[1]
+    assert trained < 2.1  # nats per byte; single bytes have 3.2
+    assert converted > trained + 0.1
+    assert recovered < trained + 0.03
+
+
+@torch.no_grad()
+def test_generated_text(continued: tuple[Path, list[float]]) -> None:
+    """Far beyond the length of training: like the text, and with every cache the same."""
+    model = from_pretrained(continued[0])
+    ids = torch.tensor([list(b"The following "), list(b"A string that ")])
+    runs = [
+        generate(model, ids, None, max_new_tokens=2 * LENGTH, do_sample=True, temperature=0.7, **cache)
+        for cache in (dict(use_cache=False), dict(), dict(cache_implementation="static"))
+    ]
+    for run in runs[1:]:
+        assert torch.equal(run.sequences, runs[0].sequences)
+    pieces = {text()[i : i + 4] for i in range(len(text()) - 3)}
+    for row in runs[0].sequences[:, ids.shape[1] :].tolist():
+        known = [bytes(row[i : i + 4]) in pieces for i in range(len(row) - 3)]
+        assert sum(known) > 0.6 * len(known), bytes(row)
+
+
+def command(*arguments: str) -> int:
+    return logpe.__main__.main(["generate", *arguments])
+
+
+def test_command(continued: tuple[Path, list[float]], capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", str(continued[0]), "--device", "cpu", "--prompt", "The following ")
+    outputs = []
+    for options in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], ["--temperature", "0"]):
+        assert command(*common, "--max-new-tokens", "20", "--top-p", "0.9", *options) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert all(out.startswith("The following ") for out in outputs)
+    ids = torch.tensor([list(b"The following ")])
+    row = from_pretrained(continued[0]).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0]
+    assert outputs[3] == bytes(row.tolist()).decode(errors="replace") + "\n"
+
+
+def test_command_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = use_log_position(make())
+    model.save_pretrained(tmp_path)
+    assert command("--model", str(tmp_path), "--device", "cpu", "--prompt", "t5") == 2
+    assert "holds no tokenizer, and a vocabulary of 97" in capsys.readouterr().err
+    words = {f"t{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="t0").save_pretrained(tmp_path)
+    options = ("--device", "cpu", "--temperature", "0", "--max-new-tokens", "5")
+    assert command("--model", str(tmp_path), "--prompt", "t5 t7", *options) == 0
+    ids = torch.tensor([[5, 7]])
+    row = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=0)[0]
+    assert capsys.readouterr().out.split() == [f"t{i}" for i in row.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is not a folder with a config.json"),
+        (["--model", "x", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+        (["--model", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+        (["--model", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+    ],
+)
+def test_command_refuses(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("--prompt", "x", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
