@@ -185,6 +185,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             base.wpe = _NoEmbedding()
         else:
             base.rotary_emb = _NoRotation(int(head_dim * rotary[0]["rotary_fraction"]))
+    base.register_forward_pre_hook(_check_implementation)
     config.log_position = settings
     config._attn_implementation = IMPLEMENTATION
     # Saved under this name, it makes every other way of loading the model an error, not a model without positions.
@@ -222,6 +223,15 @@ def _rotary_options(config: Any, attention: nn.Module) -> dict[str, float]:
         rotary_base=float(parameters.get("rope_theta", 10000.0)),
         rotary_fraction=float(parameters.get("partial_rotary_factor", 1.0)),
     )
+
+
+def _check_implementation(base: nn.Module, _: Any) -> None:
+    """Before each forward of the base model: another attention would leave the positions out, without a word."""
+    implementation = base.config._attn_implementation  # type: ignore[union-attr]
+    if implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f'the attention of a model with log positions must be "{IMPLEMENTATION}", and was set to {implementation!r}'
+        )
 
 
 class _NoRotation(nn.Module):

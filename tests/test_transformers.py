@@ -276,6 +276,16 @@ def test_masks_that_cannot_be_honoured() -> None:
         model(ids)
 
 
+def test_another_attention_is_refused() -> None:
+    model = copy.deepcopy(use_log_position(make()))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(RuntimeError, match=f"must be \"logpe\", and was set to '{implementation}'"):
+            model(tokens())
+    model.set_attn_implementation("logpe")
+    model(tokens())
+
+
 # --- padding and caches -------------------------------------------------------------------------------------
 
 
@@ -676,3 +686,18 @@ def test_compiled_with_padding() -> None:
     batch["attention_mask"][0, 6:9] = 0
     with pytest.raises((RuntimeError, ValueError), match="hides tokens between visible ones"):
         compiled(**batch)
+
+
+def test_compiled_generation() -> None:
+    """As generate does on a GPU by itself: each decode step is one graph, on a static cache, the same for all steps."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = use_log_position(make(num_hidden_layers=1), "log-rotary-bias", query_gain=True), tokens()
+    expected = generate(model, ids, left_padding(ids), do_sample=False)
+    settings = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    torch._dynamo.config.error_on_recompile = True
+    options = dict(cache_implementation="static", compile_config=settings)
+    actual = generate(model, ids, left_padding(ids), do_sample=False, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(actual.sequences, expected.sequences)
