@@ -438,7 +438,7 @@ def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tenso
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return x.to(torch.int32)
+    return x.to(torch.int32).contiguous()
 
 
 def _int_vector(
