@@ -380,7 +380,8 @@ def log_position_mask(
     if static and kv_offset == 0 and q_offset + q_length == kv_length:
         return None
     zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    return torch.stack((zero + q_offset - padding, zero + kv_offset - padding), -1).int()[:, None, None]
+    starts = torch.stack((zero + q_offset - padding, zero + kv_offset - padding)).int()  # (2, B): each is contiguous
+    return starts.T[:, None, None]
 
 
 def _require(condition: Tensor, message: str) -> None:

@@ -306,6 +306,24 @@ def test_padding(name: str, preset: str) -> None:
     assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, whole)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+@torch.no_grad()
+def test_kernels(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls, by Triton: padding, a window, a static cache with room left, one token and many."""
+    pytest.importorskip("triton")
+    model, ids = use_log_position(make(name), "log-rotary-bias", query_gain=True), tokens()
+    mask = left_padding(ids)
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    monkeypatch.setattr(logpe.transformers, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
+    model, ids, mask = model.to(device), ids.to(device), mask.to(device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    logits = [
+        model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits.cpu()
+        for start, end in ((0, 9), (9, 10), (10, 11))
+    ]
+    close(torch.cat(logits, 1)[mask.bool().cpu()], expected)
+
+
 def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, **options: Any) -> Any:
     torch.manual_seed(0)
     settings = dict(max_new_tokens=10, min_new_tokens=10, return_dict_in_generate=True, output_logits=True)
