@@ -81,7 +81,8 @@ def use_log_position(
         keep_positions: leave the rotary or learned absolute positions in. With preset ``none`` the model computes
             what it did before. Not with a preset that rotates.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
-            ``rotary_fraction`` are by default those of the model's own rotary embedding.
+            ``rotary_fraction`` are by default those of the model's own rotary embedding, without the scaling that
+            its rope type may add (yarn, llama3 and so on).
 
     Returns:
         model. Its config carries the settings, so that :func:`from_pretrained` restores it.
@@ -95,6 +96,8 @@ def use_log_position(
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
     if getattr(model.config, "log_position", None) is not None:
         raise ValueError(f"model has log positions already: {model.config.log_position}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model must not have weights on the meta device: convert it before it is offloaded")
     if "device" in position_options:
         raise ValueError("position_options must not hold device: a position lies beside the weights of its layer")
     learnable = position_options.get("learnable", True)
@@ -157,7 +160,6 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-
     rotary = [_rotary_options(config, attention) for attention in attentions]
 
     def make(layer: int) -> LogPosition:
@@ -197,7 +199,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
 def _check_supported(model: PreTrainedModel) -> None:
     """Raise ValueError unless ``model`` is of an architecture and has the options that log_attention can honour."""
     config = model.config
-    if config.model_type not in SUPPORTED or config.is_encoder_decoder:
+    if config.model_type not in SUPPORTED:
         raise ValueError(
             f"{type(model).__name__} is of model type {config.model_type!r}, which is not supported; "
             f"supported are {', '.join(SUPPORTED)}"

@@ -210,6 +210,10 @@ def test_unsupported_models() -> None:
         use_log_position(bert)
     with pytest.raises(TypeError, match=r"PreTrainedModel, got Linear"):
         use_log_position(torch.nn.Linear(2, 2))  # type: ignore[type-var]
+    with torch.device("meta"):
+        offloaded = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    with pytest.raises(ValueError, match="must not have weights on the meta device"):
+        use_log_position(offloaded)
     for name, option, value in (
         ("gemma2", "attn_logit_softcapping", 50.0),
         ("gemma3_text", "use_bidirectional_attention", True),
@@ -411,7 +415,7 @@ def test_round_trip(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert error < 0.3 * model(ids).logits.abs().max()
 
 
-def test_loading_without_positions_is_an_error(tmp_path: Path) -> None:
+def test_loading_without_positions_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = use_log_position(make())
     model.save_pretrained(tmp_path / "converted")
     plain = make()
@@ -425,6 +429,10 @@ def test_loading_without_positions_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"load it with logpe.transformers.from_pretrained"):
         loaded(tokens())
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["attn_implementation"] == "logpe"
+    with monkeypatch.context() as without_logpe:
+        without_logpe.delitem(transformers.AttentionInterface._global_mapping, "logpe")
+        with pytest.raises(ValueError, match=r'attn_implementation="logpe"` is not supported'):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     # A checkpoint that lacks a position is not drawn anew.
     state = model.state_dict()
     del state["model.layers.1.self_attn.log_position.raw_rate"]
