@@ -192,8 +192,6 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     config._attn_implementation = IMPLEMENTATION
     # Saved under this name, it makes every other way of loading the model an error, not a model without positions.
     config.attn_implementation = IMPLEMENTATION
-    strict = getattr(model, "_keep_in_fp32_modules_strict", None)
-    model._keep_in_fp32_modules_strict = {*(strict or ()), "log_position"}
 
 
 def _check_supported(model: PreTrainedModel) -> None:
