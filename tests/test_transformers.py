@@ -93,7 +93,7 @@ def left_padding(ids: Tensor) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     """Equal to rounding: the logits of these models go through some hundred float32 operations."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * max(1.0, float(expected.detach().abs().max())))
 
 
 def position_of(model: PreTrainedModel) -> list[LogPosition]:
