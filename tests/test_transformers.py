@@ -584,12 +584,12 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[floa
             eos_token_id=None,
         )
         model = AutoModelForCausalLM.from_config(config)
-        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 300)]
+        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 600)]
         use_log_position(model, "log-rotary-bias", rotary_scale=LENGTH)
         losses.append(evaluate(model))
         groups = logpe.parameter_groups(model, weight_decay=0.1)
         groups[0]["lr"], groups[1]["lr"] = 5e-3 / 3, 1e-2
-        losses.append(train(model, groups, 120))
+        losses.append(train(model, groups, 150))
     folder = tmp_path_factory.mktemp("continued")
     model.save_pretrained(folder)
     return folder, losses
@@ -597,9 +597,9 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[floa
 
 def test_continued_training_recovers(continued: tuple[Path, list[float]]) -> None:
     trained, converted, recovered = continued[1]
-    assert trained < 2.1  # nats per byte; single bytes have 3.2
+    assert trained < 1.8  # nats per byte; single bytes have 3.2
     assert converted > trained + 0.1
-    assert recovered < trained + 0.03
+    assert recovered - trained < 0.25 * (converted - trained)
 
 
 @torch.no_grad()
@@ -608,7 +608,7 @@ def test_generated_text(continued: tuple[Path, list[float]]) -> None:
     model = from_pretrained(continued[0])
     ids = torch.tensor([list(b"The following "), list(b"A string that ")])
     runs = [
-        generate(model, ids, None, max_new_tokens=2 * LENGTH, do_sample=True, temperature=0.7, **cache)
+        generate(model, ids, None, max_new_tokens=2 * LENGTH, do_sample=True, temperature=0.5, **cache)
         for cache in (dict(use_cache=False), dict(), dict(cache_implementation="static"))
     ]
     for run in runs[1:]:
@@ -616,7 +616,7 @@ def test_generated_text(continued: tuple[Path, list[float]]) -> None:
     pieces = {text()[i : i + 4] for i in range(len(text()) - 3)}
     for row in runs[0].sequences[:, ids.shape[1] :].tolist():
         known = [bytes(row[i : i + 4]) in pieces for i in range(len(row) - 3)]
-        assert sum(known) > 0.6 * len(known), bytes(row)
+        assert sum(known) > 0.75 * len(known), bytes(row)
 
 
 def command(*arguments: str) -> int:
