@@ -1,28 +1,21 @@
-"""The commands of ``python -m logpe``."""
+"""The commands of ``python -m logpe``; each is a module with an ``add_parser``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from logpe import tune
-from logpe.doctor import doctor
+from logpe import doctor, generate, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m logpe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m logpe", description="Attention with log positions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="print versions, devices, backends and tiles, and check them")
-    parser_of_tune = commands.add_parser(
-        "tune",
-        help="measure the fastest tiles for this GPU and keep them",
-        description=tune.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    tune.add_arguments(parser_of_tune)
+    for module in (doctor, tune, generate):
+        module.add_parser(commands)
     options = parser.parse_args(arguments)
-    return tune.main(options) if options.command == "tune" else int(doctor() > 0)
+    return options.run(options)
 
 
 if __name__ == "__main__":

@@ -406,7 +406,7 @@ def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | 
 def _resolve_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # nor NaN; math.isfinite would break the graph of a model whose scale is symbolic
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
@@ -436,7 +436,7 @@ def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tenso
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return x.to(torch.int32)
+    return x.to(torch.int32).contiguous()
 
 
 def _int_vector(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from typing import Any
 
 import torch
 
@@ -26,6 +27,12 @@ TYPICAL = (
 def line(name: str, text: object) -> None:
     """Print a row of the report."""
     print(f"{name:<14}{text}")
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to ``commands``, what ``ArgumentParser.add_subparsers`` returned."""
+    parser = commands.add_parser("doctor", help="print versions, devices, backends and tiles, and check them")
+    parser.set_defaults(run=lambda options: int(doctor() > 0))
 
 
 def doctor() -> int:

@@ -304,8 +304,15 @@ def why_not(device: torch.device) -> str | None:
     return ops.why_not_triton(device)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+def add_parser(commands: Any) -> None:
+    """Add this command to ``commands``, what ``ArgumentParser.add_subparsers`` returned."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure the fastest tiles for this GPU and keep them",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=main)
     gains = [f"{preset}+gain" for preset in PRESETS]
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--head-dims", nargs="+", type=_head_dim, default=[128, 64], metavar="D")

@@ -538,6 +538,17 @@ def test_backends_on_a_gpu() -> None:
         log_attention(**x, position=LogPosition(HEADS, D), is_causal=True)
 
 
+def test_strided_starts(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    x = {name: t.to(device) for name, t in tensors().items()}
+    pairs = torch.tensor([[4, -2], [7, 1]], dtype=torch.int32, device=device)
+    starts = dict(query_start=pairs[:, 0], key_start=pairs[:, 1])
+    values = PositionValues(power=torch.ones(HEADS, device=device), rate=torch.ones(HEADS, device=device))
+    expected = log_attention(**x, position=values, is_causal=True, **starts, backend="reference")
+    actual = log_attention(**x, position=values, is_causal=True, **starts, backend="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_public_names() -> None:
     for name in logpe.__all__:
         assert hasattr(logpe, name)

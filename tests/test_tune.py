@@ -279,8 +279,8 @@ def test_a_file_that_is_not_ours_is_left_alone(path: Path, content: str) -> None
 
 def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
-    return parser.parse_args(arguments)
+    tune.add_parser(parser.add_subparsers())
+    return parser.parse_args(["tune", *arguments])
 
 
 def test_the_most_telling_shapes_come_first() -> None:

@@ -1,0 +1,396 @@
+"""Hugging Face Transformers models with log positions, in one line.
+
+    import logpe.transformers
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("...")                # Llama, Qwen2, Qwen3, Mistral, Gemma, GPT-2, ...
+    logpe.transformers.use_log_position(model, preset="log-bias")      # in place; the weights are kept
+    model.generate(**inputs)                                           # any decoding, any cache; Trainer, PEFT, ...
+    model.save_pretrained("out")
+    model = logpe.transformers.from_pretrained("out")                  # AutoModel refuses to load it without positions
+
+The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and
+masks; no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves
+them in), and each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``: parameters like any
+others, float32 in a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay
+off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay)), None))``.
+
+Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so
+that a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps.
+Keys are cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by
+name: masks that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping.
+
+Continuing a model that was trained with RoPE
+---------------------------------------------
+1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens that it
+   was trained at. The rotation keeps the model's own theta, and f_c(n) = c log(1 + n/c) is n itself for n far below
+   c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. A smaller scale, and the
+   more so ``"log-bias"``, which takes the rotation away, leave more to learn again, and carry further.
+2. Train all weights for some hundred steps, at the length and on data like before, with about a third of the peak
+   learning rate, and a higher one for the positions: they are a few numbers that start at a draw.
+
+       groups = logpe.parameter_groups(model, weight_decay=0.1)        # the weights, the positions
+       groups[0]["lr"], groups[1]["lr"] = peak_rate / 3, 1e-2
+       optimizer = torch.optim.AdamW(groups)
+
+3. Compare the loss with that of the model before, at the old length first, then at longer ones.
+
+``tests/test_transformers.py`` does this with a small model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+from transformers.utils.import_utils import is_tracing
+
+from logpe.attention import MAX_HEAD_DIM, log_attention
+from logpe.position import LEARNABLE_PARTS, LogPosition, PositionValues
+from logpe.reference import inverse_frequencies
+
+#: Values of ``config.model_type`` that can be converted.
+SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
+#: The name of the attention implementation, and of the masks that go with it.
+IMPLEMENTATION = "logpe"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def use_log_position(
+    model: Model,
+    preset: str = "log-bias",
+    *,
+    share_position: bool = False,
+    keep_positions: bool = False,
+    **position_options: Any,
+) -> Model:
+    """Turn ``model`` into a log-position model, in place; the weights are kept.
+
+    Args:
+        model: a Llama, Qwen2, Qwen3, Mistral, Gemma (1, 2, 3: text), GPT-2 or GPT-NeoX model, with any head.
+        preset: see :class:`logpe.LogPosition`. ``log-invariant`` assumes logits of unit variance: of these models,
+            Qwen3 and Gemma 3 normalise queries and keys.
+        share_position: one LogPosition for all layers, not one for each. It is ``log_position`` of the base model.
+        keep_positions: leave the rotary or learned absolute positions in. With preset ``none`` the model computes
+            what it did before. Not with a preset that rotates.
+        position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
+            ``rotary_fraction`` are by default those of the model's own rotary embedding, without the scaling that
+            its rope type may add (yarn, llama3 and so on).
+
+    Returns:
+        model. Its config carries the settings, so that :func:`from_pretrained` restores it.
+
+    Raises:
+        TypeError: not a Transformers model.
+        ValueError: a model, or an option of it, that is not supported, or a bad argument, by name; the model is
+            then as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    if getattr(model.config, "log_position", None) is not None:
+        raise ValueError(f"model has log positions already: {model.config.log_position}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model must not have weights on the meta device: convert it before it is offloaded")
+    if "device" in position_options:
+        raise ValueError("position_options must not hold device: a position lies beside the weights of its layer")
+    learnable = position_options.get("learnable", True)
+    if not isinstance(learnable, bool):
+        position_options["learnable"] = sorted(learnable)
+    settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions)
+    _install(model, settings | position_options)
+    return model
+
+
+def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a model that :func:`use_log_position` converted and ``save_pretrained`` saved.
+
+    Args:
+        directory: or the name of a model on the Hub.
+        options: those of ``PreTrainedModel.from_pretrained``, such as ``dtype`` and ``device_map``.
+
+    Returns:
+        The model, of the class it was saved from, in evaluation mode.
+
+    Raises:
+        ValueError: no converted model, or one whose position parameters are missing or not positive and finite.
+    """
+    implementation = options.pop("attn_implementation", IMPLEMENTATION)
+    if implementation != IMPLEMENTATION:
+        raise ValueError(f'attn_implementation must be "{IMPLEMENTATION}" or left out, got {implementation!r}')
+    config, _ = transformers.PreTrainedConfig.get_config_dict(directory, **options)
+    if config.get("log_position") is None:
+        raise ValueError(
+            f"{directory} holds a {config.get('model_type')} model without log positions: load it with Transformers, "
+            "and convert it with use_log_position"
+        )
+    model_class = getattr(transformers, config["architectures"][0])
+    wants_info = options.pop("output_loading_info", False)
+    model, info = _converting(model_class).from_pretrained(directory, output_loading_info=True, **options)
+    model.__class__ = model_class
+    if missing := [name for name in info["missing_keys"] if "log_position." in name]:
+        raise ValueError(f"{directory} lacks the position parameters {', '.join(sorted(missing))}")
+    learnable = config["log_position"].get("learnable", True)
+    learned = LEARNABLE_PARTS if learnable is True else learnable or ()
+    for position in (module for module in model.modules() if isinstance(module, LogPosition)):
+        # What the loader of Transformers does not know of: angles that are not saved, checks, marks, frozen parts.
+        if position.theta is not None:
+            position.theta = inverse_frequencies(position.planes, position.rotary_base, device=position.theta.device)
+        position.load_state_dict(position.state_dict())
+        for name, parameter in position.named_parameters():
+            parameter.requires_grad_(name.removeprefix("raw_") in learned)
+    return (model, info) if wants_info else model
+
+
+# --- conversion ---------------------------------------------------------------------------------------------
+
+
+def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Convert ``model``, which may lie on the meta device, by settings that stand in its config afterwards."""
+    config, base = model.config, model.base_model
+    _check_supported(model)
+    options = dict(settings)
+    preset, share, keep = (options.pop(name) for name in ("preset", "share_position", "keep_positions"))
+    attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    rotary = [_rotary_options(config, attention) for attention in attentions]
+
+    def make(layer: int) -> LogPosition:
+        device = next(attentions[layer].parameters()).device
+        position = LogPosition(num_heads, head_dim, preset, device=device, **(rotary[layer] | options))
+        return position.train(model.training)
+
+    positions = [make(layer) for layer in range(1 if share else len(attentions))]
+    if "rotary" in positions[0].parts:
+        if keep:
+            raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
+        if share and "rotary_base" not in options and rotary.count(rotary[0]) < len(rotary):
+            raise ValueError("rotary_base must be given with share_position: the layers of this model differ in it")
+
+    # From here on nothing fails.
+    if share:
+        base.log_position = positions[0]
+        for attention in attentions:  # not as a submodule: the position is the base model's
+            object.__setattr__(attention, "_log_position_owner", base)
+    else:
+        for attention, position in zip(attentions, positions, strict=True):
+            attention.log_position = position
+    if not keep:
+        if hasattr(base, "wpe"):
+            base.wpe = _NoEmbedding()
+        else:
+            base.rotary_emb = _NoRotation(int(head_dim * rotary[0]["rotary_fraction"]))
+    base.register_forward_pre_hook(_check_implementation)
+    config.log_position = settings
+    config._attn_implementation = IMPLEMENTATION
+    # Saved under this name, it makes every other way of loading the model an error, not a model without positions.
+    config.attn_implementation = IMPLEMENTATION
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    """Raise ValueError unless ``model`` is of an architecture and has the options that log_attention can honour."""
+    config = model.config
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"{type(model).__name__} is of model type {config.model_type!r}, which is not supported; "
+            f"supported are {', '.join(SUPPORTED)}"
+        )
+    for name in ("attn_logit_softcapping", "use_bidirectional_attention", "add_cross_attention"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{type(model).__name__} has {name}={getattr(config, name)}, which is not supported: log positions "
+                "need causal self-attention with plain logits (None or False)"
+            )
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"{type(model).__name__} has is_causal=False, which is not supported")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"{type(model).__name__} has head_dim {head_dim}, supported is at most {MAX_HEAD_DIM}")
+
+
+def _rotary_options(config: Any, attention: nn.Module) -> dict[str, float]:
+    """Base and fraction of the model's own rotary embedding, as LogPosition takes them."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get(getattr(attention, "layer_type", None), parameters)  # Gemma 3: by type of layer
+    return dict(
+        rotary_base=float(parameters.get("rope_theta", 10000.0)),
+        rotary_fraction=float(parameters.get("partial_rotary_factor", 1.0)),
+    )
+
+
+def _check_implementation(base: nn.Module, _: Any) -> None:
+    """Before each forward of the base model: another attention would leave the positions out, without a word."""
+    implementation = base.config._attn_implementation  # type: ignore[union-attr]
+    if implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f'the attention of a model with log positions must be "{IMPLEMENTATION}", and was set to {implementation!r}'
+        )
+
+
+class _NoRotation(nn.Module):
+    """In place of a rotary embedding: turns the first ``dim`` of a head by nothing."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        shape = (*position_ids.shape, self.dim)
+        return x.new_ones(shape), x.new_zeros(shape)
+
+
+class _NoEmbedding(nn.Module):
+    """In place of learned positions: adds nothing."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return torch.zeros((), device=position_ids.device)
+
+
+def _converting(model_class: Any) -> Any:
+    """``model_class`` whose instances are converted as soon as they exist, before weights are loaded into them."""
+
+    def init(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
+        model_class.__init__(self, config, *arguments, **options)
+        _install(self, config.log_position)
+
+    return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+
+
+# --- attention and its masks, as Transformers calls them ----------------------------------------------------
+
+
+def log_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention that Transformers calls under the name ``logpe``: see ``transformers.AttentionInterface``.
+
+    Args:
+        module: the attention layer, converted by :func:`use_log_position`.
+        query: (B, Hq, Nq, D). key, value: (B, Hkv, Nk, D), what the cache returned.
+        attention_mask: what :func:`log_position_mask` returned.
+
+    Returns:
+        (B, Nq, Hq, D), and None for the weights.
+    """
+    owner: Any = getattr(module, "_log_position_owner", module)
+    if not hasattr(owner, "log_position"):
+        raise RuntimeError(
+            f"this {type(module).__name__} has no log position: convert its model with "
+            "logpe.transformers.use_log_position, or load it with logpe.transformers.from_pretrained"
+        )
+    if not (module.is_causal if is_causal is None else is_causal):
+        raise ValueError("is_causal must be True: log positions serve causal self-attention")
+    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cache"):
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
+    starts = {}
+    if attention_mask is not None:
+        shape = (query.shape[0], 1, 1, 2)
+        if attention_mask.dtype != torch.int32 or attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask must be 2D, padding alone: got a mask of {attention_mask.dtype} and shape "
+                f"{tuple(attention_mask.shape)}, which log positions cannot honour"
+            )
+        query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
+        starts = dict(query_start=query_start, key_start=key_start)
+    values: PositionValues = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
+    if owner is not module:  # one position for layers on many devices
+        moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
+        values = values._replace(**moved)
+    out = log_attention(
+        query,
+        key,
+        value,
+        values,
+        is_causal=True,
+        window=None if sliding_window is None else (sliding_window - 1, None),
+        scale=scaling,
+        dropout_p=dropout,
+        **starts,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def log_position_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor | None:
+    """Where queries and keys stand; called once per forward, see ``transformers.AttentionMaskInterface``.
+
+    Args:
+        q_offset, kv_offset: index of the first query and of the first key, of all tokens so far.
+        attention_mask: bool (B, tokens so far, or more), True for a real token.
+
+    Returns:
+        int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding. Four
+        dimensions, so that Transformers hands it through as it is. None if that is what log_attention assumes:
+        keys from 0, the last query at the last key.
+    """
+    if use_vmap or "allow_is_bidirectional_skip" in options:
+        raise ValueError("the model asks for a mask that is not causal, which log positions cannot honour")
+    if not allow_is_causal_skip and q_length > 1:
+        # More than a causal mask, possibly: then the diagonals beside the main one show it.
+        batch = torch.arange(batch_size, device=device)[:, None]
+        index = torch.arange(q_length - 1, device=device) + q_offset
+        plain = ~mask_function(batch, 0, index, index + 1)
+        if local_size is None or local_size > 1:
+            plain = plain & mask_function(batch, 0, index + 1, index)
+        _require(plain.all(), "position_ids hold packed sequences, or the mask is not causal: log positions serve "
+                 "neither. Pad the sequences, with an attention_mask")  # fmt: skip
+    padding: int | Tensor = 0
+    if attention_mask is not None:
+        if not isinstance(q_offset, Tensor) and attention_mask.shape[1] < q_offset + q_length:
+            raise ValueError(
+                f"attention_mask must cover all tokens so far, {q_offset + q_length}, got shape "
+                f"{tuple(attention_mask.shape)}"
+            )
+        if is_tracing(attention_mask) or not attention_mask.all():  # the one look at the GPU in a forward
+            runs = attention_mask[:, 0] + (attention_mask[:, 1:] & ~attention_mask[:, :-1]).sum(-1)
+            _require((runs <= 1).all(), "attention_mask hides tokens between visible ones: their positions are "
+                     "undefined. Pad on the left (or, where nothing follows, on the right)")  # fmt: skip
+            # Right padding needs nothing: no real query comes after it.
+            padding = (attention_mask.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
+    static = not isinstance(padding, Tensor) and not isinstance(q_offset, Tensor) and allow_is_causal_skip
+    if static and kv_offset == 0 and q_offset + q_length == kv_length:
+        return None
+    zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    starts = torch.stack((zero + q_offset - padding, zero + kv_offset - padding)).int()  # (2, B): each is contiguous
+    return starts.T[:, None, None]
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise ValueError unless ``condition``, a bool tensor (); a trace has no values yet, and asserts it when run."""
+    if is_tracing(condition):
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+AttentionInterface.register(IMPLEMENTATION, log_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, log_position_mask)

@@ -1,0 +1,731 @@
+"""Transformers models with log positions: conversion, caches, padding, saving, training, compilation."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import logpe
+import logpe.__main__
+import logpe.transformers
+from logpe.position import LogPosition
+from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
+
+VOCABULARY = 97
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+WINDOW = 5
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=1),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=WINDOW),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=None
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+}
+PADDING = 4
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def make(name: str = "llama", **options: Any) -> PreTrainedModel:
+    """A model with weights so large that it matters which token sees which."""
+    config = CONFIGS[name]()
+    for key, value in options.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def tokens(batch: int = 2, length: int = 11) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def left_padding(ids: Tensor) -> Tensor:
+    """A mask that hides the first PADDING tokens of the first row."""
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING] = 0
+    return mask
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal to rounding: the logits of these models go through some hundred float32 operations."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * max(1.0, float(expected.detach().abs().max())))
+
+
+def position_of(model: PreTrainedModel) -> list[LogPosition]:
+    return [module for module in model.modules() if isinstance(module, LogPosition)]
+
+
+# --- conversion ---------------------------------------------------------------------------------------------
+
+
+def test_every_supported_model_is_tested() -> None:
+    assert tuple(CONFIGS) == SUPPORTED
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.no_grad()
+def test_own_positions_kept(name: str) -> None:
+    model, ids = make(name), tokens()
+    mask = left_padding(ids)
+    padded = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    expected, expected_padded = model(ids).logits, model(ids, **padded).logits
+    weights = {key: x.clone() for key, x in model.state_dict().items()}
+    assert use_log_position(model, "none", keep_positions=True) is model
+    close(model(ids).logits, expected)
+    close(model(ids, **padded).logits[mask.bool()], expected_padded[mask.bool()])
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("preset", ["log-bias", "log-rotary"])
+@torch.no_grad()
+def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converted model is the model with each attention computed by the reference, from the unturned q and k."""
+    model, ids = use_log_position(make(name), preset, query_gain=True), tokens()
+    logits = model(ids).logits
+    calls = []
+
+    def by_the_reference(q: Tensor, k: Tensor, v: Tensor, values: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return logpe.log_attention(q, k, v, values, backend="reference", **options)
+
+    monkeypatch.setattr(logpe.transformers, "log_attention", by_the_reference)
+    close(model(ids).logits, logits)
+    windows = [call["window"] for call in calls]
+    assert windows == ([(WINDOW - 1, None), None] if name == "gemma3_text" else [None, None])
+    if preset == "log-rotary":
+        planes = {"llama": 4, "gemma3_text": 4, "gpt2": 4, "gpt_neox": 1}[name]
+        assert [position.planes for position in position_of(model)] == [planes] * 2
+        bases = {"gemma3_text": [1e4, 1e6]}.get(name, [1e4, 1e4])
+        assert [position.rotary_base for position in position_of(model)] == bases
+
+
+@torch.no_grad()
+def test_rotary_on_log_positions_becomes_rope() -> None:
+    """rotary_scale = inf is the model's own RoPE: same base, same planes, same order of dimensions."""
+    for name in ("llama", "gemma3_text", "gpt_neox"):
+        model, ids = make(name), tokens()
+        expected = model(ids).logits
+        close(use_log_position(model, "log-rotary", rotary_scale=math.inf)(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_positions_are_gone() -> None:
+    """With preset none and nothing kept, only the causal mask knows the order."""
+    for name in ("llama", "gpt2", "gpt_neox"):
+        model, ids = use_log_position(make(name), "none"), tokens(1)
+        swapped = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), 1)
+        model.config.num_hidden_layers = 1  # a second layer would see the order through the mask
+        if name == "gpt2":
+            del model.transformer.h[1:]
+        if name == "gpt_neox":
+            del model.gpt_neox.layers[1:]
+        close(model(swapped).logits[:, -1], model(ids).logits[:, -1])
+
+
+def test_parameters() -> None:
+    model = use_log_position(make(), "log-bias", query_gain=True, learnable=["power", "alpha"])
+    names = [name for name, _ in model.named_parameters() if "log_position" in name]
+    parts = ("power", "rate", "alpha")
+    assert names == [f"model.layers.{i}.self_attn.log_position.raw_{part}" for i in (0, 1) for part in parts]
+    assert len(list(logpe.position_parameters(model))) == 6
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    for position in position_of(model):
+        assert position.raw_power.grad.abs().min() > 0
+        assert position.raw_alpha.grad.abs().min() > 0
+        assert position.raw_rate.grad is None
+    shared = use_log_position(make(), share_position=True)
+    assert [name for name, _ in shared.named_modules() if name.endswith("log_position")] == ["model.log_position"]
+    shared(ids, labels=ids).loss.backward()
+    assert shared.model.log_position.raw_power.grad.abs().min() > 0
+    clone = copy.deepcopy(shared)
+    with torch.no_grad():
+        clone.model.log_position.raw_power += 1
+        assert not torch.equal(clone(ids).logits, shared(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_other_heads(head: str) -> None:
+    model = getattr(transformers, head).from_config(CONFIGS["qwen3"]())
+    use_log_position(model)
+    output = model(tokens())
+    assert (output[0] if head == "AutoModel" else output.logits).isfinite().all()
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_unsupported_models() -> None:
+    bert = transformers.BertModel(
+        transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(ValueError, match=r"BertModel is of model type 'bert'.*supported are llama, .*gpt_neox"):
+        use_log_position(bert)
+    with pytest.raises(TypeError, match=r"PreTrainedModel, got Linear"):
+        use_log_position(torch.nn.Linear(2, 2))  # type: ignore[type-var]
+    with torch.device("meta"):
+        offloaded = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    with pytest.raises(ValueError, match="must not have weights on the meta device"):
+        use_log_position(offloaded)
+    for name, option, value in (
+        ("gemma2", "attn_logit_softcapping", 50.0),
+        ("gemma3_text", "use_bidirectional_attention", True),
+        ("gpt2", "add_cross_attention", True),
+        ("llama", "is_causal", False),
+    ):
+        model = make(name)
+        setattr(model.config, option, value)
+        with pytest.raises(ValueError, match=f"{option}={value}.* not supported"):
+            use_log_position(model)
+        assert not position_of(model)
+
+
+def test_bad_options_leave_the_model_as_it_was() -> None:
+    model, ids = make(), tokens()
+    expected = model(ids).logits
+    for message, options in (
+        ("preset must be one of", dict(preset="alibi")),
+        ("keep_positions must be False with preset 'log-rotary'", dict(preset="log-rotary", keep_positions=True)),
+        ("gain_length must be positive", dict(query_gain=True, gain_length=0)),
+        ("must not hold device", dict(device="cpu")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use_log_position(model, **options)
+    with pytest.raises(TypeError, match="colour"):
+        use_log_position(model, colour=1)
+    with pytest.raises(ValueError, match="rotary_base must be given"):
+        use_log_position(make("gemma3_text"), "log-rotary", share_position=True)
+    assert torch.equal(model(ids).logits, expected)
+    use_log_position(model)
+    with pytest.raises(ValueError, match="has log positions already"):
+        use_log_position(model)
+
+
+def test_masks_that_cannot_be_honoured() -> None:
+    model, ids = use_log_position(make()), tokens()
+    hole = torch.ones_like(ids)
+    hole[1, 3:5] = 0
+    with pytest.raises(ValueError, match="attention_mask hides tokens between visible ones"):
+        model(ids, attention_mask=hole)
+    for mask in (torch.ones(2, 1, 11, 11, dtype=torch.bool), torch.zeros(2, 1, 11, 11)):
+        with pytest.raises(ValueError, match="attention_mask must be 2D"):
+            model(ids, attention_mask=mask)
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
+    for name in ("llama", "mistral"):
+        other = use_log_position(make(name))
+        with pytest.raises(ValueError, match="position_ids hold packed sequences"):
+            other(ids[:1], position_ids=packed, use_cache=False)
+        other(ids[:1], position_ids=torch.arange(11)[None], use_cache=False)
+    with pytest.raises(ValueError, match="cu_seq_lens_q is not supported"):
+        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 5, 11]))
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="is_causal must be True"):
+        logpe.transformers.log_attention_forward(model.model.layers[0].self_attn, q, q, q, None, is_causal=False)
+    with pytest.raises(ValueError, match="a mask that is not causal"):
+        model(ids, is_causal=False)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask must cover all tokens so far, 22, got shape \(2, 11\)"):
+        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="a mask that is not causal"):
+        model(ids)
+
+
+def test_another_attention_is_refused() -> None:
+    model = copy.deepcopy(use_log_position(make()))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(RuntimeError, match=f"must be \"logpe\", and was set to '{implementation}'"):
+            model(tokens())
+    model.set_attn_implementation("logpe")
+    model(tokens())
+
+
+# --- padding and caches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("preset", ["log-bias", "log-rotary-bias"])
+@torch.no_grad()
+def test_padding(name: str, preset: str) -> None:
+    """A padded row is the row alone; positions count from the first real token."""
+    model, ids = use_log_position(make(name), preset, query_gain=True), tokens()
+    left, right = left_padding(ids), left_padding(ids).flip(1)
+    alone, whole = model(ids[:1, PADDING:]).logits[0], model(ids).logits
+    padded = model(ids, attention_mask=left).logits
+    close(padded[0, PADDING:], alone)
+    close(padded[1], whole[1])
+    close(model(ids, attention_mask=right).logits[0, :-PADDING], model(ids[:1, :-PADDING]).logits[0])
+    both = left * right
+    close(model(ids, attention_mask=both).logits[0, PADDING:-PADDING], model(ids[:1, PADDING:-PADDING]).logits[0])
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, whole)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+@torch.no_grad()
+def test_kernels(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls, by Triton: padding, a window, a static cache with room left, one token and many."""
+    pytest.importorskip("triton")
+    model, ids = use_log_position(make(name), "log-rotary-bias", query_gain=True), tokens()
+    mask = left_padding(ids)
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    monkeypatch.setattr(logpe.transformers, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
+    model, ids, mask = model.to(device), ids.to(device), mask.to(device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    logits = [
+        model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits.cpu()
+        for start, end in ((0, 9), (9, 10), (10, 11))
+    ]
+    close(torch.cat(logits, 1)[mask.bool().cpu()], expected)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    settings = dict(max_new_tokens=10, min_new_tokens=10, return_dict_in_generate=True, output_logits=True)
+    return model.generate(ids, attention_mask=mask, pad_token_id=0, **(settings | options))
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.no_grad()
+def test_caches(name: str) -> None:
+    """Tokens and logits with every cache are those without one: padded, and longer than the sliding window."""
+    preset = ("log-bias", "log-rotary-bias")[SUPPORTED.index(name) % 2]
+    model, ids = use_log_position(make(name), preset, query_gain=True), tokens()
+    mask = left_padding(ids)
+    for mode in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, num_beams=2)):
+        expected = generate(model, ids, mask, use_cache=False, **mode)
+        for cache in (dict(), dict(cache_implementation="static")):
+            actual = generate(model, ids, mask, **cache, **mode)
+            assert torch.equal(actual.sequences, expected.sequences)
+            for a, b in zip(actual.logits, expected.logits, strict=True):
+                close(a, b)
+    alone = generate(model, ids[:1, PADDING:], None, do_sample=False).sequences[0]
+    padded = generate(model, ids, mask, do_sample=False).sequences[0]
+    assert torch.equal(alone, padded[PADDING:])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
+@torch.no_grad()
+def test_cache_by_hand(name: str) -> None:
+    """Chunks of many tokens against a cache that holds some already, and static caches with room left."""
+    model, ids = use_log_position(make(name), "log-rotary-bias", query_gain=True), tokens(2, 17)
+    mask = left_padding(ids)
+    expected = model(ids, attention_mask=mask).logits
+    for masked in (True, False):
+        if not masked:
+            expected = model(ids).logits
+        for cache in (
+            transformers.DynamicCache(config=model.config),
+            transformers.StaticCache(config=model.config, max_cache_len=23),
+        ):
+            start = 0
+            for end in (6, 7, 12, 17):
+                logits = model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end] if masked else None,
+                    past_key_values=cache,
+                ).logits
+                shown = mask[:, start:end].bool() if masked else torch.ones(2, end - start, dtype=torch.bool)
+                close(logits[shown], expected[:, start:end][shown])
+                start = end
+
+
+# --- saving and loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", dict(preset="log-bias", learnable=["power"], query_gain=True, gain_length=64)),
+        ("llama", dict(preset="log-rotary", rotary_scale=math.inf, rotary_fraction=0.5)),
+        ("gemma3_text", dict(preset="log-rotary-bias", rotary_scale=16.0)),
+        ("gpt2", dict(preset="log-invariant", share_position=True)),
+        ("gpt2", dict(preset="none", keep_positions=True)),
+    ],
+)
+@torch.no_grad()
+def test_round_trip(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, ids = use_log_position(make(name), **options), tokens()
+    for parameter in logpe.position_parameters(model):
+        parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for mine, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert mine.requires_grad == theirs.requires_grad
+        assert getattr(mine, "_no_weight_decay", False) == getattr(theirs, "_no_weight_decay", False)
+    loaded.save_pretrained(tmp_path / "again")
+    again = from_pretrained(tmp_path / "again", dtype=torch.bfloat16, device_map={"": "cpu"})
+    assert again.config.log_position == model.config.log_position
+    for mine, theirs in zip(logpe.position_parameters(again), logpe.position_parameters(model), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.dtype == torch.float32
+    assert again.dtype == torch.bfloat16
+    error = (again(ids).logits - model(ids).logits).abs().max()
+    assert error < 0.3 * model(ids).logits.abs().max()
+
+
+def test_loading_without_positions_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = use_log_position(make())
+    model.save_pretrained(tmp_path / "converted")
+    plain = make()
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds a llama model without log positions"):
+        from_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="attn_implementation must be"):
+        from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    # The plain class, with logpe imported: no silent attention without positions.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    with pytest.raises(RuntimeError, match=r"load it with logpe.transformers.from_pretrained"):
+        loaded(tokens())
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["attn_implementation"] == "logpe"
+    with monkeypatch.context() as without_logpe:
+        without_logpe.delitem(transformers.AttentionInterface._global_mapping, "logpe")
+        with pytest.raises(ValueError, match=r'attn_implementation="logpe"` is not supported'):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    # A checkpoint that lacks a position is not drawn anew.
+    state = model.state_dict()
+    del state["model.layers.1.self_attn.log_position.raw_rate"]
+    model.save_pretrained(tmp_path / "converted", state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks the position parameters model\.layers\.1\.self_attn.*raw_rate"):
+        from_pretrained(tmp_path / "converted")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.log_position.raw_power[2] = math.nan
+    model.save_pretrained(tmp_path / "converted")
+    with pytest.raises(ValueError, match="raw_power holds nan for head 2"):
+        from_pretrained(tmp_path / "converted")
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing() -> None:
+    model, ids = use_log_position(make(), "log-rotary-bias", query_gain=True).train(), tokens()
+    batch = dict(input_ids=ids, attention_mask=left_padding(ids), labels=ids, use_cache=False)
+    model(**batch).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for reentrant in (False, True):
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer(bf16: bool, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = use_log_position(make(attention_dropout=0.1))
+    before = [parameter.detach().clone() for parameter in logpe.position_parameters(model)]
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_steps=4,
+    )
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert math.isfinite(trainer.train().training_loss), losses
+    for parameter, start in zip(logpe.position_parameters(model), before, strict=True):
+        assert (parameter.cpu() - start).abs().min() > 0
+    loaded = from_pretrained(tmp_path / "checkpoint-4")
+    for mine, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine.cpu(), theirs.cpu())
+
+
+def test_bfloat16() -> None:
+    model, ids = use_log_position(make(), "log-rotary-bias").to(torch.bfloat16), tokens()
+    assert all(parameter.dtype == torch.float32 for parameter in logpe.position_parameters(model))
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_peft(share: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base, ids = use_log_position(make(), share_position=share), tokens()
+    start = copy.deepcopy(base)
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["log_position"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, settings)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    before = model(ids).logits.detach()
+    model(ids, labels=ids).loss.backward()
+    trained = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    assert len(trained) == (2 if share else 4)
+    assert all(parameter.grad.abs().min() > 0 for parameter in trained)
+    optimizer.step()
+    model.eval()
+    assert not torch.allclose(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(start, tmp_path).eval()
+    close(loaded(ids).logits, model(ids).logits)
+
+
+# --- a model that knows something ---------------------------------------------------------------------------
+
+LENGTH = 64
+
+
+@functools.cache
+def text() -> bytes:
+    topics = pytest.importorskip("pydoc_data.topics").topics  # English about Python; some distributions ship it apart
+    return "\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def windows(count: int, held_out: bool, generator: torch.Generator) -> Tensor:
+    """(count, LENGTH) from the first tenth of the text, which is held out, or from the rest."""
+    data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
+    data = data[: len(data) // 10] if held_out else data[len(data) // 10 :]
+    start = torch.randint(len(data) - LENGTH, (count,), generator=generator)
+    return data[start[:, None] + torch.arange(LENGTH)]
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel) -> float:
+    """Nats per byte on held-out windows."""
+    ids = windows(64, True, torch.Generator().manual_seed(2))
+    return float(model.eval()(ids, labels=ids).loss)
+
+
+def train(model: PreTrainedModel, groups: list[dict[str, Any]], steps: int) -> float:
+    """The usual recipe: warm-up, cosine, clipping. Returns :func:`evaluate` at the end."""
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.1
+    )
+    generator = torch.Generator().manual_seed(1)
+    model.train()
+    for _ in range(steps):
+        ids = windows(16, False, generator)
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return evaluate(model)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A model trained with RoPE, converted, and trained on: its folder, and the loss after each of the three."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 600)]
+        use_log_position(model, "log-rotary-bias", rotary_scale=LENGTH)
+        losses.append(evaluate(model))
+        groups = logpe.parameter_groups(model, weight_decay=0.1)
+        groups[0]["lr"], groups[1]["lr"] = 5e-3 / 3, 1e-2
+        losses.append(train(model, groups, 150))
+    folder = tmp_path_factory.mktemp("continued")
+    model.save_pretrained(folder)
+    return folder, losses
+
+
+def test_continued_training_recovers(continued: tuple[Path, list[float]]) -> None:
+    trained, converted, recovered = continued[1]
+    assert trained < 1.8  # nats per byte; single bytes have 3.2
+    assert converted > trained + 0.1
+    assert recovered - trained < 0.25 * (converted - trained)
+
+
+@torch.no_grad()
+def test_generated_text(continued: tuple[Path, list[float]]) -> None:
+    """Far beyond the length of training: like the text, and with every cache the same."""
+    model = from_pretrained(continued[0])
+    ids = torch.tensor([list(b"The following "), list(b"A string that ")])
+    runs = [
+        generate(model, ids, None, max_new_tokens=2 * LENGTH, do_sample=True, temperature=0.5, **cache)
+        for cache in (dict(use_cache=False), dict(), dict(cache_implementation="static"))
+    ]
+    for run in runs[1:]:
+        assert torch.equal(run.sequences, runs[0].sequences)
+    pieces = {text()[i : i + 4] for i in range(len(text()) - 3)}
+    for row in runs[0].sequences[:, ids.shape[1] :].tolist():
+        known = [bytes(row[i : i + 4]) in pieces for i in range(len(row) - 3)]
+        assert sum(known) > 0.75 * len(known), bytes(row)
+
+
+def command(*arguments: str) -> int:
+    return logpe.__main__.main(["generate", *arguments])
+
+
+def test_command(continued: tuple[Path, list[float]], capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", str(continued[0]), "--device", "cpu", "--prompt", "The following ")
+    outputs = []
+    for options in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], ["--temperature", "0"]):
+        assert command(*common, "--max-new-tokens", "20", "--top-p", "0.9", *options) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert all(out.startswith("The following ") for out in outputs)
+    ids = torch.tensor([list(b"The following ")])
+    row = from_pretrained(continued[0]).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0]
+    assert outputs[3] == bytes(row.tolist()).decode(errors="replace") + "\n"
+
+
+def test_command_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = use_log_position(make())
+    model.save_pretrained(tmp_path)
+    assert command("--model", str(tmp_path), "--device", "cpu", "--prompt", "t5") == 2
+    assert "holds no tokenizer, and a vocabulary of 97" in capsys.readouterr().err
+    words = {f"t{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="t0").save_pretrained(tmp_path)
+    options = ("--device", "cpu", "--temperature", "0", "--max-new-tokens", "5")
+    assert command("--model", str(tmp_path), "--prompt", "t5 t7", *options) == 0
+    ids = torch.tensor([[5, 7]])
+    row = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=0)[0]
+    assert capsys.readouterr().out.split() == [f"t{i}" for i in row.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is not a folder with a config.json"),
+        (["--model", "x", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+        (["--model", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+        (["--model", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+    ],
+)
+def test_command_refuses(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("--prompt", "x", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def recompile_freely() -> Iterator[None]:
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield
+
+
+def test_compiled_training() -> None:
+    """One graph for all lengths, forward and backward, without a break; packed sequences are still refused."""
+    torch._dynamo.reset()
+    model = use_log_position(make(num_hidden_layers=1), "log-rotary-bias", query_gain=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (11, 14, 18):
+        ids, position_ids, results = tokens(2, length), torch.arange(length)[None], []
+        for run in (compiled, model):
+            model.zero_grad()
+            output = run(ids, labels=ids, position_ids=position_ids, use_cache=False)
+            output.loss.backward()
+            results.append([output.logits.detach(), *(parameter.grad for parameter in model.parameters())])
+        for actual, expected in zip(*results, strict=True):
+            close(actual, expected)
+        torch._dynamo.config.error_on_recompile = True
+    model.zero_grad()
+    with pytest.raises((RuntimeError, ValueError), match="packed sequences"):
+        compiled(ids, labels=ids, position_ids=(torch.arange(18) % 10)[None], use_cache=False)
+
+
+@torch.no_grad()
+def test_compiled_with_padding() -> None:
+    """What an eager mask is asked, a compiled one asserts."""
+    torch._dynamo.reset()
+    model = use_log_position(make("gemma3_text"), "log-bias")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (11, 18):
+        ids = tokens(2, length)
+        batch = dict(input_ids=ids, attention_mask=left_padding(ids), use_cache=False)
+        shown = batch["attention_mask"].bool()
+        close(compiled(**batch).logits[shown], model(**batch).logits[shown])
+        torch._dynamo.config.error_on_recompile = True
+    batch["attention_mask"][0, 6:9] = 0
+    with pytest.raises((RuntimeError, ValueError), match="hides tokens between visible ones"):
+        compiled(**batch)
+
+
+def test_compiled_generation() -> None:
+    """As generate does on a GPU by itself: each decode step is one graph, on a static cache, the same for all steps."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = use_log_position(make(num_hidden_layers=1), "log-rotary-bias", query_gain=True), tokens()
+    expected = generate(model, ids, left_padding(ids), do_sample=False)
+    settings = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    torch._dynamo.config.error_on_recompile = True
+    options = dict(cache_implementation="static", compile_config=settings)
+    actual = generate(model, ids, left_padding(ids), do_sample=False, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(actual.sequences, expected.sequences)
