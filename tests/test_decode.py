@@ -424,3 +424,53 @@ def test_no_compilation_as_the_length_changes(device: torch.device) -> None:
     for n in (512, 777, 1024, 5001, 8192):
         forward(call.replace(k=call.k[:, :, :n], v=call.v[:, :, :n]))
     assert [len(kernel.device_caches[0][0]) for kernel in (decode.decode_kernel, decode.merge_kernel)] == compiled
+
+
+# --- bench.decode ---------------------------------------------------------------------------------------------------
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, plot and resuming; a method that fails is a row that says so; other settings do not mix."""
+    pytest.importorskip("matplotlib")
+    from bench import decode as bench
+
+    def answer(worker: Any, case: bench.Case, timeout: float) -> dict[str, Any]:  # in this process, which is warm
+        asked.append(case)
+        if case.method == "flex":
+            raise RuntimeError("no such kernel")
+        return bench.measure(case)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(bench.Worker, "ask", answer)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "MIN_REPEATS", 2)
+    command = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--out", str(tmp_path)]
+    assert bench.main([*command, "--lengths", "100"]) == 0
+    assert bench.main([*command, "--lengths", "100", "--minutes", "0"]) == 0  # nothing is missing
+    assert [case.method for case in asked] == list(bench.METHODS)
+    assert bench.main([*command, "--lengths", "100", "33", "--minutes", "0"]) == 1
+    assert bench.main([*command, "--lengths", "100", "33", "--methods", "none"]) == 0
+    assert [case.length for case in asked] == [100] * len(bench.METHODS) + [33]
+    data = json.loads((tmp_path / "decode-cpu.json").read_text())
+    assert {"machine", "commit", "command", "date", "setting"} <= data.keys()
+    assert {row["method"] for row in data["rows"]} == set(bench.METHODS)
+    for row in data["rows"]:
+        assert row.get("missing") == "failed: no such kernel" if row["method"] == "flex" else row["p50"] > 0
+    assert (tmp_path / "decode-cpu.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "failed: no such kernel" in printed
+    assert "100%" in printed
+    assert bench.main([*command, "--batch", "2"]) == 2
+    with pytest.raises(SystemExit):
+        bench.main([*command, "--heads", "3"])
+
+
+def test_the_benchs_methods_agree() -> None:
+    from bench import decode as bench
+
+    case = bench.Case("", 130, 2, 4, 2, 16, "float32", "cpu")
+    with torch.no_grad():
+        outs = {name: prepare(bench.make_inputs(case))() for name, prepare in bench.METHODS.items() if name != "flex"}
+    torch.testing.assert_close(outs["log-bias-paged"], outs["log-bias"])
+    torch.testing.assert_close(outs["sdpa"], outs["none"])
+    assert not torch.allclose(outs["none"], outs["log-bias"])
