@@ -89,24 +89,29 @@ def test_the_kernels(make: Callable[..., KVCache], window: int | None, monkeypat
 
 
 @CACHES
-def test_ragged(make: Callable[..., KVCache]) -> None:
-    """Prompts of different lengths, padded on the right; each sequence then goes on from its own end."""
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_ragged(make: Callable[..., KVCache], window: int | None) -> None:
+    """Prompts of different lengths, padded on the right; each sequence goes on from its own end, beams included."""
     position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
-    x = tokens(3, 30)
-    lengths = torch.tensor([12, 0, 20])
-    cache = make(position, batch=3)
+    x = tokens(3)
+    lengths = torch.tensor([12, 0, 40])
+    expected = whole(x, position, window)
+    cache = make(position, window, batch=3)
     with torch.no_grad():
-        out = cache.attend(*(t[:, :, :20] for t in x), lengths=lengths)
-        later = []
+        for piece in steps(0, 40, 10):
+            counts = (lengths - piece.start).clamp(0, 10)
+            out = cache.attend(*(t[:, :, piece] for t in x), lengths=counts)
+            for b, count in enumerate(counts.tolist()):
+                torch.testing.assert_close(out[b, :, :count], expected[b, :, piece][:, :count])
+        who = torch.arange(3)
         for step in range(10):
-            new = [torch.stack([t[b, :, lengths[b] + step] for b in range(3)])[:, :, None] for t in x]
-            later.append(cache.attend(*new))
-    assert cache.lengths.tolist() == [22, 10, 30]
-    later = torch.cat(later, 2)
-    for b, length in enumerate(lengths.tolist()):
-        alone = whole(tuple(t[b : b + 1, :, : length + 10] for t in x), position)[0]
-        torch.testing.assert_close(out[b, :, :length], alone[:, :length])
-        torch.testing.assert_close(later[b], alone[:, length:])
+            if step == 5:
+                who = torch.tensor([2, 0, 0])
+                cache.reorder(who)
+            at = lengths[who] + step
+            out = cache.attend(*(t[who, :, at][:, :, None] for t in x))
+            torch.testing.assert_close(out[:, :, 0], expected[who, :, at])
+    assert cache.lengths.tolist() == [50, 22, 22]
 
 
 @CACHES
