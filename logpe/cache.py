@@ -91,10 +91,10 @@ class KVCache:
         """
         counts = self._check_tokens(k, v, lengths)
         ends = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        self._reserve(ends)
         with torch.no_grad():
             first = self.key_start + self.lengths
             k = rotate(k, self.position, first)
+            self._reserve(ends)
             if lengths is None:
                 b = torch.arange(self.batch_size, device=k.device)[:, None]
                 token = torch.arange(k.shape[2], device=k.device)[None]  # (B or 1, N or 1)
@@ -120,7 +120,10 @@ class KVCache:
             options: scale, context_length, return_lse, backend, validate, of :func:`logpe.log_attention`.
 
         Returns:
-            out (B, Hq, N, D), and lse with ``return_lse``.
+            out (B, Hq, N, D), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
+
+        Raises:
+            TypeError, ValueError: a bad tensor, or no room; the cache is left as it was.
         """
         self._check_queries(q, k)
         first = self.append(k, v, lengths)
@@ -216,6 +219,8 @@ class KVCache:
         if not good or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
             expected = f"({self.batch_size}, a multiple of {self.num_kv_heads}, {k.shape[-2]}, {self.head_dim})"
             raise ValueError(f"q must have shape {expected}, got {tuple(q.shape)}")
+        if isinstance(self.position, LogPosition) and q.shape[1] != self.position.num_heads:
+            raise ValueError(f"q must have the heads of the position, {self.position.num_heads}, got {q.shape[1]}")
         if q.dtype != self.k.dtype or q.device != self.k.device:
             raise TypeError(f"q must be {self.k.dtype} on {self.k.device}, got {q.dtype} on {q.device}")
 

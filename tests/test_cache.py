@@ -247,6 +247,8 @@ def test_a_step_longer_than_a_window_leaves_room_for() -> None:
     ("changes", "kind", "message"),
     [
         (dict(q=torch.zeros(B, 3, 5, D)), ValueError, r"q must have shape \(2, a multiple of 2, 5, 16\), got \(2, 3,"),
+        (dict(q=torch.zeros(B, 2, 5, D)), ValueError, "q must have the heads of the position, 4, got 2"),
+        (dict(k=torch.zeros(B, KV, D, 5).mT), ValueError, "must be contiguous in its last dimension"),
         (dict(q=torch.zeros(B, 4, 4, D)), ValueError, r"q must have shape .* got \(2, 4, 4, 16\)"),
         (dict(q=torch.zeros(B, 4, 5, D).half()), TypeError, "q must be torch.float32 on cpu, got torch.float16"),
         (dict(k=torch.zeros(B, KV, 5, 8)), ValueError, r"k must have shape \(2, 2, 5, 16\), got \(2, 2, 5, 8\)"),
@@ -257,7 +259,7 @@ def test_a_step_longer_than_a_window_leaves_room_for() -> None:
     ],
 )
 def test_refused(make: Callable[..., KVCache], changes: dict[str, Any], kind: type[Exception], message: str) -> None:
-    cache = make(LogPosition(HEADS, D))
+    cache = make(LogPosition(HEADS, D, "log-rotary"))
     before = state(cache)
     with pytest.raises(kind, match=message):
         cache.attend(**(dict(zip("qkv", tokens(length=5), strict=True)) | changes))
