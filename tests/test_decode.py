@@ -311,6 +311,20 @@ def test_no_gradient_through_pages(device: torch.device) -> None:
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_opcheck(backend: str, device: torch.device) -> None:
+    """Pages in the operator's schema and fake kernel."""
+    if backend == "blocked" and device.type != "cpu":
+        pytest.skip("runs on the CPU")
+    call = paged(make_call(1, 2, 1, 1, 16, 8, device=device))
+    q, *pools = (x.nan_to_num() for x in (call.q, call.k, call.v))
+    given = dict(block_table=call.options["block_table"], scale=0.5, max_seqlen_q=1, max_seqlen_k=16, dropout_p=0.0)
+    given |= dict(query_start=15, key_start=0, rotary_scale=1.0, gain_length=512.0)
+    options = [given.get(name) for name in logpe.ops.OPTIONS]
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.logpe.attention.default, (q, *pools, *options, backend), test_utils=tests)
+
+
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 COMPILE = """
