@@ -1,6 +1,7 @@
 """Attention whose sense of position is logarithmic: train short, run long."""
 
-from logpe.attention import log_attention, log_attention_varlen, merge_partials
+from logpe.attention import log_attention, log_attention_varlen, merge_partials, rotate
+from logpe.cache import KVCache, PagedKVCache
 from logpe.module import LogAttention, replace_attention
 from logpe.position import (
     PRESETS,
@@ -15,9 +16,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "KVCache",
     "LogAttention",
     "LogPosition",
     "LogSinusoid",
+    "PagedKVCache",
     "PositionValues",
     "log_attention",
     "log_attention_varlen",
@@ -25,4 +28,5 @@ __all__ = [
     "parameter_groups",
     "position_parameters",
     "replace_attention",
+    "rotate",
 ]

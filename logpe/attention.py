@@ -15,6 +15,7 @@ from logpe.position import LogPosition, PositionValues
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
 MAX_HEAD_DIM = 256
+PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
 
@@ -36,6 +37,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     key_start: int | Tensor = 0,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
+    block_table: Tensor | None = None,
     window: Window = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -62,6 +64,11 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             positions do not exist, which is how left padding is said: ``key_start = -padding``.
         key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
         key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient, -inf hides.
+        block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
+            page_size 16, 32, 64, 128 or 256, and key n of sequence b is row n % page_size of page
+            block_table[b, n // page_size]; Nk is max_pages * page_size. An entry that is no page, such as -1,
+            holds no keys. Without dropout, without a gradient (but from backend="reference"), and with a rotary
+            position only :meth:`unrotated`, on queries and keys that :func:`rotate` has turned.
         window: (left, right): the query at i sees the keys from i - left to i + right. One int means both,
             None or -1 unlimited.
         scale: of the scores, 1 / sqrt(D) by default.
@@ -85,10 +92,13 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     _check_tensors(q, k, v, rank=4)
     batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
-    if k.shape[0] != batch:
-        raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
     _check_heads(q, k, v)
     values = _resolve_position(position, q, heads)
+    if block_table is not None:
+        block_table = _check_block_table(block_table, k, q, values, dropout_p)
+        num_keys *= block_table.shape[1]
+    elif k.shape[0] != batch:
+        raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
     left, right = _resolve_window(window, is_causal)
     key_lengths = _int_vector("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
@@ -117,6 +127,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         key_lengths=key_lengths,
         key_bias=_resolve_key_mask(key_mask, batch, num_keys, q),
         context_lengths=context_lengths,
+        block_table=block_table,
         query_start=query_start,
         key_start=key_start,
         window_left=left,
@@ -226,6 +237,28 @@ def log_attention_varlen(  # type: ignore[misc]
         dropout_seed=dropout_seed,
     )
     return result if return_lse else result[0]
+
+
+def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
+    """Queries or keys, turned as :func:`log_attention` turns them with this position: what a cache of keys stores.
+
+    A key's rotation depends on where it stands and on nothing else, so turning it once is exact. Attention over what
+    this returns takes the rest of the position, ``position().unrotated()``.
+
+    Args:
+        x: (B, H, N, D), contiguous in the last dimension.
+        position: a :class:`LogPosition` or the values it returns; without a rotation x comes back as it is.
+        start: position of the first token, an int or an int tensor (B,). Tokens before 0 do not exist.
+
+    Returns:
+        (B, H, N, D), the dtype of x, differentiable in x.
+    """
+    if position is None or position.theta is None:
+        return x
+    _check_tensors(x, x, x, rank=4)
+    start, starts = _resolve_start("start", start, x.shape[0], x)
+    _check_theta(position.theta, x.shape[-1])
+    return torch.ops.logpe.rotate(x, position.theta, starts, start, position.rotary_scale, False)
 
 
 def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -370,11 +403,7 @@ def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValu
         if x is None:
             continue
         if name == "theta":
-            if x.dim() != 1 or 2 * x.shape[0] > head_dim or x.dtype != torch.float64:
-                raise ValueError(
-                    f"position.theta must be float64 (planes,) with 2 * planes at most head_dim {head_dim}, "
-                    f"got {x.dtype} {tuple(x.shape)}"
-                )
+            _check_theta(x, head_dim)
         elif x.shape != (heads,):
             raise ValueError(f"position.{name} must have shape ({heads},), got {tuple(x.shape)}")
         elif x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
@@ -384,6 +413,37 @@ def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValu
     if values.rate is None and (values.power is not None or values.sharpness is not None):
         raise ValueError("position.rate must be given where position.power or position.sharpness is")
     return values
+
+
+def _check_theta(theta: Tensor, head_dim: int) -> None:
+    if theta.dim() != 1 or 2 * theta.shape[0] > head_dim or theta.dtype != torch.float64:
+        raise ValueError(
+            f"position.theta must be float64 (planes,) with 2 * planes at most head_dim {head_dim}, "
+            f"got {theta.dtype} {tuple(theta.shape)}"
+        )
+
+
+def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
+    if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
+        kind = getattr(block_table, "dtype", type(block_table).__name__)
+        raise TypeError(f"block_table must be an int32 or int64 tensor, got {kind}")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(f"block_table must have shape ({q.shape[0]}, max_pages), got {tuple(block_table.shape)}")
+    if block_table.device != q.device:
+        raise ValueError(f"block_table must be on the device of q, {q.device}, got {block_table.device}")
+    if k.shape[0] == 0 or k.shape[2] not in PAGE_SIZES:
+        raise ValueError(
+            f"k must have shape (num_pages, Hkv, page_size, D) with at least one page of {PAGE_SIZES} tokens "
+            f"where there is a block_table, got {tuple(k.shape)}"
+        )
+    if values.theta is not None:
+        raise ValueError(
+            "position must be without a rotation where there is a block_table, got one with theta: "
+            "turn queries and keys with logpe.rotate, and pass position().unrotated()"
+        )
+    if dropout_p > 0:
+        raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
+    return block_table.to(torch.int32).contiguous()
 
 
 def _is_positional(values: PositionValues) -> bool:

@@ -54,6 +54,7 @@ class _Options:
     key_lengths: Tensor | None = None
     key_bias: Tensor | None = None
     context_lengths: Tensor | None = None
+    block_table: Tensor | None = None  # of the forward pass
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     dropout_seed: Tensor | None = None
@@ -79,6 +80,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     float32. Returns out like q, and lse (B, Hq, Nq) or (Hq, total_q), float32 or, for float64, float64.
     """
     o = _Options(**options)
+    if o.block_table is not None:
+        k, v, o.key_bias = reference.gather_pages(k, v, o.block_table, o.key_bias)
     out = torch.zeros_like(q)
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))

@@ -1,5 +1,7 @@
 """The operator ``torch.ops.logpe.attention``: schema, fake kernels, autograd, and its two implementations.
 
+Beside it ``torch.ops.logpe.rotate``, which turns queries and keys once, for a cache.
+
 CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to :mod:`logpe.blocked`, or to the Triton
 kernels under Triton's interpreter where ``backend="triton"`` asks for them. Both take the same keywords.
 """
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logpe import reference
+
 # One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it.
 OPTIONS = {
     "power": "Tensor?",
@@ -25,6 +29,7 @@ OPTIONS = {
     "key_lengths": "Tensor?",
     "key_bias": "Tensor?",
     "context_lengths": "Tensor?",
+    "block_table": "Tensor?",
     "cu_seqlens_q": "Tensor?",
     "cu_seqlens_k": "Tensor?",
     "dropout_seed": "Tensor?",
@@ -48,6 +53,9 @@ _library.define(f"attention(Tensor q, Tensor k, Tensor v, {_SCHEMA}, str backend
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_SCHEMA}, bool[] learned, str backend) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)"
+)
+_library.define(
+    "rotate(Tensor x, Tensor theta, Tensor? starts, SymInt start, float rotary_scale, bool inverse) -> Tensor"
 )
 
 
@@ -88,8 +96,26 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *values, learned, backend = rest
     options = dict(zip(OPTIONS, values, strict=True))
+    if options["block_table"] is not None:
+        raise RuntimeError('attention over a block_table has no gradient, except with backend="reference"')
     with torch.cuda.device_of(q):
         return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
+
+
+def _rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float, inverse: bool) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty_like(x)
+    if x.device.type == "cpu":
+        positions = reference.positions_of(x.shape[2], start, starts, x.device)[:, None]
+        return out.copy_(reference.rotate(x, positions, theta, rotary_scale, inverse))
+    import logpe_kernels
+
+    with torch.cuda.device_of(x):
+        return logpe_kernels.rotate(x, out, theta, rotary_scale, None, starts, start, x.shape[2], inverse)
+
+
+def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -131,6 +157,20 @@ class _Attention(torch.autograd.Function):
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - NUM_LEARNED)
 
 
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, starts: Tensor | None, *scalars: Any) -> Tensor:
+        ctx.save_for_backward(theta, starts)
+        *ctx.scalars, ctx.inverse = scalars
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.logpe.rotate(x, theta, starts, *scalars)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dx = torch.ops.logpe.rotate(dout, *ctx.saved_tensors, *ctx.scalars, not ctx.inverse)
+        return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -148,7 +188,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 for _key in ("CPU", "CUDA"):
     _library.impl("attention", _forward, _key)
     _library.impl("attention_backward", _backward, _key)
+    _library.impl("rotate", _rotate, _key)
 torch.library.register_fake("logpe::attention", _forward_fake, lib=_library)
 torch.library.register_fake("logpe::attention_backward", _backward_fake, lib=_library)
+torch.library.register_fake("logpe::rotate", _rotate_fake, lib=_library)
 _library.impl("attention", lambda *inputs: _Attention.apply(*inputs), "Autograd")
 _library.impl("attention_backward", lambda *inputs: _OnceDifferentiable.apply(*inputs), "Autograd")
+_library.impl("rotate", lambda *inputs: _Rotate.apply(*inputs), "Autograd")

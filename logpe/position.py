@@ -42,6 +42,10 @@ class PositionValues(NamedTuple):
     rotary_scale: float = 1.0
     gain_length: float = 512.0
 
+    def unrotated(self) -> PositionValues:
+        """The same without the rotation: for queries and keys that :func:`logpe.rotate` has turned."""
+        return self._replace(theta=None)
+
 
 def inverse_softplus(value: Tensor) -> Tensor:
     """The raw parameter whose softplus is ``value`` > 0."""

@@ -144,6 +144,21 @@ def positions_of(count: int, start: int, starts: Tensor | None, device: torch.de
     return first[:, None] + torch.arange(count, device=device)
 
 
+def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Paged keys and values as dense ones, (B, Hkv, max_pages * page_size, D), and the key_bias that belongs to them.
+
+    k, v: (num_pages, Hkv, page_size, D). block_table: int (B, max_pages); the keys of an entry that is no page are
+    hidden by a bias of -inf. key_bias: (B, max_pages * page_size) or None.
+    """
+    exists = (block_table >= 0) & (block_table < k.shape[0])
+    pages = block_table.where(exists, 0)
+    k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
+    exists = exists.repeat_interleave(k.shape[2] // block_table.shape[1], 1)
+    if key_bias is None:
+        key_bias = torch.zeros((), device=k.device)
+    return k, v, torch.where(exists, key_bias, -math.inf)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -157,6 +172,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_bias: Tensor | None = None,
     context_lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     scale: float,
@@ -177,6 +193,7 @@ def attention(
         query_start, key_start: position of the first query and key; the (B,) tensors overrule them.
         key_lengths: (B,), keys at and beyond it are hidden.
         key_bias: (B, Nk), added to the logits; -inf hides a key.
+        block_table: (B, max_pages), of paged k and v, see :func:`gather_pages`.
         context_lengths: (B,), n of the query gain; None: the query's position, at most ``window_left``.
         window_left, window_right: keys i - left <= j <= i + right are visible; None is unlimited, causal is
             window_right = 0.
@@ -191,6 +208,8 @@ def attention(
         from logpe.position import PositionValues
 
         values = PositionValues()
+    if block_table is not None:
+        k, v, key_bias = gather_pages(k, v, block_table, key_bias)
     (batch, heads, num_queries, _), num_keys = q.shape, k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
 

@@ -2,5 +2,6 @@
 
 from .backward import backward
 from .forward import forward
+from .rotation import rotate
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "rotate"]

@@ -308,6 +308,8 @@ def backward(
     gradient. Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
     """
     problem = Problem(q, k, v, **options)
+    if problem.block_table is not None:
+        raise ValueError("there is no gradient through a block_table")
     dq, dk, dv = (new_output(x, problem.packed) for x in (q, k, v))
     if dout.stride(-1) != 1:
         dout = dout.contiguous()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, decode
 from .position import LN2, LOG2E, Position, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, new_output
 from .tile import (
@@ -109,7 +109,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     """Attention with a log position.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
-    float32, contiguous in the last dimension. For the options see :class:`Problem`.
+    float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
+    (num_pages, Hkv, page_size, D), see :mod:`decode`. For the options see :class:`Problem`.
 
     Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
     """
@@ -119,6 +120,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
     else:
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if decode.serves(problem):
+        decode.decode(problem, v, out, lse)
+        return out, lse
     config = configs.lookup("forward", problem.traits)
     grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
     if grid > 0:

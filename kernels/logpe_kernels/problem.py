@@ -24,6 +24,7 @@ RUNTIME_INTEGERS = [
     "window_right",
 ]
 MAX_HEAD_DIM = 256
+MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 
 
@@ -56,6 +57,7 @@ class Problem:
         key_lengths: Tensor | None = None,
         key_bias: Tensor | None = None,
         context_lengths: Tensor | None = None,
+        block_table: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
         dropout_seed: Tensor | None = None,
@@ -74,6 +76,13 @@ class Problem:
         self.batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
         self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
         self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
+        self.block_table = block_table
+        if block_table is not None:
+            self.num_keys = block_table.shape[1] * k.shape[2]
+            if self.packed or theta is not None or dropout_p > 0:
+                raise ValueError("a block_table goes without cu_seqlens, without theta and without dropout")
+            if k.shape[2] < MIN_PAGE_SIZE or k.shape[2] & (k.shape[2] - 1) != 0:
+                raise ValueError(f"page_size must be a power of two from {MIN_PAGE_SIZE} on, got {k.shape[2]}")
         if not 1 <= self.head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {self.head_dim}")
         self.theta, self.rotary_scale = theta, rotary_scale

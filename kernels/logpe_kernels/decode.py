@@ -1,0 +1,235 @@
+"""Attention of few queries over many keys: split-KV kernel, the merge of the splits, and their launcher.
+
+One program takes all query heads that share a key head, so that each key is loaded once for them: row r of its tile
+is query r // group_size of query head r % group_size. The keys that the tile may see are dealt out over num_splits
+programs in whole tiles, by the length that each sequence has and not by what its cache could hold. Each writes its
+softmax-weighted sum and its lse; a second kernel merges them, an online softmax whose logits are those lse.
+
+Keys and values may lie in pages: token n of sequence b is row n % page_size of page block_table[b, n // page_size].
+A page has the layout (Hkv, page_size, D) of a short sequence, so that a cache without pages is a cache of one page
+for each sequence, and the keys of a head stay neighbours in memory. A block table entry that is no page holds no keys.
+
+The launcher decides from sizes alone and waits for nothing: a CUDA graph may hold it while lengths change.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .position import LN2, LOG2E, Position, query_gain
+from .problem import RUNTIME_INTEGERS, Problem
+from .tile import (
+    MASKED_TILES,
+    cast,
+    dot,
+    load_axes,
+    load_key_bias,
+    load_lengths,
+    load_rows,
+    sequence_tokens,
+    sight,
+    softmax_step,
+    store_rows,
+    tile_logits,
+    tile_range,
+    within,
+)
+
+MAX_QUERIES = 64  # of a sequence: with more of them the forward kernel's larger tiles are the better use of the keys
+MIN_KEYS = 512  # with fewer of them there is nothing to split
+MIN_TILES = 2  # of keys in a split
+BLOCK_S = 16  # splits that are merged at once
+
+
+@triton.jit(do_not_specialize=[*(x for x in RUNTIME_INTEGERS if "dropout" not in x), "num_pages", "num_splits"])
+def decode_kernel(
+    q, k, v, partial, partial_lse, strides, position, sequences, block_table, num_pages, page_size,
+    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
+    query_start, key_start, window_left, window_right, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
+    num_tiles = tl.cdiv(num_queries * group_size, BLOCK_M)
+    m0 = tl.program_id(0) % num_tiles * BLOCK_M
+    split = tl.program_id(0) // num_tiles % num_splits
+    batch_head = tl.program_id(0) // num_tiles // num_splits
+    b, kv_head = batch_head // (num_heads // group_size), batch_head % (num_heads // group_size)
+    queries, keys = load_axes(
+        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
+        window_left, window_right,
+    )  # fmt: skip
+
+    r = m0 + tl.arange(0, BLOCK_M)
+    rows = r // group_size  # of q, [BLOCK_M]
+    heads = kv_head * group_size + r % group_size
+    head = Position(  # of each row, [BLOCK_M, 1]
+        None if position.power is None else tl.load(position.power + heads)[:, None],
+        None if position.rate is None else tl.load(position.rate + heads)[:, None],
+        None if position.sharpness is None else tl.load(position.sharpness + heads)[:, None],
+        None if position.alpha is None else tl.load(position.alpha + heads)[:, None],
+    )
+    b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
+    q += b64 * strides.q[0] + queries.row.to(tl.int64) * strides.q[2]
+    k += kv64 * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
+    v += kv64 * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
+    if block_table is not None:
+        block_table += b64 * (num_keys // page_size)
+
+    columns = tl.arange(0, BLOCK_N)
+    i = queries.start + rows  # [BLOCK_M]
+    q_offsets = heads.to(tl.int64) * strides.q[1] + rows.to(tl.int64) * strides.q[2]
+    q_tile = load_rows(q, q_offsets, 1, within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    n = load_lengths(sequences, b, i, window_left)
+    row_scale = tl.full([BLOCK_M, 1], scale * LOG2E, tl.float32) * query_gain(n[:, None], head, gain_length)
+
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    first_key, last_key = sight(i, queries, keys, window_left, window_right)
+    # Every tile is masked: what that costs hides behind the loads.
+    begin, _full_begin, _full_end, end = tile_range(
+        queries.start + m0 // group_size,
+        tl.minimum(queries.start + (m0 + BLOCK_M - 1) // group_size, queries.end - 1), keys,
+        window_left, window_right, True, BLOCK_N,
+    )  # fmt: skip
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
+    begin += split * share
+    end = tl.minimum(end, begin + share)
+    for x in range(begin, end, BLOCK_N):
+        n0 = tl.multiple_of(x, BLOCK_N)
+        tokens = n0 + columns
+        j = keys.start + tokens  # [BLOCK_N]
+        mask = within(j, keys)
+        key_bias = None
+        if sequences.key_bias is not None:
+            key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
+            mask = key_bias > -float("inf")
+        page, row = b, n0
+        if block_table is not None:  # BLOCK_N divides page_size: a tile lies in one page
+            page, row = tl.load(block_table + n0 // page_size), n0 % page_size
+            mask &= (page >= 0) & (page < num_pages)
+        k_page, v_page = k + page.to(tl.int64) * strides.k[0], v + page.to(tl.int64) * strides.v[0]
+        k_tile = load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v_tile = load_rows(v_page, row + columns, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+        _, _, a = tile_logits(
+            dot(q_tile, k_tile.T), row_scale, None, i, first_key, last_key, j, keys.start + n0,
+            None if key_bias is None else key_bias[None, :], head, MASKED_TILES,
+        )  # fmt: skip  # [BLOCK_M, BLOCK_N]
+        if block_table is not None:
+            a = tl.where(mask[None, :], a, -float("inf"))
+        p, correction, m_i, l_i = softmax_step(a, m_i, l_i)
+        acc = dot(cast(p, v_tile.dtype), v_tile, acc * correction[:, None])
+
+    dead = l_i == 0.0
+    stored = rows < queries.count
+    # Row of the workspace: (batch, query head, query, split).
+    place = ((b64 * num_heads + heads) * num_queries + rows) * num_splits + split
+    value = acc / tl.where(dead, 1.0, l_i)[:, None]
+    store_rows(partial, place, HEAD_DIM, value, stored, HEAD_DIM, BLOCK_D)
+    lse = tl.where(dead, -float("inf"), m_i + tl.log2(tl.where(dead, 1.0, l_i)))  # in units of log2
+    tl.store(partial_lse + place, lse, mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_queries", "total_queries", "num_splits"])
+def merge_kernel(
+    partial, partial_lse, out, lse, strides, cu_seqlens_q, num_heads, num_queries, total_queries, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program merges the splits of one query of one head."""
+    place = tl.program_id(0).to(tl.int64) * num_splits
+    batch_head = tl.program_id(0) // num_queries
+    rows = tl.program_id(0) % num_queries + tl.arange(0, 1)  # [1]
+    b, h = batch_head // num_heads, batch_head % num_heads
+    row, count, _ = sequence_tokens(b, num_queries, total_queries, 0, cu_seqlens_q, None)
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    out += b64 * strides.out[0] + h64 * strides.out[1] + row.to(tl.int64) * strides.out[2]
+    lse += b64 * strides.lse[0] + h64 * strides.lse[1] + row
+
+    m_i = tl.full([1], -float("inf"), tl.float32)
+    l_i = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    for s0 in range(0, num_splits, BLOCK_S):
+        splits = s0 + tl.arange(0, BLOCK_S)
+        a = tl.load(partial_lse + place + splits, mask=splits < num_splits, other=-float("inf"))[None, :]
+        values = load_rows(partial, place + splits, HEAD_DIM, splits < num_splits, HEAD_DIM, BLOCK_D)
+        p, correction, m_i, l_i = softmax_step(a, m_i, l_i)  # p: [1, BLOCK_S]
+        acc = acc * correction[:, None] + tl.sum(p.T * values, 0)[None, :]
+
+    dead = l_i == 0.0
+    stored = rows < count
+    store_rows(out, rows, strides.out[2], acc / tl.where(dead, 1.0, l_i)[:, None], stored, HEAD_DIM, BLOCK_D)
+    tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
+
+
+class Tiles(NamedTuple):
+    """Tile sizes of one launch: rows (queries of the heads of a group) by keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Tiles:
+    """Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune.
+
+    Half precision: at most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its
+    products. ``longest`` is the size of a page, which a tile does not exceed.
+    """
+    most_rows, tile_bytes, num_stages = (32, 16384, 3) if itemsize == 2 else (16, 8192, 2)
+    block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
+    block_n = min(longest, 64, max(16, tile_bytes // (block_d * itemsize)))
+    return Tiles(block_m, block_n, num_warps=4, num_stages=num_stages)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of the GPU run side by side, at one to a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def num_splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
+    """How many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
+    wanted = 2 * multiprocessors(device) // max(programs, 1)
+    return max(1, min(wanted, triton.cdiv(num_keys, MIN_TILES * block_n)))
+
+
+def serves(problem: Problem) -> bool:
+    """Whether a call comes here: it has pages, or so few queries that the forward kernel would run half empty."""
+    if problem.block_table is not None:
+        return True
+    rows = problem.num_queries * problem.heads // problem.kv_heads
+    idle = problem.batch * problem.heads < multiprocessors(problem.q.device)
+    few = problem.num_queries <= MAX_QUERIES and (rows <= MAX_QUERIES or idle)
+    return few and problem.num_keys >= MIN_KEYS and problem.keywords["dropout_seed"] is None
+
+
+def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Fill in out and lse as the forward kernel would; see there for their shapes."""
+    block_d, rows = problem.keywords["BLOCK_D"], problem.num_queries * problem.heads // problem.kv_heads
+    page_size = 2**30 if problem.block_table is None else v.shape[2]
+    config = tiles(rows, block_d, v.element_size(), page_size)
+    programs = problem.batch * problem.kv_heads * triton.cdiv(rows, config.BLOCK_M)
+    splits = num_splits(programs, problem.num_keys, config.BLOCK_N, v.device)
+    if programs == 0:
+        return
+    shape = (problem.batch * problem.heads * problem.num_queries, splits)
+    partial_lse = v.new_empty(shape, dtype=torch.float32)
+    partial = v.new_empty((*shape, problem.head_dim), dtype=torch.float32)
+    strides = problem.strides(lse, out=out)
+    keywords = {name: x for name, x in problem.keywords.items() if not name.startswith("dropout")}
+    decode_kernel[(programs * splits,)](
+        problem.q, problem.k, v, partial, partial_lse, strides, block_table=problem.block_table,
+        num_pages=v.shape[0], page_size=page_size, num_splits=splits,
+        **keywords, **config._asdict(),
+    )  # fmt: skip
+    merge_kernel[(shape[0],)](
+        partial, partial_lse, out, lse, strides, keywords["sequences"].cu_seqlens_q, problem.heads,
+        problem.num_queries, keywords["total_queries"], splits, num_warps=4, enable_fp_fusion=True,
+        HEAD_DIM=problem.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S,
+    )  # fmt: skip

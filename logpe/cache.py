@@ -1,0 +1,349 @@
+"""Keys and values of the tokens so far, for generation: preallocated, or in pages that sequences take as they grow.
+
+A cache belongs to one attention layer and knows its position, so that keys are turned once, as they come in (a
+rotation depends on where a key stands and on nothing else), and every token keeps the position at which it came,
+whatever the cache has let go of since. What a cache holds is part of no autograd graph.
+
+Lengths are counted twice: on the host, where the room is checked without waiting for a GPU, and in a tensor, which is
+what attention reads, so that a step can be compiled or captured in a CUDA graph (a replay moves the tensor alone).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logpe.attention import PAGE_SIZES, Position, log_attention, rotate
+from logpe.position import LogPosition
+
+
+class KVCache:
+    """A preallocated cache of ``capacity`` tokens for each sequence.
+
+        cache = logpe.KVCache(batch_size, num_kv_heads, capacity, head_dim, position, dtype=q.dtype, device=q.device)
+        out = cache.attend(q, k, v)    # the prompt, then token by token
+
+    Works under torch.compile when the cache is an argument of the compiled function (an int that belongs to a module
+    is a constant there: a cache that is a module's attribute would compile anew at every step).
+
+    Args:
+        batch_size: sequences, B.
+        num_kv_heads: key heads, Hkv.
+        capacity: tokens of one sequence.
+        head_dim: D.
+        position: of the layer, a :class:`LogPosition` or the values it returns; None is plain attention.
+        window: a query sees this many tokens before it, and itself; None is unlimited.
+        key_start: position of the first token, an int or an int tensor (B,). Tokens at negative positions do not
+            exist, which is how left padding is said: ``-padding``.
+        dtype, device: of the keys and values; torch's defaults.
+
+    Attributes:
+        k, v: (B, Hkv, capacity, D), the keys turned.
+        lengths: int32 (B,), tokens appended to each sequence.
+
+    Raises:
+        ValueError: an argument out of range, named.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        position: Position = None,
+        *,
+        window: int | None = None,
+        key_start: int | Tensor = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = dict(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if window is not None and window < 0:
+            raise ValueError(f"window must be at least 0 or None, got {window}")
+        if isinstance(position, LogPosition) and position.head_dim != head_dim:
+            raise ValueError(f"head_dim must be that of the position, {position.head_dim}, got {head_dim}")
+        self.batch_size, self.num_kv_heads, self.capacity, self.head_dim = sizes.values()
+        self.position, self.window = position, window
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.key_start = torch.zeros_like(self.lengths)
+        self._set_start(key_start)
+        self._lengths = [0] * batch_size
+        self._allocate(dtype)
+
+    def append(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Add the next tokens of each sequence, and return the position of the first of them, int32 (B,).
+
+        Args:
+            k, v: (B, Hkv, N, D), not turned.
+            lengths: how many of the N tokens sequence b has, the others being right padding; all by default. B ints,
+                or a tensor of them (one on a GPU is read back).
+
+        Raises:
+            TypeError, ValueError: a bad argument, or no room; the cache is left as it was.
+        """
+        counts = self._check_tokens(k, v, lengths)
+        ends = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        with torch.no_grad():
+            first = self.key_start + self.lengths
+            k = rotate(k, self.position, first)
+            self._reserve(ends)
+            if lengths is None:
+                b = torch.arange(self.batch_size, device=k.device)[:, None]
+                token = torch.arange(k.shape[2], device=k.device)[None]  # (B or 1, N or 1)
+                added: int | Tensor = k.shape[2]
+            else:
+                pairs = [(b, n) for b, count in enumerate(counts) for n in range(count)]
+                b, token = torch.tensor(pairs, dtype=torch.int64, device=k.device).view(-1, 2).T
+                added = torch.tensor(counts, dtype=torch.int32, device=k.device)
+            page, row = self._locate(b, self.lengths[b] + token)
+            self.k[page, :, row] = k[b, :, token]
+            self.v[page, :, row] = v[b, :, token]
+            self.lengths += added
+        self._lengths = ends
+        return first
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> Any:
+        """Append the next tokens, and return causal attention from them to all so far.
+
+        Args:
+            q: (B, Hq, N, D), not turned; k, v and lengths as in :meth:`append`. Right padding of q is of no meaning.
+            options: scale, context_length, return_lse, backend, validate, of :func:`logpe.log_attention`.
+
+        Returns:
+            out (B, Hq, N, D), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
+
+        Raises:
+            TypeError, ValueError: a bad tensor, or no room; the cache is left as it was.
+        """
+        self._check_queries(q, k)
+        first = self.append(k, v, lengths)
+        values = self.position() if isinstance(self.position, LogPosition) else self.position
+        return log_attention(
+            rotate(q, values, first),
+            self.k,
+            self.v,
+            values if values is None else values.unrotated(),
+            is_causal=True,
+            query_start=first,
+            window=(self.window, None),
+            **self._keys(),
+            **options,
+        )
+
+    def reset(self, key_start: int | Tensor = 0) -> None:
+        """Forget all tokens; key_start is that of the next ones."""
+        self._set_start(key_start)
+        self.lengths.zero_()
+        self._lengths = [0] * self.batch_size
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Let sequence b go on from what sequence beam_idx[b] holds: int (B,), read back if it is on a GPU."""
+        if beam_idx.shape != (self.batch_size,) or beam_idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"beam_idx must be int ({self.batch_size},), got {beam_idx.dtype} {tuple(beam_idx.shape)}")
+        beams = beam_idx.tolist()
+        if any(not 0 <= beam < self.batch_size for beam in beams):
+            raise ValueError(f"beam_idx must be from 0 to {self.batch_size - 1}, got {beams}")
+        self._share(beams)
+        beam_idx = beam_idx.to(self.lengths.device)
+        for x in self._per_sequence():
+            x.copy_(x[beam_idx])
+
+    # What a layout of the memory decides.
+
+    def _allocate(self, dtype: torch.dtype | None) -> None:
+        shape = (self.batch_size, self.num_kv_heads, self.capacity, self.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=self.lengths.device)
+        self.v = torch.empty_like(self.k)
+
+    def _reserve(self, ends: list[int]) -> None:
+        """Make room for sequences of these lengths, or raise and change nothing."""
+        if max(ends) > self.capacity:
+            raise ValueError(f"the cache is full: {max(ends)} tokens, and its capacity is {self.capacity}")
+
+    def _locate(self, b: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """First index and row, in k and v, of tokens of sequences b."""
+        return b, token
+
+    def _keys(self) -> dict[str, Any]:
+        """What :func:`log_attention` has to know about k and v."""
+        return dict(key_start=self.key_start, key_lengths=self.lengths)
+
+    def _per_sequence(self) -> tuple[Tensor, ...]:
+        """Tensors whose first dimension is the batch."""
+        return self.k, self.v, self.lengths, self.key_start
+
+    def _share(self, beams: list[int]) -> None:
+        """:meth:`reorder`, on the host."""
+        self._lengths = [self._lengths[beam] for beam in beams]
+
+    # Checks.
+
+    def _set_start(self, key_start: int | Tensor) -> None:
+        if isinstance(key_start, Tensor):
+            if key_start.shape != (self.batch_size,) or key_start.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"key_start must be an int or int ({self.batch_size},), got {key_start.dtype} "
+                    f"{tuple(key_start.shape)}"
+                )
+            self.key_start.copy_(key_start)
+        else:
+            self.key_start.fill_(key_start)
+
+    def _check_tokens(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """The number of new tokens of each sequence."""
+        for name, x in (("k", k), ("v", v)):
+            expected = (self.batch_size, self.num_kv_heads, k.shape[2] if k.dim() == 4 else "N", self.head_dim)
+            if tuple(x.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+            if x.dtype != self.k.dtype or x.device != self.k.device:
+                raise TypeError(f"{name} must be {self.k.dtype} on {self.k.device}, got {x.dtype} on {x.device}")
+        if lengths is None:
+            return [k.shape[2]] * self.batch_size
+        counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        if len(counts) != self.batch_size or any(not 0 <= n <= k.shape[2] for n in counts):
+            raise ValueError(f"lengths must be {self.batch_size} ints from 0 to {k.shape[2]}, got {counts}")
+        return counts
+
+    def _check_queries(self, q: Tensor, k: Tensor) -> None:
+        good = q.dim() == 4 and q.shape[1] > 0 and q.shape[1] % self.num_kv_heads == 0
+        if not good or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
+            expected = f"({self.batch_size}, a multiple of {self.num_kv_heads}, {k.shape[-2]}, {self.head_dim})"
+            raise ValueError(f"q must have shape {expected}, got {tuple(q.shape)}")
+        if isinstance(self.position, LogPosition) and q.shape[1] != self.position.num_heads:
+            raise ValueError(f"q must have the heads of the position, {self.position.num_heads}, got {q.shape[1]}")
+        if q.dtype != self.k.dtype or q.device != self.k.device:
+            raise TypeError(f"q must be {self.k.dtype} on {self.k.device}, got {q.dtype} on {q.device}")
+
+
+class PagedKVCache(KVCache):
+    """A cache in pages, which sequences take from one pool as they grow, and share after :meth:`reorder`.
+
+    With a window, pages that no later query sees go back to the pool, so that a sequence may grow without end; then
+    ``capacity`` is how many tokens one step can reach, the window and the new tokens together.
+
+    Args:
+        page_size: tokens of a page, 16, 32, 64, 128 or 256. From 64 on reads are at their best.
+        num_pages: of the pool; by default enough for all sequences to reach the capacity.
+
+    The others are those of :class:`KVCache`. Pages are dealt out on the host: append outside of a compiled region.
+
+    Attributes:
+        k, v: (num_pages, Hkv, page_size, D), the keys turned.
+        lengths: int32 (B,), tokens appended to each sequence, those included whose pages went back.
+        block_table: int32 (B, max_pages), the pages of each sequence in order, then -1.
+    """
+
+    def __init__(self, *args: Any, page_size: int = 64, num_pages: int | None = None, **options: Any) -> None:
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size}")
+        if num_pages is not None and num_pages < 1:
+            raise ValueError(f"num_pages must be at least 1, got {num_pages}")
+        self.page_size, self.num_pages = page_size, num_pages
+        super().__init__(*args, **options)
+
+    def _allocate(self, dtype: torch.dtype | None) -> None:
+        if self.window is not None and self.window >= self.capacity:
+            raise ValueError(f"capacity must be above the window, {self.window}, got {self.capacity}")
+        # The oldest page of a window may be seen by its last token alone.
+        max_pages = -(-self.capacity // self.page_size) + (self.window is not None)
+        if self.num_pages is None:
+            self.num_pages = self.batch_size * max_pages
+        device = self.lengths.device
+        shape = (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+        self.block_table = torch.full((self.batch_size, max_pages), -1, dtype=torch.int32, device=device)
+        self.dropped = torch.zeros_like(self.lengths)  # tokens whose pages went back
+        self._forget()
+
+    def _forget(self) -> None:
+        self._dropped = [0] * self.batch_size
+        self._pages: list[list[int]] = [[] for _ in range(self.batch_size)]
+        self._holders = [0] * self.k.shape[0]  # sequences that have each page
+
+    def _reserve(self, ends: list[int]) -> None:
+        size = self.page_size
+        changes: list[tuple[int, int, int, bool]] = []  # sequence, pages to give back, pages to take, last one shared
+        for b, (begin, end) in enumerate(zip(self._lengths, ends, strict=True)):
+            seen = 0 if self.window is None else max(0, begin - self.window)  # the first token that a new query sees
+            if end - seen > self.capacity:
+                raise ValueError(
+                    f"the cache is full: {end - seen} tokens"
+                    f"{'' if self.window is None else ', those of the window and the new ones'}, "
+                    f"and its capacity is {self.capacity}"
+                )
+            if end > begin:
+                unseen, begin, end = (seen - self._dropped[b]) // size, begin - self._dropped[b], end - self._dropped[b]
+                missing = -(-end // size) - len(self._pages[b])
+                shared = begin % size > 0 and self._holders[self._pages[b][-1]] > 1
+                if unseen or missing or shared:
+                    changes.append((b, unseen, missing, shared))
+        if not changes:
+            return
+
+        # On copies: there may be too few pages yet.
+        pages, dropped, holders = list(self._pages), list(self._dropped), list(self._holders)
+        for b, unseen, _, _ in changes:
+            for page in pages[b][:unseen]:
+                holders[page] -= 1
+            pages[b] = pages[b][unseen:]
+            dropped[b] += unseen * size
+        free = [page for page in reversed(range(len(holders))) if holders[page] == 0]
+        copies: list[tuple[int, int]] = []
+        for b, _, missing, shared in changes:
+            shared = shared and holders[pages[b][-1]] > 1  # unless all others have left it
+            if missing + shared > len(free):
+                raise ValueError(f"the cache is full: all {len(holders)} pages are taken, and there are more tokens")
+            if shared:
+                copies.append((pages[b][-1], free[-1]))
+                holders[pages[b].pop()] -= 1
+            taken = [free.pop() for _ in range(missing + shared)]
+            pages[b].extend(taken)
+            for page in taken:
+                holders[page] = 1
+        for before, after in copies:
+            self.k[after], self.v[after] = self.k[before], self.v[before]
+        for b, *_ in changes:
+            row = pages[b] + [-1] * (self.block_table.shape[1] - len(pages[b]))
+            self.block_table[b] = torch.tensor(row, dtype=torch.int32)
+            self.dropped[b] = dropped[b]
+        self._pages, self._dropped, self._holders = pages, dropped, holders
+
+    def _locate(self, b: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        token = token - self.dropped[b]
+        return self.block_table[b, token // self.page_size], token % self.page_size
+
+    def _keys(self) -> dict[str, Any]:
+        return dict(
+            key_start=self.key_start + self.dropped,
+            key_lengths=self.lengths - self.dropped,
+            block_table=self.block_table,
+        )
+
+    def _per_sequence(self) -> tuple[Tensor, ...]:
+        return self.lengths, self.key_start, self.dropped, self.block_table
+
+    def _share(self, beams: list[int]) -> None:
+        super()._share(beams)
+        self._pages = [list(self._pages[beam]) for beam in beams]
+        self._dropped = [self._dropped[beam] for beam in beams]
+        self._holders = [0] * self.k.shape[0]
+        for page in itertools.chain(*self._pages):
+            self._holders[page] += 1
+
+    def reset(self, key_start: int | Tensor = 0) -> None:
+        """Forget all tokens and give their pages back; key_start is that of the next ones."""
+        super().reset(key_start)
+        self.block_table.fill_(-1)
+        self.dropped.zero_()
+        self._forget()

@@ -1,0 +1,361 @@
+"""Generation through a cache, token by token, against attention over the whole sequence at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_values
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import logpe
+from logpe import KVCache, LogPosition, PagedKVCache, log_attention, reference
+
+B, HEADS, KV, N, D = 2, 4, 2, 50, 16
+WINDOW = 20
+PRESETS = [(preset, gain) for preset in logpe.PRESETS for gain in (False, True)]
+
+
+def static(position: Any, window: int | None = None, batch: int = B, **options: Any) -> KVCache:
+    return KVCache(batch, KV, N, D, position, window=window, **options)
+
+
+def paged(position: Any, window: int | None = None, batch: int = B, **options: Any) -> PagedKVCache:
+    """With a window, of no more than it takes for steps of up to 10 tokens."""
+    capacity = N if window is None else window + 10
+    return PagedKVCache(batch, KV, capacity, D, position, window=window, page_size=16, **options)
+
+
+CACHES = pytest.mark.parametrize("make", [static, paged])
+
+
+def tokens(batch: int = B, length: int = N, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(batch, h, length, D, **options) for h in (HEADS, KV, KV))  # type: ignore[return-value]
+
+
+def steps(start: int, end: int, size: int = 1) -> list[slice]:
+    return [slice(n, min(n + size, end)) for n in range(start, end, size)]
+
+
+def generate(cache: KVCache, x: tuple[Tensor, ...], pieces: list[slice], **options: Any) -> Tensor:
+    """All outputs of a cache that is fed these pieces of the sequences."""
+    with torch.no_grad():
+        return torch.cat([cache.attend(*(t[:, :, piece] for t in x), **options) for piece in pieces], 2)
+
+
+def whole(x: tuple[Tensor, ...], position: Any, window: int | None = None, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return log_attention(*x, position, is_causal=True, window=(window, None), **options)
+
+
+def state(cache: KVCache) -> dict[str, Any]:
+    """A copy of all that a cache is, but for the values of what it holds."""
+    copy = {name: x.clone() if isinstance(x, Tensor) else x for name, x in vars(cache).items()}
+    return {name: str(x) for name, x in copy.items() if name not in ("k", "v", "position")}
+
+
+# --- the same as all at once --------------------------------------------------------------------------------------
+
+
+@CACHES
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize(("preset", "gain"), PRESETS)
+def test_token_by_token_is_the_whole(make: Callable[..., KVCache], window: int | None, preset: str, gain: bool) -> None:
+    values = make_values(HEADS, D, preset, query_gain=gain, gain_length=20)
+    x = tokens()
+    out = generate(make(values, window), x, [slice(0, 10), slice(10, 17), *steps(17, N)])
+    torch.testing.assert_close(out, whole(x, values, window))
+
+
+@pytest.mark.parametrize(("make", "window"), [(static, None), (paged, WINDOW)])
+def test_the_kernels(make: Callable[..., KVCache], window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the kernels, decode ones and for the prompt the ordinary ones."""
+    pytest.importorskip("triton")
+    from logpe_kernels import decode
+
+    monkeypatch.setattr(decode, "MIN_KEYS", 32)
+    monkeypatch.setattr(decode, "MAX_QUERIES", 4)
+    monkeypatch.setattr(decode, "num_splits", lambda *sizes: 2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True, gain_length=20, device=device)
+    x = tokens(device=device)
+    out = generate(make(position, window, device=device), x, [*steps(0, 40, 10), *steps(40, 43)], backend="triton")
+    expected = whole(x, position, window, backend="reference")[:, :, :43]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@CACHES
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_ragged(make: Callable[..., KVCache], window: int | None) -> None:
+    """Prompts of different lengths, padded on the right; each sequence goes on from its own end, beams included."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens(3)
+    lengths = torch.tensor([12, 0, 40])
+    expected = whole(x, position, window)
+    cache = make(position, window, batch=3)
+    with torch.no_grad():
+        for piece in steps(0, 40, 10):
+            counts = (lengths - piece.start).clamp(0, 10)
+            out = cache.attend(*(t[:, :, piece] for t in x), lengths=counts)
+            for b, count in enumerate(counts.tolist()):
+                torch.testing.assert_close(out[b, :, :count], expected[b, :, piece][:, :count])
+        who = torch.arange(3)
+        for step in range(10):
+            if step == 5:
+                who = torch.tensor([2, 0, 0])
+                cache.reorder(who)
+            at = lengths[who] + step
+            out = cache.attend(*(t[who, :, at][:, :, None] for t in x))
+            torch.testing.assert_close(out[:, :, 0], expected[who, :, at])
+    assert cache.lengths.tolist() == [50, 22, 22]
+
+
+@CACHES
+def test_left_padding(make: Callable[..., KVCache]) -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens()
+    padding = torch.tensor([0, 7])
+    out = generate(make(position, key_start=-padding), x, [slice(0, 15), *steps(15, N)])
+    torch.testing.assert_close(out[0], whole(tuple(t[:1] for t in x), position)[0])
+    torch.testing.assert_close(out[1, :, 7:], whole(tuple(t[1:, :, 7:] for t in x), position)[0])
+    assert (out[1, :, :7] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@CACHES
+def test_reorder(make: Callable[..., KVCache], window: int | None) -> None:
+    """Beams that fork, twice, and go on with tokens of their own."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens(3)
+    cache = make(position, window, batch=3)
+    generate(cache, x, steps(0, 22, 8))
+    history = tuple(t[:, :, :22] for t in x)
+    for length in (8, 10, 10):
+        beams = torch.randint(3, (3,))
+        cache.reorder(beams)
+        fresh = tokens(3, length)
+        out = generate(cache, fresh, steps(0, length))
+        history = tuple(torch.cat((old[beams], new), 2) for old, new in zip(history, fresh, strict=True))
+        torch.testing.assert_close(out, whole(history, position, window)[:, :, -out.shape[2] :])
+
+
+@CACHES
+def test_reset(make: Callable[..., KVCache]) -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias")
+    cache = make(position, key_start=-3)
+    generate(cache, tokens(), [slice(0, 40)])
+    cache.reset()
+    before = state(make(position))
+    assert state(cache) == before
+    x = tokens()
+    torch.testing.assert_close(generate(cache, x, steps(0, N, 9)), whole(x, position))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_and_options(dtype: torch.dtype) -> None:
+    values = make_values(HEADS, D, "log-rotary-bias")
+    x = tokens(dtype=dtype)
+    cache = static(values, dtype=dtype)
+    with torch.no_grad():
+        options: dict[str, Any] = dict(return_lse=True, scale=0.3, backend="reference")  # rounds what it turns
+        out, lse = cache.attend(*x, **options)
+        expected = log_attention(*x, values, is_causal=True, **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close((out, lse), expected)
+
+
+def test_no_graph_is_kept() -> None:
+    position = LogPosition(HEADS, D)
+    q, k, v = (t.requires_grad_() for t in tokens())
+    cache = static(position)
+    cache.attend(q, k, v).sum().backward()
+    assert not cache.k.requires_grad
+    assert q.grad is not None
+    assert k.grad is None
+
+
+# --- pages --------------------------------------------------------------------------------------------------------
+
+
+def test_pages_come_and_go() -> None:
+    """A window's pages go back to the pool; sequences share pages after reorder until one of them writes."""
+    position = LogPosition(HEADS, D)
+    cache = paged(position, WINDOW)
+    x = tokens(length=400)
+    torch.testing.assert_close(generate(cache, x, steps(0, 400, 10)), whole(x, position, WINDOW))
+    assert cache.k.shape[0] == B * 3
+    assert all(len(pages) <= 3 for pages in cache._pages)
+
+    cache = paged(position)
+    generate(cache, x, [slice(0, 40)])
+    assert len({page for pages in cache._pages for page in pages}) == 6
+    cache.reorder(torch.tensor([1, 1]))
+    assert len({page for pages in cache._pages for page in pages}) == 3
+    generate(cache, x, [slice(40, 41)])
+    assert cache._pages[0][:2] == cache._pages[1][:2]
+    assert cache._pages[0][2] != cache._pages[1][2]
+    assert sum(cache._holders) == 6
+
+
+def test_a_pool_smaller_than_all_sequences_at_their_longest() -> None:
+    position = LogPosition(HEADS, D)
+    x = tokens()
+    cache = paged(position, num_pages=5)
+    generate(cache, x, [slice(0, 32)])  # two pages each
+    before = state(cache)
+    with pytest.raises(ValueError, match="the cache is full: all 5 pages are taken"):
+        generate(cache, x, [slice(32, 33)])
+    assert state(cache) == before
+    with torch.no_grad():
+        cache.append(x[1][:, :, 32:40], x[2][:, :, 32:40], lengths=[8, 0])
+    assert cache.lengths.tolist() == [40, 32]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@CACHES
+def test_overflow_leaves_the_cache_as_it_was(make: Callable[..., KVCache]) -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias")
+    x = tokens()
+    cache = make(position)
+    out = generate(cache, x, [slice(0, 45)])
+    before = state(cache)
+    with pytest.raises(ValueError, match="the cache is full: 51 tokens, and its capacity is 50"):
+        cache.append(*(t[:, :, :6] for t in x[1:]))
+    assert state(cache) == before
+    out = torch.cat((out, generate(cache, x, [slice(45, 50)])), 2)
+    torch.testing.assert_close(out, whole(x, position))
+
+
+def test_a_step_longer_than_a_window_leaves_room_for() -> None:
+    x = tokens()
+    cache = paged(LogPosition(HEADS, D), WINDOW)
+    generate(cache, x, steps(0, 30, 10))
+    before = state(cache)
+    with pytest.raises(ValueError, match="31 tokens, those of the window and the new ones, and its capacity is 30"):
+        generate(cache, x, [slice(30, 41)])
+    assert state(cache) == before
+
+
+@CACHES
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        (dict(q=torch.zeros(B, 3, 5, D)), ValueError, r"q must have shape \(2, a multiple of 2, 5, 16\), got \(2, 3,"),
+        (dict(q=torch.zeros(B, 2, 5, D)), ValueError, "q must have the heads of the position, 4, got 2"),
+        (dict(k=torch.zeros(B, KV, D, 5).mT), ValueError, "must be contiguous in its last dimension"),
+        (dict(q=torch.zeros(B, 4, 4, D)), ValueError, r"q must have shape .* got \(2, 4, 4, 16\)"),
+        (dict(q=torch.zeros(B, 4, 5, D).half()), TypeError, "q must be torch.float32 on cpu, got torch.float16"),
+        (dict(k=torch.zeros(B, KV, 5, 8)), ValueError, r"k must have shape \(2, 2, 5, 16\), got \(2, 2, 5, 8\)"),
+        (dict(v=torch.zeros(B, KV, 6, D)), ValueError, r"v must have shape \(2, 2, 5, 16\), got \(2, 2, 6, 16\)"),
+        (dict(v=torch.zeros(B, KV, 5, D).double()), TypeError, "v must be torch.float32 on cpu, got torch.float64"),
+        (dict(lengths=[1, 6]), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1, 6\]"),
+        (dict(lengths=torch.tensor([1])), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1\]"),
+    ],
+)
+def test_refused(make: Callable[..., KVCache], changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    cache = make(LogPosition(HEADS, D, "log-rotary"))
+    before = state(cache)
+    with pytest.raises(kind, match=message):
+        cache.attend(**(dict(zip("qkv", tokens(length=5), strict=True)) | changes))
+    assert state(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: KVCache(0, 1, 1, 1), "batch_size must be at least 1, got 0"),
+        (lambda: KVCache(1, 1, 0, 1), "capacity must be at least 1, got 0"),
+        (lambda: KVCache(1, 1, 8, 8, window=-1), "window must be at least 0 or None, got -1"),
+        (lambda: KVCache(1, 1, 8, 8, LogPosition(1, 16)), "head_dim must be that of the position, 16, got 8"),
+        (lambda: KVCache(2, 1, 8, 8, key_start=torch.zeros(3).int()), r"key_start must be .* got torch.int32 \(3,\)"),
+        (lambda: PagedKVCache(1, 1, 8, 8, page_size=24), r"page_size must be one of \(16, 32, 64, 128, 256\), got 24"),
+        (lambda: PagedKVCache(1, 1, 8, 8, num_pages=0), "num_pages must be at least 1, got 0"),
+        (lambda: PagedKVCache(1, 1, 8, 8, window=8), "capacity must be above the window, 8, got 8"),
+        (lambda: static(None).reorder(torch.tensor([0])), r"beam_idx must be int \(2,\), got torch.int64 \(1,\)"),
+        (lambda: static(None).reorder(torch.tensor([0, 2])), r"beam_idx must be from 0 to 1, got \[0, 2\]"),
+    ],
+)
+def test_refused_settings(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- rotate -------------------------------------------------------------------------------------------------------
+
+
+def test_rotate() -> None:
+    """Turned once, with starts of each sequence, queries and keys give what log_attention gives; with gradients."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", rotary_scale=random.choice((1.0, 100.0, float("inf"))))
+    starts = torch.tensor([3, -2])
+    q, k, v = (t.requires_grad_() for t in tokens(length=9, dtype=torch.float64))
+    turned = [logpe.rotate(x, position, starts) for x in (q, k)]
+    options: dict[str, Any] = dict(is_causal=True, query_start=starts, key_start=starts, return_lse=True)
+    actual = log_attention(*turned, v, position().unrotated(), **options)
+    expected = log_attention(q, k, v, position, **options)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True) for out, _ in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+    assert logpe.rotate(q, None) is q
+    assert logpe.rotate(q, LogPosition(HEADS, D)) is q
+    with pytest.raises(ValueError, match=r"position.theta must be float64 .* at most head_dim 8"):
+        logpe.rotate(q[..., :8].contiguous(), position)
+    with pytest.raises(TypeError, match=r"start must be an int or an int tensor \(2,\), got 1.5"):
+        logpe.rotate(q, position, 1.5)  # type: ignore[arg-type]
+    wide = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(torch.ops.logpe.rotate.default, (wide, position.theta, starts, 0, 3.0, False))
+    expected_turn = reference.rotate(wide, torch.arange(9) + 5, position.theta, 3.0)
+    torch.testing.assert_close(torch.ops.logpe.rotate(wide, position.theta, None, 5, 3.0, False), expected_turn)
+
+
+# --- compiled, and on a GPU ---------------------------------------------------------------------------------------
+
+
+def test_compiled() -> None:
+    """One graph for all steps: the lengths are not constants of it."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens()
+    cache = static(position)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda cache, *x: cache.attend(*x), fullgraph=True, dynamic=True, backend=counter)
+    outs = [generate(cache, x, [slice(0, 10)])]
+    graphs = 0
+    with torch.no_grad():
+        for piece in steps(10, N):
+            outs.append(step(cache, *(t[:, :, piece] for t in x)))
+            graphs = graphs or counter.frame_count
+            assert counter.frame_count == graphs
+        with pytest.raises(ValueError, match="the cache is full"):
+            cache.append(*(t[:, :, :1] for t in x[1:]))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.cat(outs, 2), whole(x, position))
+
+
+@pytest.mark.gpu
+def test_cuda_graph(device: torch.device) -> None:
+    """A captured step, replayed: the tensors count on, and every output is that of the whole sequence."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True, device=device)
+    x = tokens(length=1000, device=device, dtype=torch.float16)
+    cache = KVCache(B, KV, 1000, D, position, dtype=torch.float16, device=device)
+    slot = [t[:, :, :1].clone() for t in x]
+    with torch.no_grad():
+        cache.attend(*slot)  # compiles
+        cache.reset()
+        generate(cache, x, [slice(0, 600)])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = cache.attend(*slot)
+        expected = whole(x, position)
+        for n in range(600, 700):
+            for static_input, t in zip(slot, x, strict=True):
+                static_input.copy_(t[:, :, n : n + 1])
+            graph.replay()
+            torch.testing.assert_close(out, expected[:, :, n : n + 1], rtol=2e-3, atol=2e-3)
+    assert cache.lengths.tolist() == [700, 700]
