@@ -38,16 +38,17 @@ from .position import (
 from .problem import RUNTIME_INTEGERS, Problem, new_output
 from .tile import (
     MASKED_TILES,
-    PARTIALS,
     cast,
     dot,
     dropout_keep,
+    far_tiles_pay,
     load_axes,
     load_key_bias,
     load_lengths,
     load_masked,
     load_tile,
     loop_bounds,
+    num_partials,
     partial_sums,
     rows_of,
     sight,
@@ -132,7 +133,7 @@ def dq_kernel(
     row_scale = gain_row * (scale * LOG2E)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    zeros = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
+    zeros = tl.zeros([BLOCK_M, num_partials()], tl.float32)
     g_sum = zeros
     power, power_mean, rate, rate_mean = zeros, zeros, zeros, zeros
     sharpness, sharpness_mean, alpha, alpha_mean = zeros, zeros, zeros, zeros
@@ -241,7 +242,9 @@ def dkdv_kernel(
         None if position.sharpness is None else tl.load(position.sharpness + first_head),
         None if position.alpha is None else tl.load(position.alpha + first_head),
     )
-    SPLIT: tl.constexpr = position.rate is not None and q.dtype.element_ty.primitive_bitwidth == 16
+    SPLIT: tl.constexpr = position.power is not None and far_tiles_pay(
+        q.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_M
+    )
     for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
         start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, SPLIT, BLOCK_M)
         span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M

@@ -15,6 +15,7 @@ from .tile import (
     cast,
     dot,
     dropout_keep,
+    far_tiles_pay,
     load_axes,
     load_key_bias,
     load_lengths,
@@ -74,8 +75,9 @@ def forward_kernel(
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
     tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
-    # The polynomial is right to 1e-5: good enough beside half-precision inputs.
-    SPLIT: tl.constexpr = position.rate is not None and q.pointer.dtype.element_ty.primitive_bitwidth == 16
+    SPLIT: tl.constexpr = position.power is not None and far_tiles_pay(
+        q.pointer.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_N
+    )
     for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
         start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):

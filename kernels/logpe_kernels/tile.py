@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .position import FAR, INTERPRETED, LOG2E, Distance, logit
 
@@ -128,6 +129,16 @@ FULL_TILES = tl.constexpr(1)
 MASKED_TILES = tl.constexpr(2)
 
 
+@triton.constexpr_function
+def far_tiles_pay(bits, sharpened, columns):
+    """Whether tiles with so many columns get a loop of their own where they are far.
+
+    The polynomial is right to 1e-5, which is enough beside half-precision inputs alone. Its coefficients are formed
+    once per row, which needs wide tiles; with a sharpness there would be two polynomials, and no gain.
+    """
+    return bits == 16 and not sharpened and columns >= 64
+
+
 @triton.jit
 def loop_bounds(KIND: tl.constexpr, first, last, other, tiles, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """The tiles of one kind as (start, stop, hole, skip): x in range(start, stop, BLOCK), plus skip from hole on.
@@ -250,8 +261,13 @@ def load_key_bias(key_bias, b, num_keys, tokens, mask):
     return tl.load(key_bias + b.to(tl.int64) * num_keys + tokens, mask=mask, other=-float("inf"))
 
 
-#: In the layout of a matrix product's result a thread holds two columns of each of these, and of no others.
-PARTIALS = tl.constexpr(8)
+@triton.constexpr_function
+def num_partials():
+    """Of a row in the layout of a matrix product's result, one for each column that only one thread holds.
+
+    There a thread has two of each 8 columns on NVIDIA, and few more on AMD; with tensor memory (sm_100), whole rows.
+    """
+    return 1 if cuda_capability_geq(10, 0) and not cuda_capability_geq(12, 0) else 8
 
 
 @triton.jit
@@ -300,8 +316,8 @@ def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, he
 
 @triton.jit
 def partial_sums(x):
-    """[ROWS, COLUMNS] -> [ROWS, PARTIALS], each over the columns that one thread holds: no exchange between threads."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // PARTIALS, PARTIALS]), 1)
+    """[ROWS, COLUMNS] -> [ROWS, num_partials()], each over columns that one thread holds: nothing is exchanged."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // num_partials(), num_partials()]), 1)
 
 
 @triton.jit
