@@ -318,8 +318,7 @@ def _attend(
     backend = _resolve_backend(backend, q)
     options |= dict(scale=_resolve_scale(scale, q.shape[-1]), **_resolve_dropout(dropout_p, dropout_seed, q))
     if backend != "reference":
-        options |= values._asdict()
-        return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), backend)
+        return ops.attention(q, k, v, options | values._asdict(), backend)
     del options["max_seqlen_q"], options["max_seqlen_k"]
     if "cu_seqlens_q" in options:
         return reference.attention_varlen(q, k, v, values, **options)

@@ -9,6 +9,7 @@ kernels under Triton's interpreter where ``backend="triton"`` asks for them. Bot
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -44,8 +45,9 @@ OPTIONS = {
     "scale": "float",
     "dropout_p": "float",
 }
-NUM_LEARNED = 4  # power, rate, sharpness, alpha come first
-_NUM_TENSORS = sum(kind == "Tensor?" for kind in OPTIONS.values())
+LEARNED = ("power", "rate", "sharpness", "alpha")  # the first of them
+_TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
+_SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 
 _library = torch.library.Library("logpe", "DEF")
@@ -85,10 +87,50 @@ def _implementation(backend: str) -> ModuleType:
     return logpe_kernels
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    """The operator, with OPTIONS by name; those that are None may be left out.
+
+    In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
+    C++ and back, twice, takes longer than all the rest of a call's host time.
+    """
+    if _plain(q) and _plain(k) and _plain(v) and not _observed():
+        return _Attention.apply(q, k, v, *(options.get(name) for name in LEARNED), options, backend, _run)
+    return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in OPTIONS), backend)
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
+
+
+def _observed() -> bool:
+    """Whether somebody wants to see operators: a compiler, a tracer, a functional transform, a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(q):  # a kernel is launched on the current device
+        return _implementation(backend).forward(q, k, v, **options)
+
+
+def _below_autograd(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.logpe.attention(q, k, v, *options.values(), backend)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, backend = rest
-    with torch.cuda.device_of(q):  # a kernel is launched on the current device
-        return _implementation(backend).forward(q, k, v, **dict(zip(OPTIONS, options, strict=True)))
+    return _run(q, k, v, dict(zip(OPTIONS, options, strict=True)), backend)
+
+
+def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, backend = rest
+    by_name = dict(zip(OPTIONS, options, strict=True))
+    return _Attention.apply(q, k, v, *options[: len(LEARNED)], by_name, backend, _below_autograd)
 
 
 def _backward(
@@ -126,35 +168,48 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    parameters, learned = rest[:NUM_LEARNED], rest[-2]
+    parameters, learned = rest[: len(LEARNED)], rest[-2]
     pairs = zip(parameters, learned, strict=True)
     gradients = (torch.empty_like(p) if p is not None and want else None for p, want in pairs)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *gradients
 
 
 class _Attention(torch.autograd.Function):
+    """LEARNED come twice: as arguments, of which autograd knows, and among the options."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.logpe.attention(q, k, v, *rest)
-        ctx.save_for_backward(q, k, v, out, lse, *rest[:_NUM_TENSORS])
-        ctx.scalars = rest[_NUM_TENSORS:]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        power: Tensor | None,
+        rate: Tensor | None,
+        sharpness: Tensor | None,
+        alpha: Tensor | None,
+        options: dict[str, Any],
+        backend: str,
+        run: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v, options, backend)
+        ctx.save_for_backward(q, k, v, out, lse, *(options.get(name) for name in _TENSORS))
+        ctx.scalars = [options.get(name) for name in _SCALARS]
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        *scalars, backend = ctx.scalars
-        learned = ctx.needs_input_grad[3 : 3 + NUM_LEARNED]
+        learned = ctx.needs_input_grad[3 : 3 + len(LEARNED)]
         if dout is None:
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
         gradients = torch.ops.logpe.attention_backward(
-            dout, dlse, q, k, v, out, lse, *tensors, *scalars, learned, backend
+            dout, dlse, q, k, v, out, lse, *tensors, *ctx.scalars, learned, ctx.backend
         )
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - NUM_LEARNED)
+        return *gradients, None, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -192,6 +247,6 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("logpe::attention", _forward_fake, lib=_library)
 torch.library.register_fake("logpe::attention_backward", _backward_fake, lib=_library)
 torch.library.register_fake("logpe::rotate", _rotate_fake, lib=_library)
-_library.impl("attention", lambda *inputs: _Attention.apply(*inputs), "Autograd")
+_library.impl("attention", _forward_autograd, "Autograd")
 _library.impl("attention_backward", lambda *inputs: _OnceDifferentiable.apply(*inputs), "Autograd")
 _library.impl("rotate", lambda *inputs: _Rotate.apply(*inputs), "Autograd")

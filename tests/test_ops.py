@@ -14,6 +14,8 @@ from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, 
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,7 +65,7 @@ def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> t
     class Recorder:
         @staticmethod
         def forward(*tensors: Tensor, **options: Any) -> Any:
-            captured["forward"] = [*tensors, *options.values(), backend]
+            captured["forward"] = [*tensors, *(options.get(name) for name in ops.OPTIONS), backend]
             return implementation.forward(*tensors, **options)
 
         @staticmethod
@@ -125,6 +127,32 @@ def test_meta_tensors_give_shapes() -> None:
     out, lse = log_attention(q, k, k, LogPosition(4, 8, device="meta"), is_causal=True, return_lse=True)
     assert (out.shape, out.device.type) == (q.shape, "meta")
     assert lse.shape == (2, 4, 9)
+
+
+@pytest.mark.parametrize("form", ["plain", "gqa", "dense", "packed"])
+def test_eager_calls_equal_the_operator(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager calls go past the dispatcher, observed ones through it: the same bits, gradients included."""
+    call = everything(form)
+    direct = run(call, "blocked")
+    monkeypatch.setattr(ops, "_observed", lambda: True)
+    through = run(call, "blocked")
+    assert all(torch.equal(x, through[name]) for name, x in direct.items())
+
+
+def test_whoever_observes_sees_the_operator() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    call = make_call(1, 2, num_queries=5, head_dim=8, is_causal=True)
+    with Seen():
+        run(call, "blocked")
+    assert "logpe.attention.default" in names
+    assert "logpe.attention_backward.default" in names
+    traced = make_fx(lambda q: log_attention(q, call.k, call.v, call.values, is_causal=True))(call.q)
+    assert torch.ops.logpe.attention.default in [node.target for node in traced.graph.nodes]
 
 
 def test_other_dispatch_modes_may_be_about() -> None:
