@@ -134,15 +134,17 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
     options = {name: value for name, value in values._asdict().items() if value is not None}
     options |= dict(query_start=0, key_start=0, window_right=0, max_seqlen_q=length, max_seqlen_k=length)
     options |= dict(scale=head_dim**-0.5, dropout_p=0.0)
-    everything = (*(options.get(name) for name in ops.OPTIONS), "triton")
     # A CPU kernel takes its time in the call: as little of it as there can be.
     x, y, z = (t if device.type == "cuda" else t[:, :1, :1].detach().requires_grad_() for t in (q, k, v))
 
     def kernels() -> Any:
         return logpe_kernels.forward(q, k, v, **options)
 
+    def differentiable() -> Any:
+        return ops.attention(q, k, v, options, "triton")
+
     def operator() -> Any:
-        return torch.ops.logpe.attention(q, k, v, *everything)
+        return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), "triton")
 
     def attend(at: Any) -> Call:
         return lambda: logpe.log_attention(q, k, v, at, is_causal=True, backend="triton")
@@ -161,12 +163,12 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
         "launcher: problem, outputs, tile sizes": (kernels, without_triton),
         "+ Triton: arguments bound, kernel found": (kernels, without_launch),
         "+ the launch": (kernels, here),
-        "+ the dispatcher": (operator, torch._C._AutoDispatchBelowAutograd),
-        "+ autograd: logpe's operator": (operator, here),
+        "+ autograd": (differentiable, here),
         "+ validation: log_attention(q, k, v, values)": (attend(values), here),
         f"+ softplus: {WHOLE}": (attend(position), here),
         "position()": (position, here),
         "log_attention(q, k, v)": (attend(None), here),
+        "the operator, as compiled graphs call it": (operator, here),
         SDPA: (lambda: F.scaled_dot_product_attention(x, y, z, is_causal=True), here),
     }
     if device.type == "cuda":

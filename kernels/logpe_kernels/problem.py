@@ -30,7 +30,8 @@ FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int3
 
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
-    return (0, x.stride(1), x.stride(0)) if packed else (x.stride(0), x.stride(1), x.stride(2))
+    strides = x.stride()
+    return (0, strides[1], strides[0]) if packed else (strides[0], strides[1], strides[2])
 
 
 def new_output(x: Tensor, packed: bool) -> Tensor:
@@ -142,7 +143,7 @@ class Problem:
     def descriptors(self, config: Any, rows: int, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
         """Of tensors laid out like q or k, for loads of [1, 1, rows, BLOCK_D]; None where config has no TMA.
 
-        TMA wants 16-byte steps: a tensor that is not so aligned is loaded through pointers, and so is an empty one.
+        TMA wants steps of 16 bytes: a tensor that is aligned otherwise, expanded or empty is loaded through pointers.
         """
         return tuple(self._descriptor(x, rows) if config.TMA else None for x in tensors)
 
@@ -150,7 +151,7 @@ class Problem:
         if self.packed:
             x = x.transpose(0, 1)[None]  # (1, H, total, D)
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-        if x.numel() == 0 or x.data_ptr() % 16 or any(step % 16 for step in steps):
+        if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.keywords["BLOCK_D"]])
 
@@ -160,6 +161,6 @@ class Problem:
             q=token_strides(self.q, self.packed),
             k=token_strides(self.k, self.packed),
             v=token_strides(self.v, self.packed),
-            lse=(0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1)),
+            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:2],
             **{name: token_strides(x, self.packed) for name, x in like_q_or_k.items()},
         )
