@@ -559,11 +559,12 @@ def test_descriptors_are_used(device: torch.device, monkeypatch: pytest.MonkeyPa
 
 
 @triton.jit
-def distance_kernel(y, rate, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def far_kernel(y, rate, start, BLOCK: tl.constexpr):
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     head = position_kernels.Position(None, tl.load(rate), None, None)
-    distance = tile_kernels.tile_distance(start + rows, columns, 0, KIND)
-    value = position_kernels.log2_distance(distance, head, 1.0) + tl.zeros([BLOCK, BLOCK], tl.float32)
+    half: tl.constexpr = (BLOCK - 1) / 2
+    middle, offset = (start + rows).to(tl.float32) - half, columns.to(tl.float32) - half
+    value = position_kernels.far_log2_distance(middle[:, None], offset[None, :], head, 1.0)
     tl.store(y + rows[:, None] * BLOCK + columns[None, :], value)
 
 
@@ -572,17 +573,41 @@ def distance_kernel(y, rate, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
 def test_the_polynomial_of_a_far_tile(rate: float, after: bool, device: torch.device) -> None:
     """log2(1 + rate * d) within the bound that position.py states, up to the nearest tile that is called far."""
     block, rates = 16, torch.tensor([rate], device=device)
-    far = position_kernels.FAR.value * block + block
-    worst = {}
-    for kind in (tile_kernels.FAR_TILES.value, tile_kernels.FULL_TILES.value):
-        for start in (s if after else -s for s in (far, far + 5, 1000, 100_000)):
-            y = torch.empty(block, block, device=device)
-            distance_kernel[(1,)](y, rates, start, kind, block)
-            distance = (start + torch.arange(block)[:, None] - torch.arange(block)).abs().double()
-            error = (y.cpu() - torch.log2(1 + rate * distance)).abs() - 2**-21 * torch.log2(1 + rate * distance)
-            worst[kind] = max(worst.get(kind, 0.0), float(error.max()))
-    assert worst[tile_kernels.FAR_TILES.value] <= 1.13e-5
-    assert worst[tile_kernels.FULL_TILES.value] <= 1e-6
+    nearest = position_kernels.FAR.value * block + block // 2
+    for distance in (nearest, nearest + 5, 1000, 100_000):
+        start = distance if after else block // 2 - distance - block
+        y = torch.empty(block, block, device=device)
+        far_kernel[(1,)](y, rates, start, block)
+        exact = torch.log2(1 + rate * (start + torch.arange(block)[:, None] - torch.arange(block)).abs().double())
+        assert float((y.cpu() - exact).abs().max()) <= 1.13e-5 + 2**-21 * float(exact.max())
+
+
+def test_tiles_are_called_far_where_the_polynomial_serves(device: torch.device) -> None:
+    """Whatever the alignment of rows and columns: never nearer, and at most a tile and a half farther."""
+    far, block = position_kernels.FAR.value, 16
+    bounds = torch.zeros(4, dtype=torch.int32, device=device)
+    for first, last, start in ((500, 531, 0), (507, 520, 0), (93, 120, -7), (40, 60, 0), (200, 263, 11)):
+        bounds_kernel[(1,)](bounds, first, last, start, 1000, block)
+        hole, skip = bounds.tolist()[2:]
+        tiles = torch.arange(0, 1000, block)
+        middles = start + tiles + (block - 1) / 2
+        distance = torch.maximum(first - middles, middles - last)
+        called_far = (tiles < hole) | (tiles >= hole + skip)
+        assert bool((distance[called_far] >= far * block).all())
+        assert bool(called_far[distance > (far + 1.5) * block].all())
+
+
+@triton.jit
+def bounds_kernel(bounds, first, last, start, count, BLOCK: tl.constexpr):
+    other = tile_kernels.Axis(0, count, start, start, start + count)
+    tiles = (0, 0, count // BLOCK * BLOCK, count)
+    begin, stop, hole, skip = tile_kernels.loop_bounds(
+        tile_kernels.FAR_TILES, first, last, other, tiles, True, BLOCK
+    )  # fmt: skip
+    tl.store(bounds, begin)
+    tl.store(bounds + 1, stop)
+    tl.store(bounds + 2, hole)
+    tl.store(bounds + 3, skip)
 
 
 def test_each_kernel_may_have_its_own_block(device: torch.device) -> None:

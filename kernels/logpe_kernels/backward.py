@@ -106,12 +106,12 @@ def dq_kernel(
     )
 
     batch = b if sequences.cu_seqlens_q is None else b * 0  # packed sequences lie in one
-    q = rows_of(q, None, strides.q, batch, h, queries.row)
-    k = rows_of(k, k_tma, strides.k, batch, h // group_size, keys.row)
-    v = rows_of(v, v_tma, strides.v, batch, h // group_size, keys.row)
-    out = rows_of(out, None, strides.out, batch, h, queries.row)
-    dout = rows_of(dout, None, strides.dout, batch, h, queries.row)
-    dq = rows_of(dq, None, strides.dq, batch, h, queries.row)
+    q = rows_of(q, strides.q, batch, h, queries.row)
+    k = rows_of(k, strides.k, batch, h // group_size, keys.row)
+    v = rows_of(v, strides.v, batch, h // group_size, keys.row)
+    out = rows_of(out, strides.out, batch, h, queries.row)
+    dout = rows_of(dout, strides.dout, batch, h, queries.row)
+    dq = rows_of(dq, strides.dq, batch, h, queries.row)
     lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
 
     rows = m0 + tl.arange(0, BLOCK_M)
@@ -121,9 +121,9 @@ def dq_kernel(
     lse_row = tl.load(lse + lse_offset + rows, mask=stored, other=-float("inf"))
     alive = lse_row > -float("inf")
     lse2 = tl.where(alive, lse_row * LOG2E, float("inf"))
-    q_tile = load_tile(q, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do_tile = load_tile(dout, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)
-    o_tile = load_tile(out, m0, BLOCK_M, alive, HEAD_DIM, BLOCK_D)
+    q_tile = load_tile(q, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do_tile = load_tile(dout, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    o_tile = load_tile(out, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     dlse_row = tl.zeros([BLOCK_M], tl.float32)
     if dlse is not None:
         dlse_row = tl.load(dlse + lse_offset + rows, mask=alive, other=0.0)
@@ -152,8 +152,8 @@ def dq_kernel(
             if sequences.key_bias is not None:
                 key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
-            k_tile = load_tile(k, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = load_tile(v, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)
+            k_tile = load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, v_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)
             distance, score, a = tile_logits(
                 dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], i, first_key, last_key, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, KIND,
@@ -213,10 +213,10 @@ def dkdv_kernel(
     )  # fmt: skip
 
     batch = b if sequences.cu_seqlens_q is None else b * 0
-    k = rows_of(k, None, strides.k, batch, kv_head, keys.row)
-    v = rows_of(v, None, strides.v, batch, kv_head, keys.row)
-    dk = rows_of(dk, None, strides.dk, batch, kv_head, keys.row)
-    dv = rows_of(dv, None, strides.dv, batch, kv_head, keys.row)
+    k = rows_of(k, strides.k, batch, kv_head, keys.row)
+    v = rows_of(v, strides.v, batch, kv_head, keys.row)
+    dk = rows_of(dk, strides.dk, batch, kv_head, keys.row)
+    dv = rows_of(dv, strides.dv, batch, kv_head, keys.row)
 
     tokens = n0 + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
@@ -226,8 +226,8 @@ def dkdv_kernel(
     if sequences.key_bias is not None:
         key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, exists)
         exists = key_bias > -float("inf")
-    k_tile = load_tile(k, n0, BLOCK_N, exists, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_tile(v, n0, BLOCK_N, exists, HEAD_DIM, BLOCK_D)
+    k_tile = load_tile(k, None, n0, exists, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_tile(v, None, n0, exists, BLOCK_N, HEAD_DIM, BLOCK_D)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -263,8 +263,8 @@ def dkdv_kernel(
                     None if position.alpha is None else tl.load(position.alpha + h),
                 )
             m0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_M)
-            q_rows = rows_of(q, q_tma, strides.q, batch, h, queries.row)
-            do_rows = rows_of(dout, dout_tma, strides.dout, batch, h, queries.row)
+            q_rows = rows_of(q, strides.q, batch, h, queries.row)
+            do_rows = rows_of(dout, strides.dout, batch, h, queries.row)
             lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
             rows = m0 + columns
             i = queries.start + rows  # [BLOCK_M]
@@ -275,8 +275,8 @@ def dkdv_kernel(
                 mask = lse_row > -float("inf")
                 lse_row = tl.where(mask, lse_row, float("inf"))
             delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
-            q_tile = load_tile(q_rows, m0, BLOCK_M, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do_tile = load_tile(do_rows, m0, BLOCK_M, mask, HEAD_DIM, BLOCK_D)
+            q_tile = load_tile(q_rows, q_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do_tile = load_tile(do_rows, dout_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)
             gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
             if gain is not None:
                 gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)

@@ -55,16 +55,16 @@ def forward_kernel(
     )
 
     batch = b if sequences.cu_seqlens_q is None else b * 0  # packed sequences lie in one
-    q = rows_of(q, None, strides.q, batch, h, queries.row)
-    k = rows_of(k, k_tma, strides.k, batch, h // group_size, keys.row)
-    v = rows_of(v, v_tma, strides.v, batch, h // group_size, keys.row)
-    out = rows_of(out, None, strides.out, batch, h, queries.row)
+    q = rows_of(q, strides.q, batch, h, queries.row)
+    k = rows_of(k, strides.k, batch, h // group_size, keys.row)
+    v = rows_of(v, strides.v, batch, h // group_size, keys.row)
+    out = rows_of(out, strides.out, batch, h, queries.row)
     lse += b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
 
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     i = queries.start + rows  # [BLOCK_M]
-    q_tile = load_tile(q, m0, BLOCK_M, within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q_tile = load_tile(q, None, m0, within(i, queries), BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     n = load_lengths(sequences, b, i, window_left)
     row_scale = tl.full([BLOCK_M], scale * LOG2E, tl.float32) * query_gain(n, head, gain_length)
 
@@ -89,8 +89,8 @@ def forward_kernel(
             if sequences.key_bias is not None:
                 key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
                 mask = key_bias > -float("inf")
-            k_tile = load_tile(k, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = load_tile(v, n0, BLOCK_N, mask, HEAD_DIM, BLOCK_D)
+            k_tile = load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, v_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)
             _, _, a = tile_logits(
                 dot(q_tile, k_tile.T), row_scale[:, None], None, i, first_key, last_key, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, KIND,

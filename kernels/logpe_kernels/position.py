@@ -64,45 +64,16 @@ def reciprocal(x):
         return 1.0 / x
 
 
-class Distance(NamedTuple):
-    """d of a tile of ROWS by COLUMNS: each one, or in a far tile what a polynomial over its columns needs.
-
-    A tile is far where the middle of its columns is FAR times as distant from every row as from its ends:
-    |offset| <= |middle| / (2 FAR).
-    """
-
-    exact: Any = None  # [ROWS, COLUMNS]
-    middle: Any = None  # [ROWS, 1], signed: row - middle of the columns
-    offset: Any = None  # [1, COLUMNS]: column - middle
-
-
-FAR = tl.constexpr(4)
-# log2(1 + t) = L0 + t (L1 + t (L2 + t L3)) for |t| <= 1 / (2 FAR), within 1.13e-5 (minimax).
-L0 = tl.constexpr(1.1153172236607443e-05)
-L1 = tl.constexpr(1.442659172212127)
-L2 = tl.constexpr(-0.7270388425061942)
-L3 = tl.constexpr(0.48775328655390787)
-
-
 @triton.jit
-def log2_distance(distance, head, factor):
-    """factor * l / ln 2 = factor * log2(1 + rate * d)."""
-    if distance.exact is not None:
-        return factor * log2(1.0 + head.rate * distance.exact)
-    else:
-        # 1 + rate * d = n (1 + t), t = slope * offset: the powers of slope go into coefficients of the rows.
-        n = 1.0 + head.rate * tl.abs(distance.middle)  # [ROWS, 1]
-        slope = tl.where(distance.middle > 0, -head.rate, head.rate) * reciprocal(n)
-        first = factor * slope
-        second = first * slope
-        x = distance.offset  # [1, COLUMNS]
-        return factor * (log2(n) + L0) + x * (L1 * first + x * (L2 * second + x * (L3 * second * slope)))
+def log2_distance(distance, head):
+    """l / ln 2 = log2(1 + rate * d)."""
+    return log2(1.0 + head.rate * distance)
 
 
 @triton.jit
 def inverse_sharpening(distance, head):
     """1 / u."""
-    return tl.rsqrt(1.0 + log2_distance(distance, head, head.sharpness * LN2))
+    return tl.rsqrt(1.0 + head.sharpness * LN2 * log2_distance(distance, head))
 
 
 @triton.jit
@@ -111,7 +82,7 @@ def sharpening(distance, head):
     if head.sharpness is None:
         return 1.0
     else:
-        squared = 1.0 + log2_distance(distance, head, head.sharpness * LN2)
+        squared = 1.0 + head.sharpness * LN2 * log2_distance(distance, head)
         return squared * tl.rsqrt(squared)
 
 
@@ -123,8 +94,37 @@ def logit(score, distance, head, shift):
     if shift is not None:
         score = score - shift
     if head.power is not None:
-        score = score + log2_distance(distance, head, -head.power)
+        score = score - head.power * log2_distance(distance, head)
     return score
+
+
+# A far tile: the middle of its columns is FAR times as distant from every row as it is wide. There a polynomial over
+# the columns stands for the logarithm, with coefficients for each row:
+# log2(1 + t) = L0 + t (L1 + t (L2 + t L3)) for |t| <= 1 / (2 FAR), within 1.13e-5 (minimax).
+FAR = tl.constexpr(4)
+L0 = tl.constexpr(1.1153172236607443e-05)
+L1 = tl.constexpr(1.442659172212127)
+L2 = tl.constexpr(-0.7270388425061942)
+L3 = tl.constexpr(0.48775328655390787)
+
+
+@triton.jit
+def far_log2_distance(middle, offset, head, factor):
+    """factor * log2(1 + rate * d) for d = |middle - offset|; middle: [ROWS, 1], offset: [1, COLUMNS]."""
+    # 1 + rate * d = n (1 + t), t = slope * offset: the powers of slope go into the coefficients.
+    n = 1.0 + head.rate * tl.abs(middle)
+    slope = tl.where(middle > 0, -head.rate, head.rate) * reciprocal(n)
+    first = factor * slope
+    second = first * slope
+    return factor * (log2(n) + L0) + offset * (L1 * first + offset * (L2 * second + offset * (L3 * second * slope)))
+
+
+@triton.jit
+def far_logit(score, middle, offset, head, shift):
+    """logit in a far tile, for a head with a power and without a sharpness."""
+    if shift is not None:
+        score = score - shift
+    return score + far_log2_distance(middle, offset, head, -head.power)
 
 
 # The derivatives by a parameter, without the factors that are the same in the whole tile (see factors).
@@ -133,13 +133,13 @@ def logit(score, distance, head, shift):
 @triton.jit
 def by_power(distance, head):
     """da/dpower / -ln 2."""
-    return log2_distance(distance, head, 1.0)
+    return log2_distance(distance, head)
 
 
 @triton.jit
 def by_rate(score, distance, head):
     """da/drate, or where there is no sharpness, da/drate / -power."""
-    derivative = distance.exact * reciprocal(1.0 + head.rate * distance.exact)
+    derivative = distance * reciprocal(1.0 + head.rate * distance)
     if head.sharpness is not None:
         pull = (0.5 * LN2) * head.sharpness * score * inverse_sharpening(distance, head)
         if head.power is not None:
@@ -151,7 +151,7 @@ def by_rate(score, distance, head):
 @triton.jit
 def by_sharpness(score, distance, head):
     """da/dsharpness / (ln^2 2 / 2)."""
-    return score * log2_distance(distance, head, 1.0) * inverse_sharpening(distance, head)
+    return score * log2_distance(distance, head) * inverse_sharpening(distance, head)
 
 
 @triton.jit

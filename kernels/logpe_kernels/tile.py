@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from .position import FAR, INTERPRETED, LOG2E, Distance, logit
+from .position import FAR, INTERPRETED, LOG2E, far_logit, logit
 
 
 class Sequences(NamedTuple):
@@ -206,26 +206,28 @@ class Rows(NamedTuple):
 
     pointer: Any
     stride: Any
-    descriptor: Any  # of the whole tensor, (B, H, N, D) in tiles of [1, 1, rows, BLOCK_D], or None
     b: Any
     h: Any
     first: Any  # in the tensor
 
 
 @triton.jit
-def rows_of(x, descriptor, strides, b, h, first):
+def rows_of(x, strides, b, h, first):
     """The rows from ``first`` on of head h in batch b."""
     pointer = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + first.to(tl.int64) * strides[2]
-    return Rows(pointer, strides[2], descriptor, b, h, first)
+    return Rows(pointer, strides[2], b, h, first)
 
 
 @triton.jit
-def load_tile(x, start, count: tl.constexpr, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start to start + count as [count, BLOCK_D], zeros where mask is False; by descriptor if that can be."""
-    if x.descriptor is None or mask is not None:
-        return load_rows(x.pointer, start + tl.arange(0, count), x.stride, mask, HEAD_DIM, BLOCK_D)
+def load_tile(x, descriptor, start, mask, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start to start + COUNT as [COUNT, BLOCK_D], zeros where mask is False.
+
+    descriptor: of the whole tensor, (B, H, N, D) in tiles of [1, 1, COUNT, BLOCK_D], or None; serves without a mask.
+    """
+    if descriptor is None or mask is not None:
+        return load_rows(x.pointer, start + tl.arange(0, COUNT), x.stride, mask, HEAD_DIM, BLOCK_D)
     else:
-        return tl.reshape(x.descriptor.load([x.b, x.h, x.first + start, 0]), [count, BLOCK_D])
+        return tl.reshape(descriptor.load([x.b, x.h, x.first + start, 0]), [COUNT, BLOCK_D])
 
 
 @triton.jit
@@ -286,16 +288,6 @@ def relative(position, origin):
 
 
 @triton.jit
-def tile_distance(row, column, origin, KIND: tl.constexpr):
-    """Distances between the positions row [ROWS] and column [COLUMNS]; origin is the first position of the columns."""
-    if KIND == FAR_TILES:
-        HALF: tl.constexpr = (column.shape[0] - 1) / 2
-        return Distance(None, (relative(row, origin) - HALF)[:, None], (relative(column, origin) - HALF)[None, :])
-    else:
-        return Distance(tl.abs(relative(row, origin)[:, None] - relative(column, origin)[None, :]))
-
-
-@triton.jit
 def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, head, KIND: tl.constexpr):
     """Distances, scores and logits less shift of one tile; these in units of log2, -inf where hidden.
 
@@ -303,13 +295,18 @@ def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, he
     sight first and last [ROWS], column [COLUMNS], which begins at position origin. scale (of the scores,
     log2 e included), shift (or None) and key_bias are broadcast to the tile [ROWS, COLUMNS].
     """
-    distance = tile_distance(row, column, origin, KIND)
+    y = relative(row, origin)[:, None]  # [ROWS, 1]
+    x = relative(column, origin)[None, :]  # [1, COLUMNS]
+    distance = tl.abs(y - x)
     score = qk * scale
-    a = logit(score, distance, head, shift)
+    if KIND == FAR_TILES:
+        HALF: tl.constexpr = (column.shape[0] - 1) / 2
+        a = far_logit(score, y - HALF, x - HALF, head, shift)
+    else:
+        a = logit(score, distance, head, shift)
     if key_bias is not None:
         a += key_bias * LOG2E
     if KIND == MASKED_TILES:
-        x = relative(column, origin)[None, :]
         a = tl.where((x >= relative(first, origin)[:, None]) & (x <= relative(last, origin)[:, None]), a, -float("inf"))
     return distance, score, a
 
