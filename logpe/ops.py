@@ -94,8 +94,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend:
     C++ and back, twice, takes longer than all the rest of a call's host time.
     """
     if _plain(q) and _plain(k) and _plain(v) and not _observed():
-        return _Attention.apply(q, k, v, *(options.get(name) for name in LEARNED), options, backend, _run)
-    return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in OPTIONS), backend)
+        return _Attention.apply(q, k, v, *map(options.get, LEARNED), options, backend, _run)
+    return torch.ops.logpe.attention(q, k, v, *map(options.get, OPTIONS), backend)
 
 
 def _plain(x: Tensor) -> bool:
@@ -108,7 +108,7 @@ def _observed() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -192,8 +192,8 @@ class _Attention(torch.autograd.Function):
         run: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         out, lse = run(q, k, v, options, backend)
-        ctx.save_for_backward(q, k, v, out, lse, *(options.get(name) for name in _TENSORS))
-        ctx.scalars = [options.get(name) for name in _SCALARS]
+        ctx.save_for_backward(q, k, v, out, lse, *map(options.get, _TENSORS))
+        ctx.scalars = [*map(options.get, _SCALARS)]
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return out, lse

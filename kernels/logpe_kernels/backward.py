@@ -35,7 +35,7 @@ from .position import (
     query_gain,
     sharpening,
 )
-from .problem import RUNTIME_INTEGERS, Problem, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
 from .tile import (
     MASKED_TILES,
     cast,
@@ -321,7 +321,7 @@ def backward(
     delta = torch.empty_like(lse)
     gain = torch.empty_like(lse) if problem.position.alpha is not None else None
     config = configs.lookup("backward_dq", problem.traits)
-    programs = problem.batch * triton.cdiv(problem.num_queries, config.BLOCK_M)  # of one head
+    programs = problem.batch * cdiv(problem.num_queries, config.BLOCK_M)  # of one head
     partials = [
         lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
         for parameter, want in zip(problem.position, learned, strict=True)
@@ -333,7 +333,7 @@ def backward(
             **problem.keywords, **config.launch(),
         )  # fmt: skip
     config = configs.lookup("backward_dkdv", problem.traits)
-    programs = problem.batch * problem.kv_heads * triton.cdiv(problem.num_keys, config.BLOCK_N)
+    programs = problem.batch * problem.kv_heads * cdiv(problem.num_keys, config.BLOCK_N)
     if programs > 0:
         dkdv_kernel[(programs,)](
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,

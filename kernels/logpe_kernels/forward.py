@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import configs, decode
 from .position import LN2, LOG2E, Position, query_gain
-from .problem import RUNTIME_INTEGERS, Problem, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
 from .tile import (
     MASKED_TILES,
     cast,
@@ -126,7 +126,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         decode.decode(problem, v, out, lse)
         return out, lse
     config = configs.lookup("forward", problem.traits)
-    grid = problem.batch * problem.heads * triton.cdiv(problem.num_queries, config.BLOCK_M)
+    grid = problem.batch * problem.heads * cdiv(problem.num_queries, config.BLOCK_M)
     if grid > 0:
         forward_kernel[(grid,)](
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,

@@ -28,6 +28,11 @@ MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 
 
+def cdiv(a: int, b: int) -> int:
+    """Division rounded up. triton.cdiv, which serves kernels too, takes 3 us on the host."""
+    return -(-a // b)
+
+
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
     strides = x.stride()
