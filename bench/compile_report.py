@@ -58,6 +58,7 @@ KIB = 1024
 HALF = ("bfloat16", "float16")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 LENGTH = 1024
+PAGE_SIZE = 64
 TENSOR_MEMORY_COLUMNS = 512
 BUDGETS = Path(__file__).parent / "budgets.json"
 #: What is budgeted of a loop, per score element, and how much more than was counted a budget allows.
@@ -102,6 +103,7 @@ FEATURES = (
     "grouped",
     "ragged",
     "decode",
+    "paged",
     "dlse",
 )
 
@@ -226,7 +228,7 @@ def call(case: Case, preset: str) -> None:
     head_dim = case.head_dim * 3 // 4 if "ragged" in features else case.head_dim  # rounds up to the table's
     batch, heads = 2, 4
     kv_heads = 1 if "grouped" in features else heads
-    num_queries = 1 if "decode" in features else LENGTH
+    num_queries = 1 if {"decode", "paged"} & {*features} else LENGTH
     position = LogPosition(
         heads, head_dim, preset.removesuffix("+gain"), query_gain=preset.endswith("+gain"), device="meta"
     )
@@ -250,6 +252,11 @@ def call(case: Case, preset: str) -> None:
         meta((batch * n, h, head_dim) if packed else (batch, h, n, head_dim), dtype=dtype)
         for h, n in ((heads, num_queries), (kv_heads, LENGTH), (kv_heads, LENGTH))
     )
+    if "paged" in features:  # there is no backward over pages
+        k = v = meta((LENGTH // PAGE_SIZE, kv_heads, PAGE_SIZE, head_dim), dtype=dtype)
+        pages = meta((batch, LENGTH // PAGE_SIZE), dtype=torch.int32)
+        logpe_kernels.forward(q, k, v, **options, block_table=pages)
+        return
     out, lse = logpe_kernels.forward(q, k, v, **options)
     dlse = torch.empty_like(lse) if "dlse" in features else None
     logpe_kernels.backward(torch.empty_like(out), dlse, q, k, v, out, lse, **options)
