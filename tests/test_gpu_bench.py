@@ -48,9 +48,9 @@ def test_a_part_that_fails(log):
 def test_a_part_out_of_time_may_write_down_what_it_has(log):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written', flush=True)"
     begin = time.monotonic()
-    outcome = gpu.run_part(part(code, lambda: "half"), 3, log)
+    outcome = gpu.run_part(part(code, lambda: "half"), 10, log)  # on a busy machine Python takes seconds to start
     assert (outcome.state, outcome.result) == ("out of time", "half; written")
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 40
 
 
 def test_a_part_that_does_not_listen_is_ended_with_its_children(log, monkeypatch):
@@ -159,10 +159,10 @@ def test_all_parts_in_tiny_sizes(tmp_path):
     assert host["target"].startswith("not measured (no GPU")
     times = {name: some["least"] for name, some in host["microseconds"].items()}
     steps = [name for name in times if name.startswith(("launcher", "+"))]
-    assert len(steps) == 6
+    assert len(steps) == 5
     assert "+ the launch" not in times  # it is left out, and nothing says otherwise
-    assert times[steps[0]] < times[steps[1]] < times[steps[3]] < times[steps[5]]  # each includes the ones before
-    assert 0 < times[host_overhead.SDPA] < times[steps[5]]
+    assert times[steps[0]] < times[steps[1]] < times[steps[2]] < times[steps[4]]  # each includes the ones before
+    assert 0 < times[host_overhead.SDPA] < times[steps[4]]
 
 
 # --- host overhead ----------------------------------------------------------------------------------------------------
