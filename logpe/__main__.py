@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from logpe import tune
+from logpe import train, tune
 from logpe.doctor import doctor
 
 
@@ -21,7 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tune.add_arguments(parser_of_tune)
+    train.add_parser(commands)
     options = parser.parse_args(arguments)
+    if "run" in options:
+        return options.run(options)
     return tune.main(options) if options.command == "tune" else int(doctor() > 0)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +108,7 @@ class LanguageModel(nn.Module):
         attention: Callable[[Shape, Mapping[str, Any]], nn.Module] = Attention,
     ) -> None:
         super().__init__()
+        self.config = dict(shape=asdict(shape), position=dict(position))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(shape.vocabulary, shape.dim)
@@ -131,3 +134,13 @@ class LanguageModel(nn.Module):
         for index, block in enumerate(self.blocks):
             x = block(x, last if index == len(self.blocks) - 1 else None)
         return F.linear(self.norm(x), self.embedding.weight)
+
+
+def load(folder: Path) -> LanguageModel:
+    """The model of a checkpoint of ``python -m logpe train``, on the CPU. Raises OSError where there is none."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    model = LanguageModel(Shape(**config["shape"]), config["position"], seed=0)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
