@@ -172,7 +172,7 @@ class World:
             return model
         if self.parallel:
             devices = [self.device] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(model, device_ids=devices)
         return model
 
 
@@ -223,7 +223,7 @@ def save(
     from safetensors.torch import save_file
     from torch.distributed.checkpoint import state_dict as states
 
-    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = states.get_model_state_dict(model, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     if not world.first:
@@ -233,7 +233,7 @@ def save(
     def write(folder: Path) -> None:
         try:
             save_file(weights, folder / "model.safetensors")
-            tensors = {name: x for name, x in moments.items() if isinstance(x, Tensor)}
+            tensors = {f"{name}.{kind}": x for name, state in moments["state"].items() for kind, x in state.items()}
             save_file(tensors, folder / "optimizer.safetensors")
         except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from None
@@ -249,13 +249,16 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     from safetensors.torch import load_file
     from torch.distributed.checkpoint import state_dict as states
 
-    options = states.StateDictOptions(flatten_optimizer_state_dict=True)
-    state: Any = states.get_optimizer_state_dict(model, optimizer, options=options)  # names, and what is no tensor
-    state.update(load_file(folder / "optimizer.safetensors"))
-    options.full_state_dict = dist.is_initialized()
+    options = states.StateDictOptions(full_state_dict=dist.is_initialized())
     weights: Any = load_file(folder / "model.safetensors")
     states.set_model_state_dict(model, weights, options=options)
-    states.set_optimizer_state_dict(model, optimizer, state, options=options)
+    # Of its own state, the optimiser keeps the groups: Settings hold what is in them.
+    moments: Any = states.get_optimizer_state_dict(model, optimizer)
+    moments["state"] = {}
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        parameter, _, kind = name.rpartition(".")
+        moments["state"].setdefault(parameter, {})[kind] = tensor
+    states.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
 
 class Metrics:
