@@ -36,9 +36,8 @@ def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str
         The folder, ``root / "step-..."``. A process that dies on the way leaves those before as they were.
     """
     root.mkdir(parents=True, exist_ok=True)
+    tidy(root, keep)
     path = root / f"step-{step:08d}"
-    for leftover in root.glob(".*.tmp"):
-        shutil.rmtree(leftover)
     temporary = root / f".{path.name}.tmp"
     temporary.mkdir()
     write(temporary)
@@ -51,9 +50,16 @@ def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str
         _remove(path)
     os.rename(temporary, path)
     _sync(root)
+    tidy(root, keep)
+    return path
+
+
+def tidy(root: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints, and what a process that died left half written or removed."""
     for old in _list(root)[keep:]:
         _remove(old)
-    return path
+    for leftover in root.glob(".*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def prepare(path: Path, source: Path, tokenizer: Path | None, split: str, column
     found = documents(source, split, column)
     train = [d for d in found if d.hash % TEST_SHARE]
     test = [d for d in found if d.hash % TEST_SHARE == 0]
-    encode, end, dtype = _encoder(tokenizer)
+    encode, end, vocabulary = _encoder(tokenizer)
     if train and test:
         # In the order of the hash: of which documents an evaluation takes the first, is chance.
         test.sort(key=lambda d: d.hash)
@@ -136,21 +136,21 @@ def prepare(path: Path, source: Path, tokenizer: Path | None, split: str, column
         halves = [tokens.tensor_split([cut]) for tokens, cut in zip(whole, cuts, strict=True)]
         sides = [list(side) for side in zip(*halves, strict=True)]
     ends = torch.tensor([len(tokens) + 1 for tokens in sides[1]]).cumsum(0)
-    stop = torch.tensor([end], dtype=dtype)
+    stop = torch.tensor([end], dtype=sides[0][0].dtype)
     joined = [torch.cat([part for tokens in side for part in (tokens, stop)]) for side in sides]
     digest = hashlib.sha256()
     for tensor in (*joined, ends):
         digest.update(len(tensor).to_bytes(8, "big") + tensor.numpy().tobytes())
-    about = dict(vocabulary=max(end + 1, 256), sha256=digest.hexdigest())
-    about["origin"] = describe_origin(source, tokenizer, split, column)
+    origin = describe_origin(source, tokenizer, split, column)
+    about = dict(vocabulary=vocabulary, origin=origin, sha256=digest.hexdigest())
     tensors = {"train": joined[0], "test": joined[1], "test_ends": ends}
     write_whole(path, lambda temporary: save_file(tensors, temporary, {"about": json.dumps(about)}))
 
 
-def _encoder(tokenizer: Path | None) -> Any:
-    """A function from bytes to tokens, the id that ends a document, and the dtype."""
+def _encoder(tokenizer: Path | None) -> tuple[Callable[[bytes], Tensor], int, int]:
+    """A function from bytes to tokens, the id that ends a document, and how many ids there are."""
     if tokenizer is None:
-        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8), 0, torch.uint8
+        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8), 0, 256
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -164,7 +164,8 @@ def _encoder(tokenizer: Path | None) -> Any:
         ids = model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int32)
 
-    return encode, max(model.get_vocab().values()) + 1, torch.int32
+    end = max(model.get_vocab().values()) + 1
+    return encode, end, end + 1
 
 
 def load(path: Path) -> Text:

@@ -444,6 +444,7 @@ def find_start(
     if options.fresh:
         shutil.rmtree(checkpoints, ignore_errors=True)
     found = checkpoint.newest(checkpoints)
+    checkpoint.tidy(checkpoints, options.keep)
     try:
         origin = text.describe_origin(options.text, options.tokenizer, options.split, options.column)
     except OSError as error:
