@@ -184,6 +184,14 @@ def test_interrupt_saves_and_goes_on(
 ) -> None:
     arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
     original = train.gradients
+    taken: list[int] = []
+    take = text.Windows.__call__
+
+    def noted(windows: text.Windows, numbers: range) -> torch.Tensor:
+        taken.extend(numbers)
+        return take(windows, numbers)
+
+    monkeypatch.setattr(text.Windows, "__call__", noted)
 
     def interrupting(*args: Any) -> float:
         if args[3] == 4:
@@ -201,6 +209,7 @@ def test_interrupt_saves_and_goes_on(
     assert main([*arguments, "--accumulate=1", "--keep=9"]) == 0
     assert records(tmp_path) == records(whole)
     assert steps_kept(tmp_path) == [5, 6, 8, 12]
+    assert taken == list(range(12 * 4))  # no part of the text twice, none left out
     assert main(arguments) == 0  # there is nothing to do
     assert records(tmp_path) == records(whole)
     assert main([*arguments, "--fresh", "--minutes=0"]) == 0
