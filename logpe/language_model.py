@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logpe.attention import log_attention
+from logpe.checkpoint import write_whole
 from logpe.position import LogPosition
 
 
@@ -144,3 +145,71 @@ def load(folder: Path) -> LanguageModel:
     model = LanguageModel(Shape(**config["shape"]), config["position"], seed=0)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
+
+
+def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
+    """Write ``model`` as Transformers' Llama, or Qwen3 where it normalises queries and keys, with log positions.
+
+    ``logpe.transformers.from_pretrained`` loads it, and ``python -m logpe generate`` writes on with it.
+
+    Args:
+        model: on the CPU.
+        folder: gets config.json and model.safetensors.
+        end: id of the token that ends a document.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    shape, position = Shape(**model.config["shape"]), model.config["position"]
+    state = model.state_dict()
+    embedding = state["embedding.weight"]
+    weights = {
+        # Not tied there: it does not scale what it reads.
+        "model.embed_tokens.weight": embedding * shape.dim**0.5,
+        "lm_head.weight": embedding,
+        "model.norm.weight": state["norm.weight"],
+    }
+    for index, block in enumerate(model.blocks):
+        ours = block.state_dict()
+        theirs = dict(zip(("q_proj", "k_proj", "v_proj"), ours["attention.qkv.weight"].chunk(3), strict=True))
+        theirs |= {"o_proj": ours["attention.out.weight"]}
+        layer = {f"self_attn.{name}.weight": x for name, x in theirs.items()}
+        gate, up = ours["mlp.up.weight"].chunk(2)
+        layer |= {
+            "mlp.gate_proj.weight": gate,
+            "mlp.up_proj.weight": up,
+            "mlp.down_proj.weight": ours["mlp.down.weight"],
+        }
+        layer["input_layernorm.weight"] = ours["attention_norm.weight"]
+        layer["post_attention_layernorm.weight"] = ours["mlp_norm.weight"]
+        if shape.qk_norm:
+            layer["self_attn.q_norm.weight"] = ours["attention.query_norm.weight"]
+            layer["self_attn.k_norm.weight"] = ours["attention.key_norm.weight"]
+        prefix = "attention.position."
+        layer |= {n.replace(prefix, "self_attn.log_position."): x for n, x in ours.items() if n.startswith(prefix)}
+        weights |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
+    config = dict(
+        architectures=["Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"],
+        model_type="qwen3" if shape.qk_norm else "llama",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.dim,
+        intermediate_size=8 * shape.dim // 3,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.dim // shape.heads,
+        hidden_act="silu",
+        rms_norm_eps=torch.finfo(torch.float32).eps,  # what nn.RMSNorm takes where it is given none
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end,
+        dtype="float32",
+        log_position=dict(share_position=False, keep_positions=False, **position),
+        attn_implementation="logpe",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import logpe
-from logpe import checkpoint, text
+from logpe import checkpoint, language_model, text
 from logpe.language_model import LanguageModel, Shape
 
 Result = TypeVar("Result")
@@ -427,6 +427,12 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
             if asked:
                 break
     if metrics is not None:
+        found = checkpoint.newest(checkpoints)
+        assert found is not None
+        end = 0 if options.tokenizer is None else words.vocabulary - 1
+        language_model.save_pretrained(language_model.load(found[0]), options.out / "transformers", end)
+        if options.tokenizer is not None:
+            shutil.copyfile(options.tokenizer, options.out / "transformers" / "tokenizer.json")
         plot(options.out / "loss.png", metrics.read(), settings, say)
     return finished
 
@@ -524,7 +530,9 @@ def add_parser(commands: Any) -> None:
     )
     p.set_defaults(run=main)
     p.add_argument("text", type=Path, help="a folder of text files, a file, or a Hugging Face dataset on disk")
-    p.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics.jsonl and loss.png")
+    p.add_argument("--out", type=Path, required=True, help=(
+        "folder for checkpoints, metrics.jsonl, loss.png and, at the end, the model for Transformers"
+    ))  # fmt: skip
     p.add_argument("--tokenizer", type=Path, metavar="JSON", help="of the library tokenizers (default: bytes)")
     p.add_argument("--split", default="train", help="of a dataset (%(default)s)")
     p.add_argument("--column", default="text", help="of a dataset (%(default)s)")
