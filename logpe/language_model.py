@@ -16,6 +16,8 @@ from logpe.attention import log_attention
 from logpe.checkpoint import write_whole
 from logpe.position import LogPosition
 
+EMBEDDING_STD = 0.25  # of what enters the first block
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -47,15 +49,18 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = (head_norm(shape.dim // shape.heads) for _ in range(2))
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
 
+    def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, dim) -> q (B, H, last or N, D), k and v (B, H, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.query_norm(q if last is None else q[:, :, -last:]), self.key_norm(k), v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
         return log_attention(q, k, v, self.position, is_causal=True)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """x (B, N, dim) -> (B, last or N, dim)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.query_norm(q if last is None else q[:, :, -last:]), self.key_norm(k)
-        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.attend(*self.project(x, last)).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -122,7 +127,7 @@ class LanguageModel(nn.Module):
                 if name.endswith(("out.weight", "down.weight")):  # into the residual stream
                     std *= (2 * shape.layers) ** -0.5
                 elif name == "embedding.weight":  # or, being tied, it starts by predicting the token it just read
-                    std *= 0.25
+                    std *= EMBEDDING_STD
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def embed(self, tokens: Tensor) -> Tensor:
