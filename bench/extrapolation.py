@@ -224,8 +224,7 @@ def show(results: study.Results, settings: study.Settings, caption: str, args: a
     if args.quick:
         print("\n" + findings.table(runs, settings, shown))
     else:
-        print("\n" + findings.spread_table(runs, settings, shown))
-        print("\n" + findings.paired_table(runs, settings, shown, args.baseline))
+        print("\n" + findings.tables(runs, settings, shown, args.baseline))
     if not results.path.exists():
         return
     print(f"\nMeasured in {findings.seconds(runs) / 60:.1f} minutes: {results.path}")

@@ -154,7 +154,6 @@ class Measure:
     name: str
     form: str  # of a mean
     of: Callable[[Runs, int, int], float]  # of a run, the training length and the longest; KeyError if not measured
-    better: str  # "lower" or "higher"
 
     def by_seed(self, runs: Runs, encoding: str, settings: Settings) -> dict[str, float]:
         """Of every seed that has it."""
@@ -180,39 +179,38 @@ def _against_cut(run: Runs, short: int, long: int) -> float:
     return 100 * (2 ** (far - cut) - 1)
 
 
-def measures(tasks_shown: Sequence[str]) -> list[Measure]:
-    """The columns."""
-    found = [
-        Measure("bits/byte at T", ".3f", lambda run, short, long: _read(run, "text", short, "bits_per_byte"), "lower"),
-        Measure("bits/byte at L", ".3f", lambda run, short, long: _read(run, "text", long, "bits_per_byte"), "lower"),
-        Measure("same-target ratio", ".3f", _growth("bits_per_byte"), "lower"),
-        Measure("whole-window ratio", ".3f", _growth("whole_bits_per_byte"), "lower"),
-        Measure("L against cut, %", "+.2f", _against_cut, "lower"),
+def text_measures() -> list[Measure]:
+    """Of prediction."""
+    return [
+        Measure("bits/byte at T", ".3f", lambda run, short, long: _read(run, "text", short, "bits_per_byte")),
+        Measure("bits/byte at L", ".3f", lambda run, short, long: _read(run, "text", long, "bits_per_byte")),
+        Measure("same-target ratio", ".3f", _growth("bits_per_byte")),
+        Measure("whole-window ratio", ".3f", _growth("whole_bits_per_byte")),
+        Measure("L against cut, %", "+.2f", _against_cut),
     ]
-    for task in tasks_shown:
 
-        def trained(run: Runs, short: int, long: int, task: str = task) -> float:
-            return run[task]["train"]["accuracy_at_the_end"]
 
-        def worst(run: Runs, short: int, long: int, task: str = task) -> float:
-            return min(_read(run, task, long, "per_depth").values())
+def task_measures(task: str) -> list[Measure]:
+    """Of retrieval."""
 
-        def mean(run: Runs, short: int, long: int, task: str = task) -> float:
-            return _read(run, task, long, "accuracy")
+    def per_depth(run: Runs, long: int) -> dict[str, float]:
+        return _read(run, task, long, "per_depth")
 
-        found += [
-            Measure(f"{task}, training", ".2f", trained, "higher"),
-            Measure(f"{task} at L", ".2f", mean, "higher"),
-            Measure(f"{task} at L, worst depth", ".2f", worst, "higher"),
-        ]
-    return found
+    return [
+        Measure(f"{task}: training", ".3f", lambda run, short, long: run[task]["train"]["accuracy_at_the_end"]),
+        Measure("at T", ".3f", lambda run, short, long: _read(run, task, short, "accuracy")),
+        Measure("at L", ".3f", lambda run, short, long: _read(run, task, long, "accuracy")),
+        Measure("at L, worst depth", ".3f", lambda run, short, long: min(per_depth(run, long).values())),
+    ]
 
 
 LEGEND = """T: {train} bytes, the training length. L: {long:,}, the longest tested. Mean ± standard deviation of seeds.
 bits/byte: of the same last {target} bytes of each window, with growing context; same-target ratio: their perplexity per
 byte at L over that at T. whole-window ratio: the same with every byte of the windows scored, in chunks of T and of L.
 L against cut: perplexity of the last {target} bytes at L, against the same model that sees at most T bytes of context
-(at least 7/8 T) before each; below 0 far context helps."""
+(at least 7/8 T) before each; below 0 far context helps.
+Paired differences: same seed, same batches, same initial weights. In brackets the 95% interval by Student's t over
+seeds, so with "seeds" - 1 degrees of freedom. What a task shows at L counts where training accuracy came near 1."""
 
 
 def rows(runs: Runs) -> list[str]:
@@ -221,52 +219,55 @@ def rows(runs: Runs) -> list[str]:
     return sorted(runs, key=lambda name: (order.get(name.partition("+")[0], len(order)), name))
 
 
-def spread_table(runs: Runs, settings: Settings, tasks_shown: Sequence[str]) -> str:
-    """Every measure of every encoding, as Markdown: mean ± standard deviation, and the number of seeds."""
-    columns = measures(tasks_shown)
+def seeds_of(counts: set[int]) -> str:
+    """How many values a line's means are made of: "3", or "1-3" while the study is under way."""
+    return "-".join(map(str, sorted({min(counts), max(counts)}))) if counts else "0"
+
+
+def spread_table(runs: Runs, settings: Settings, columns: Sequence[Measure]) -> str:
+    """Each encoding's mean ± standard deviation over seeds, as Markdown."""
     lines = [["encoding", "seeds", *(measure.name for measure in columns)]]
     for encoding in rows(runs):
-        cells, count = [], set()
+        cells, counts = [], set()
         for measure in columns:
             values = list(measure.by_seed(runs, encoding, settings).values())
-            count |= {len(values)} - {0}
+            counts |= {len(values)} - {0}
             spread = f" ± {stdev(values):{measure.form.strip('+')}}" if len(values) > 1 else ""
             cells.append(f"{fmean(values):{measure.form}}{spread}" if values else "-")
-        lines.append([encoding, "-".join(map(str, sorted({min(count), max(count)}))) if count else "0", *cells])
-    legend = LEGEND.format(train=settings.train_length, long=max(settings.lengths), target=settings.target)
-    notes = [
-        f"{task}: {tasks.TASKS[task].summary}; a guess scores {tasks.TASKS[task].chance:.2g}." for task in tasks_shown
-    ]
-    return "\n".join([markdown(lines), "", legend, *notes])
+        lines.append([encoding, seeds_of(counts), *cells])
+    return markdown(lines)
 
 
-def paired_table(runs: Runs, settings: Settings, tasks_shown: Sequence[str], baseline: str) -> str:
-    """Every encoding minus the baseline, seed by seed, as Markdown: the mean and its 95% interval by Student's t."""
-    columns = measures(tasks_shown)
+def paired_table(runs: Runs, settings: Settings, columns: Sequence[Measure], baseline: str) -> str:
+    """Each encoding minus the baseline, seed by seed: the mean and its 95% interval, as Markdown."""
     lines = [[f"minus {baseline}", "seeds", *(measure.name for measure in columns)]]
     for encoding in rows(runs):
         if encoding == baseline:
             continue
-        cells, count = [], set()
+        cells, counts = [], set()
         for measure in columns:
             here, there = (measure.by_seed(runs, name, settings) for name in (encoding, baseline))
             differences = [here[seed] - there[seed] for seed in here if seed in there]
-            count |= {len(differences)} - {0}
-            if not differences:
-                cells.append("-")
-                continue
-            mean, half = fmean(differences), half_width(differences)
-            form = "+" + measure.form.strip("+")
-            interval = "" if math.isnan(half) else f" [{mean - half:{form}}, {mean + half:{form}}]"
-            cells.append(f"{mean:{form}}{interval}")
-        lines.append([encoding, "-".join(map(str, sorted({min(count), max(count)}))) if count else "0", *cells])
-    return "\n".join(
-        [
-            markdown(lines),
-            "",
-            "Same seed, same batches, same initial weights. In brackets: 95% intervals, Student's t over seeds.",
-        ]
-    )
+            counts |= {len(differences)} - {0}
+            form, cell = "+" + measure.form.strip("+"), "-"
+            if differences:
+                mean, half = fmean(differences), half_width(differences)
+                cell = f"{mean:{form}}" + ("" if math.isnan(half) else f" [{mean - half:{form}}, {mean + half:{form}}]")
+            cells.append(cell)
+        lines.append([encoding, seeds_of(counts), *cells])
+    return markdown(lines)
+
+
+def tables(runs: Runs, settings: Settings, tasks_shown: Sequence[str], baseline: str) -> str:
+    """What the text says, then each task; of each the spread over seeds, then paired differences."""
+    parts = []
+    for columns in (text_measures(), *(task_measures(task) for task in tasks_shown)):
+        parts += [spread_table(runs, settings, columns), paired_table(runs, settings, columns, baseline)]
+    parts.append(LEGEND.format(train=settings.train_length, long=max(settings.lengths), target=settings.target))
+    notes = [
+        f"{name}: {tasks.TASKS[name].summary}; a guess scores {tasks.TASKS[name].chance:.2g}." for name in tasks_shown
+    ]
+    return "\n\n".join(parts) + "\n" + "\n".join(notes)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -353,6 +354,17 @@ def context_axis(axis: Any, settings: Settings, label: str) -> None:
     axis.set_axisbelow(True)
 
 
+def perplexity_axis(axis: Any) -> None:
+    """Log scale, with round ticks however little or much there is to see."""
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(7))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
+
+
 def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Perplexity per byte by context length: of the same last bytes, and of whole windows. Bands: the seeds."""
     kinds = {
@@ -371,12 +383,11 @@ def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) ->
                 lengths = sorted(found)
                 axis.plot(lengths, [fmean(found[n]) for n in lengths], marker="o", markersize=3.5, **look)
                 low, high = ([end(found[n]) for n in lengths] for end in (min, max))
-                axis.fill_between(lengths, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axis.fill_between(lengths, low, high, color=look["color"], alpha=0.12, linewidth=0)
             context_axis(
                 axis, settings, "context in bytes" if value == "bits_per_byte" else "length of the window in bytes"
             )
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
+            perplexity_axis(axis)
             axis.set_ylabel(label)
         axes[0].legend(frameon=False, fontsize=8)
 
@@ -408,7 +419,7 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
             axis.set_yticks(range(len(depths)), depths, fontsize=8)
             axis.set_title(style(encoding, shown)["label"], fontsize=9.5)
         axes[0].set_ylabel(f"{task}: depth of the answer")
-        axes[0].set_xlabel("length in bytes")
+        axes[-1].set_xlabel("length in bytes")
         axes[0].figure.colorbar(image, ax=list(axes), label="accuracy", shrink=0.7)
 
 
