@@ -106,6 +106,9 @@ class Shape:
     vocabulary: int = 256
 
 
+EMBEDDING_STD = 0.25  # of what enters the first block
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """(heads,): the geometric sequence of the ALiBi paper, 2^(-8/heads) to 2^-8."""
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
@@ -267,14 +270,15 @@ class Model(nn.Module):
                 if name.endswith(("out.weight", "down.weight")):  # into the residual stream
                     std *= (2 * shape.layers) ** -0.5
                 elif name == "embedding.weight":  # or, being tied, it starts by predicting the byte it just read
-                    std *= 0.25
+                    std *= EMBEDDING_STD
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """tokens int64 (B, N) -> logits float (B, N, vocabulary), or of the last few positions alone."""
         x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         if self.sinusoid is not None:
-            x = x + self.sinusoid(tokens.shape[1]).to(x)
+            # As large against the embedding as in the first Transformer, whose embeddings have unit variance.
+            x = x + EMBEDDING_STD * self.sinusoid(tokens.shape[1], device=x.device).to(x)
         for index, block in enumerate(self.blocks):
             x = block(x, last if index == len(self.blocks) - 1 else None)
         return F.linear(self.norm(x), self.embedding.weight)
