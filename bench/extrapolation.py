@@ -52,8 +52,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
         windows=64, whole=0, target=64, samples=8, depths=5, dim=128, layers=3, heads=4, learning_rate=5e-3,
     ),
     "cpu": dict(
-        encodings=CPU, tasks=[*tasks.TASKS], train_length=[128], seeds=[0, 1, 2], steps=600, batch_bytes=2048,
-        windows=64, whole=16, target=256, samples=16, depths=5, dim=128, layers=3, heads=4, learning_rate=5e-3,
+        encodings=CPU, tasks=["needle", "recall"], train_length=[128], seeds=[0, 1, 2], steps=600, batch_bytes=2048,
+        windows=64, whole=16, target=256, samples=8, depths=5, dim=128, layers=3, heads=4, learning_rate=5e-3,
     ),
     "cuda": dict(
         encodings=GPU, tasks=[*tasks.TASKS], train_length=[128, 512], seeds=[0, 1, 2], steps=3000, batch_bytes=32768,

@@ -315,15 +315,21 @@ def style(encoding: str, shown: Sequence[str]) -> dict[str, Any]:
     return {
         "color": COLOURS[base],
         "linestyle": dashes[variants.index(encoding) % len(dashes)] if plus else "-",
+        "linewidth": 1.2 if plus else 1.8,
         "label": LABELS.get(base, base) + plus + options,
     }
 
 
 @contextmanager
 def panels(
-    path: Path, count: int, note: str, columns: int = 4, size: tuple[float, float] = (4.4, 3.7)
+    path: Path,
+    count: int,
+    note: str,
+    columns: int = 4,
+    size: tuple[float, float] = (4.4, 3.7),
+    legend: bool = False,
 ) -> Iterator[Any]:
-    """So many axes in a new picture, which is saved at the end; those that stay empty are left out."""
+    """So many axes in a new picture, which is saved at the end; `legend`: the first one's, beside them all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,6 +344,9 @@ def panels(
         for axis in axes.flat[count:]:
             axis.set_axis_off()
         yield axes.flat[:count]
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        if legend:
+            drawing.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
         drawing.supxlabel(note, fontsize=7.5, color="0.35")
         write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
         pyplot.close(drawing)
@@ -371,7 +380,7 @@ def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) ->
         "bits_per_byte": f"perplexity of the same last {settings.target} bytes",
         "whole_bits_per_byte": "perplexity of whole windows",
     }
-    with panels(path, len(kinds), note, size=(5.6, 4.6)) as axes:
+    with panels(path, len(kinds), note, size=(5.6, 4.6), legend=True) as axes:
         for axis, (value, label) in zip(axes, kinds.items(), strict=True):
             for encoding in rows(runs):
                 found: dict[int, list[float]] = {}
@@ -389,7 +398,6 @@ def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) ->
             )
             perplexity_axis(axis)
             axis.set_ylabel(label)
-        axes[0].legend(frameon=False, fontsize=8)
 
 
 def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, note: str) -> None:
@@ -414,13 +422,13 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
                     if not math.isnan(value):
                         axis.text(x, y, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=ink)
             if settings.train_length in lengths:
-                axis.axvline(lengths.index(settings.train_length) + 0.5, color="white", linestyle="--", linewidth=1)
+                axis.axvline(lengths.index(settings.train_length) + 0.5, color="0.6", linestyle="--", linewidth=1)
             axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=8)
             axis.set_yticks(range(len(depths)), depths, fontsize=8)
             axis.set_title(style(encoding, shown)["label"], fontsize=9.5)
         axes[0].set_ylabel(f"{task}: depth of the answer")
         axes[-1].set_xlabel("length in bytes")
-        axes[0].figure.colorbar(image, ax=list(axes), label="accuracy", shrink=0.7)
+        axes[0].figure.colorbar(image, ax=list(axes), label="accuracy", shrink=min(0.7, 2.5 / len(shown)))
 
 
 def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
@@ -462,7 +470,7 @@ def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None
 def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Left: bits per byte by position in the longest windows. Right: entropy of the last queries' attention."""
     longest = str(max(settings.lengths))
-    with panels(path, 2, note, size=(5.6, 4.6)) as (left, right):
+    with panels(path, 2, note, size=(5.6, 4.6), legend=True) as (left, right):
         for encoding in rows(runs):
             look = style(encoding, rows(runs))
             texts = [run["text"]["lengths"] for run in runs[encoding].values() if "text" in run]
@@ -484,15 +492,9 @@ def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> N
         left.set_ylabel("bits per byte")
         left.grid(axis="y", color="0.92")
         context_axis(right, settings, "context in bytes")
-        right.plot(
-            settings.lengths,
-            [math.log(n) for n in settings.lengths],
-            color="0.6",
-            linestyle=":",
-            label="attention to all alike",
-        )
+        right.plot(settings.lengths, [math.log(n) for n in settings.lengths], color="0.6", linestyle=":")
+        right.annotate("all alike", (0.03, 0.95), xycoords="axes fraction", fontsize=8, color="0.45")
         right.set_ylabel("entropy of attention in nats, mean of heads")
-        right.legend(frameon=False, fontsize=8)
 
 
 def report(path: Path, runs: Runs, settings: Settings, tasks_shown: Sequence[str], note: str) -> list[Path]:

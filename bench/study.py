@@ -148,9 +148,13 @@ class Retrieval:
         self.steps = max(1, round(task.steps * settings.steps))
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A batch to train on, twice as many prompts as text has windows: they are half as long on average."""
+        """A batch to train on, of about as many bytes as text has."""
         longest = self.settings.train_length
-        length = int(torch.randint(min(16, longest), longest + 1, (), generator=generator))
+        shortest = min(16, longest)
+        if self.task.mostly_short:
+            length = round(shortest * (longest / shortest) ** torch.rand((), generator=generator).item())
+            return self.task.draw(generator, self.settings.batch * longest // length, length, None)
+        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
         return self.task.draw(generator, 2 * self.settings.batch, length, None)
 
     def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:

@@ -25,6 +25,7 @@ class Task:
     chance: float  # accuracy of a guess
     steps: float  # of training, as a share of the language model's
     summary: str
+    mostly_short: bool = False  # train on lengths that are uniform in their logarithm, with as many bytes in each step
 
 
 def pick(symbols: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -82,6 +83,15 @@ def _after_last_mark(marks: int, generator: torch.Generator, batch: int, length:
 
 TASKS = {
     "needle": Task(needle, answer=1, chance=0.1, steps=0.5, summary="the only digit in a text of letters"),
-    "after": Task(after, answer=1, chance=1 / 26, steps=0.5, summary="the letter after the only mark"),
-    "recall": Task(recall, answer=1, chance=1 / 26, steps=1.0, summary="the letter after the last of one or two marks"),
+    "after": Task(
+        after, answer=1, chance=1 / 26, steps=0.5, summary="the letter after the only mark", mostly_short=True
+    ),
+    "recall": Task(
+        recall,
+        answer=1,
+        chance=1 / 26,
+        steps=1.0,
+        summary="the letter after the last of one or two marks",
+        mostly_short=True,
+    ),
 }

@@ -377,6 +377,17 @@ def test_torchrun_says_which_part(monkeypatch):
     assert extrapolation.parse_shard("1/2") == (1, 2)
 
 
+def test_short_prompts_come_often_and_many():
+    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
+    job = study.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
+    lengths = sorted(length - 1 for _, length in shapes)
+    assert lengths[0] >= 16
+    assert lengths[-1] <= 128
+    assert 35 < lengths[100] < 59  # about sqrt(16 * 128)
+    assert all(16 * 128 - length < count * (length - 1) <= 16 * 128 for count, length in shapes)
+
+
 def test_recall_needs_both_senses_of_order():
     prompts = tasks.recall(torch.Generator().manual_seed(0), 400, 40)
     marks = (prompts == ord("=")).sum(dim=1)
