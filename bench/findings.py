@@ -493,7 +493,8 @@ def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> N
         left.grid(axis="y", color="0.92")
         context_axis(right, settings, "context in bytes")
         right.plot(settings.lengths, [math.log(n) for n in settings.lengths], color="0.6", linestyle=":")
-        right.annotate("all alike", (0.03, 0.95), xycoords="axes fraction", fontsize=8, color="0.45")
+        end = max(settings.lengths)
+        right.text(end, math.log(end), "attention to all alike  ", ha="right", va="bottom", fontsize=8, color="0.45")
         right.set_ylabel("entropy of attention in nats, mean of heads")
 
 

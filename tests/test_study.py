@@ -226,7 +226,7 @@ def run(short, long, cut, accuracy):
 
 def test_tables_of_known_numbers():
     runs = {
-        "log-bias": {str(seed): run(2.0, 2.0 + 0.1 * seed, 2.1, 0.5) for seed in range(3)},
+        "log-bias": {str(seed): run(2.0, 2.0 + 0.1 * seed, 2.2, 0.5) for seed in range(3)},
         "rope": {str(seed): run(2.5 + seed, 3.5 + seed, 3.5 + seed, 0.25) for seed in range(2)},
         "none": {"0": {"text": {"train": {}, "lengths": {}}}},
     }
@@ -236,7 +236,7 @@ def test_tables_of_known_numbers():
         cells.setdefault(name, []).append(rest)
     (text, paired, needle, paired_needle) = cells["log-bias"]
     assert text[:3] == ["3", "2.000 ± 0.000", "2.100 ± 0.100"]
-    assert text[-1].startswith("+0.16 ±")  # 100 (2^-0.1 + 2^0 + 2^0.1) / 3 - 100
+    assert text[-1].startswith("-6.55 ±")  # 100 (2^-0.2 + 2^-0.1 + 2^0) / 3 - 100
     assert paired[0] == "2"
     assert paired[1] == f"-1.000 [{-1 - 12.706 * 0.5:.3f}, {-1 + 12.706 * 0.5:+.3f}]"  # differences -0.5, -1.5
     assert needle[1:] == ["1.000 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.000", "0.250 ± 0.000"]
