@@ -42,7 +42,13 @@ QUICK = ["rope", "alibi", "log-bias"]
 CPU = ["none", "rope", "rope-yarn", "alibi", "log-bias", "log-bias+gain", "log-invariant+rotary=0.5"]
 GPU = [
     *ENCODINGS,
-    *("log-invariant+rotary=0.5", "log-invariant+rotary=0.5+gain", "log-bias+rotary=0.25", "log-bias+shared"),
+    *(
+        "log-invariant+rotary=0.5",
+        "log-invariant+rotary=0.5+gain",
+        "log-bias+rotary=0.25",
+        "log-rotary-bias+rotary=0.5",
+    ),
+    "log-bias+shared",
     *("rope+qk-norm", "log-bias+qk-norm"),  # what log-invariant has by itself
 ]
 # batch_bytes: of one step. samples: questions per length and depth. whole: of the windows, those that are read whole.

@@ -25,7 +25,7 @@ class Encoding:
     alibi: bool = False
     query_gain: bool = False
     gain_on_bias: bool = False  # the gain multiplies the whole logit, not the score alone
-    rotary: float = 0.0  # share of head_dim that RoPE turns besides, where the preset turns none
+    rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
     qk_norm: bool = False  # RMSNorm on queries and keys
     shared: bool = False  # one LogPosition for all layers
@@ -50,7 +50,7 @@ OPTIONS = {
     "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
     "shared": "one set of parameters for all layers",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
-    "rotary=F": "RoPE on a share F of each head, where nothing rotates yet",
+    "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
     "power=A, power=A:B, and so with rate, sharpness, alpha": "initial value, of the first and of the last head",
 }
 
@@ -79,7 +79,7 @@ def encoding(name: str, train_length: int) -> Encoding:
             found = replace(found, shared=True)
         elif option == "qk-norm":
             found = replace(found, qk_norm=True)
-        elif key == "rotary" and len(numbers) == 1 and "rotary" not in PRESET_PARTS[found.preset]:
+        elif key == "rotary" and len(numbers) == 1:
             found = replace(found, rotary=numbers[0])
         elif key in LEARNABLE_PARTS and len(numbers) in (1, 2) and min(numbers) > 0:
             found = replace(found, initial=(*found.initial, (key, numbers[0], numbers[-1])))
@@ -159,14 +159,17 @@ class Attention(nn.Module):
             encoding.preset,
             query_gain=encoding.query_gain,
             rotary_scale=encoding.rotary_scale,
+            rotary_fraction=1.0 if encoding.rotary is None else encoding.rotary,
         )
         for part, first, last in encoding.initial:
             values = torch.logspace(math.log10(first), math.log10(last), shape.heads)
             getattr(self.position, f"raw_{part}").data.copy_(inverse_softplus(values))
-        planes = int(head_dim * encoding.rotary) // 2
-        if encoding.rotary and not 0 < 2 * planes <= head_dim:
-            raise ValueError(f"rotary={encoding.rotary:g} must turn 1 to {head_dim // 2} planes, not {planes}")
-        theta = reference.inverse_frequencies(planes, self.position.rotary_base) if planes else None
+        theta = None
+        if encoding.rotary is not None and "rotary" not in self.position.parts:
+            planes = int(head_dim * encoding.rotary) // 2
+            if planes == 0:
+                raise ValueError(f"rotary={encoding.rotary:g} of head_dim {head_dim} leaves no plane to rotate")
+            theta = reference.inverse_frequencies(planes, self.position.rotary_base)
         self.register_buffer("theta", theta, persistent=False)
         self.register_buffer("slopes", alibi_slopes(shape.heads) if encoding.alibi else None, persistent=False)
 

@@ -17,7 +17,13 @@ TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = [
     *ENCODINGS,
     *("log-bias+logit-gain", "log-invariant+logit-gain+shared", "log-invariant+rotary=0.5+gain", "none+rotary=0.5"),
-    *("log-bias+shared", "log-bias+qk-norm", "log-bias+gain+power=0.5:4+rate=1+alpha=0.1"),
+    *(
+        "log-bias+shared",
+        "log-bias+qk-norm",
+        "rope+rotary=0.5",
+        "log-rotary-bias+rotary=0.5",
+        "log-bias+gain+power=0.5:4+rate=1+alpha=0.1",
+    ),
 ]
 
 
@@ -109,12 +115,16 @@ def test_options_of_an_encoding():
     assert started[0].keys() == {"power", "rate", "alpha"}
     assert isinstance(Attention(TINY, encoding("log-invariant", 64)).key_norm, torch.nn.RMSNorm)
     assert encoding("rope-yarn", 512).yarn == 512
-    bad = ["rop", "alibi+gain", "none+power=1", "rope+rotary=0.5", "none+logit-gain", "rope+shared", "log-bias+rate=0"]
+    bad = ["rop", "alibi+gain", "none+power=1", "rope+rotary=x", "none+logit-gain", "rope+shared", "log-bias+rate=0"]
     for name in [*bad, "log-bias+power=a", "log-bias+gian"]:
         with pytest.raises(ValueError, match=r"got|apply|has no"):
             encoding(name, 64)
-    with pytest.raises(ValueError, match="must turn 1 to 4 planes"):
-        Attention(TINY, encoding("none+rotary=0.1", 64))
+    for name in ("none+rotary=0.1", "rope+rotary=0.1", "none+rotary=0", "rope+rotary=1.5"):
+        with pytest.raises(ValueError, match=r"leaves no plane|must be in \(0, 1\]"):
+            Attention(TINY, encoding(name, 64))
+    assert Attention(TINY, encoding("log-rotary-bias+rotary=0.5", 64)).values(9)[0].theta.shape == (2,)
+    added = Attention(TINY, encoding("log-bias+rotary=0.5", 64)).values(9)[0]
+    assert (added.theta.shape, added.rotary_scale) == ((2,), math.inf)
     assert all(name.partition("+")[0] in COLOURS for name in ENCODINGS)
 
 
