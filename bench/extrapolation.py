@@ -51,7 +51,8 @@ GPU = [
     "log-bias+shared",
     *("rope+qk-norm", "log-bias+qk-norm"),  # what log-invariant has by itself
 ]
-# At a learning rate of 5e-3 `recall` was not learned in 600 steps, at 2e-3 it was.
+# `recall` at 128 bytes, CPU size, one seed: not learned in 600 steps at 5e-3 (log-bias+gain); 0.92 of the answers right
+# after 280 steps at 2e-3 (log-bias).
 # batch_bytes: of one step. samples: questions per length and depth. whole: of the windows, those that are read whole.
 BUDGETS: dict[str, dict[str, Any]] = {
     "quick": dict(
