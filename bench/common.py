@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # imported where it is needed, so that a worker without it st
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method has one colour in every picture
     "rope": "#D55E00",
+    "rope-yarn": "#8A3324",
     "alibi": "#0072B2",
     "log-bias": "#009E73",
     "none": "#7F7F7F",
@@ -38,7 +39,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method
     "sdpa-dense": "#E69F00",
     "eager": "#B8A800",
 }
-LABELS = {"rope": "RoPE", "alibi": "ALiBi", "none": "no encoding"}
+LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "none": "no encoding"}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

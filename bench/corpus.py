@@ -1,4 +1,4 @@
-"""Text to train and test on: the standard library beside the interpreter, or any folder.
+"""Text to train and test on: the standard library beside the interpreter, the Linux kernel, or any folder.
 
 A document's side of the split follows from a hash of its relative path, so it does not change when others are added.
 """
@@ -6,6 +6,7 @@ A document's side of the split follows from a hash of its relative path, so it d
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,19 +63,50 @@ def standard_library() -> Iterator[Document]:
         yield Document(f"pydoc_data/topics/{topic}", text.encode())
 
 
-def folder(root: Path) -> Iterator[Document]:
-    """Every text file (one without a zero byte) under `root`, hidden ones left out."""
+def folder(root: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[Document]:
+    """Every text file (one without a zero byte) under `root` whose name ends so, hidden ones left out."""
     for path in root.rglob("*"):
         name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+        if name.name.endswith(suffixes) and path.is_file() and not any(part.startswith(".") for part in name.parts):
             text = path.read_bytes()
             if b"\0" not in text:
                 yield Document(name.as_posix(), text)
 
 
+LINUX_HELP = """Debian's package of the kernel source (1.4 GB unpacked) needs no installation:
+  apt-get download linux-source-6.1 && dpkg -x linux-source-6.1_*.deb . && tar -xf usr/src/linux-source-6.1.tar.xz
+"""
+
+
+def find_linux() -> Path:
+    """The newest linux-source-* folder here or in /usr/src. Raises ValueError that says how to get one."""
+    found = [path for place in (Path(), Path("/usr/src")) for path in place.glob("linux-source-*") if path.is_dir()]
+    if not found:
+        raise ValueError(f"no folder linux-source-* here or in /usr/src. {LINUX_HELP}")
+    return max(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+
+
+def linux_name(root: Path) -> str:
+    """With the version that its Makefile states."""
+    makefile = root / "Makefile"
+    text = makefile.read_text() if makefile.is_file() else ""
+    return ".".join([root.name, *re.findall(r"^SUBLEVEL = (\d+)", text, re.MULTILINE)])
+
+
 def load(source: str) -> Corpus:
-    """`source`: "stdlib" or a folder. Copies of a document are dropped. Raises ValueError where a side stays empty."""
-    found = standard_library() if source == "stdlib" else folder(Path(source))
+    """`source`: "stdlib", "linux", "linux-docs" or a folder. Copies of a document are dropped.
+
+    Raises ValueError where there is no such folder, or a side of the split stays empty.
+    """
+    if source == "stdlib":
+        name, found = source, standard_library()
+    elif source in ("linux", "linux-docs"):
+        root = find_linux()
+        documentation = source == "linux-docs"
+        name = linux_name(root) + (" documentation" if documentation else "")
+        found = folder(root / "Documentation") if documentation else folder(root, (".c", ".h"))
+    else:
+        name, found = Path(source).resolve().name, folder(Path(source))
     documents: dict[bytes, Document] = {}  # by content
     for document in sorted(found, key=lambda d: d.path):
         if len(document.text) >= MIN_BYTES:
@@ -88,7 +120,7 @@ def load(source: str) -> Corpus:
         raise ValueError(
             f"{source}: {len(train)} documents to train on, {len(test)} to test on; each needs one or more"
         )
-    return Corpus(source if source == "stdlib" else Path(source).resolve().name, train, test, digest.hexdigest())
+    return Corpus(name, train, test, digest.hexdigest())
 
 
 def as_tensor(text: bytes) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import logpe
-from logpe.language_model import Attention, LanguageModel, Shape
+from logpe import language_model, reference
+from logpe.language_model import EMBEDDING_STD, LanguageModel, Shape
+from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, PositionValues, inverse_softplus
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Encoding:
     sinusoid_scale: float | None = None  # added to the embedding; math.inf: on plain positions
     alibi: bool = False
     query_gain: bool = False
+    gain_on_bias: bool = False  # the gain multiplies the whole logit, not the score alone
+    rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
+    yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
+    qk_norm: bool = False  # RMSNorm on queries and keys
+    shared: bool = False  # one LogPosition for all layers
+    initial: tuple[tuple[str, float, float], ...] = ()  # of a part: the first head's value and the last head's
 
 
 ENCODINGS = {
@@ -30,17 +37,62 @@ ENCODINGS = {
     "sinusoid": Encoding(sinusoid_scale=math.inf),
     "log-sinusoid": Encoding(sinusoid_scale=1.0),
     "rope": Encoding("log-rotary", rotary_scale=math.inf),
+    "rope-yarn": Encoding("log-rotary", rotary_scale=math.inf, yarn=128),
     "alibi": Encoding(alibi=True),
     "log-bias": Encoding("log-bias"),
-    "log-invariant": Encoding("log-invariant"),
+    "log-invariant": Encoding("log-invariant", qk_norm=True),
     "log-rotary": Encoding("log-rotary"),
     "log-rotary-bias": Encoding("log-rotary-bias"),
 }
-ENCODINGS |= {
-    f"{name}+gain": Encoding(e.preset, e.rotary_scale, e.sinusoid_scale, query_gain=True)
-    for name, e in ENCODINGS.items()
-    if not e.alibi
+ENCODINGS |= {f"{name}+gain": replace(e, query_gain=True) for name, e in ENCODINGS.items() if not e.alibi}
+OPTIONS = {
+    "gain": "a query gain on the scores",
+    "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
+    "shared": "one set of parameters for all layers",
+    "qk-norm": "normalised queries and keys (log-invariant has it)",
+    "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
+    "power=A, power=A:B, and so with rate, sharpness, alpha": "initial value, of the first and of the last head",
 }
+
+
+def encoding(name: str, train_length: int) -> Encoding:
+    """`log-bias+gain+power=0.5:4`: one of ENCODINGS, and OPTIONS that change it. Raises ValueError."""
+    base, *options = name.split("+")
+    if base not in ENCODINGS:
+        raise ValueError(f"encoding must be one of {', '.join(n for n in ENCODINGS if '+' not in n)}, got {base!r}")
+    found = ENCODINGS[base]
+    if found.alibi and options:
+        raise ValueError(f"alibi takes no options, got {name!r}")
+    if found.yarn:
+        found = replace(found, yarn=train_length)
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            numbers = [float(x) for x in value.split(":")] if value else []
+        except ValueError:
+            numbers = []
+        if option == "gain":
+            found = replace(found, query_gain=True)
+        elif option == "logit-gain":
+            found = replace(found, query_gain=True, gain_on_bias=True)
+        elif option == "shared":
+            found = replace(found, shared=True)
+        elif option == "qk-norm":
+            found = replace(found, qk_norm=True)
+        elif key == "rotary" and len(numbers) == 1:
+            found = replace(found, rotary=numbers[0])
+        elif key in LEARNABLE_PARTS and len(numbers) in (1, 2) and min(numbers) > 0:
+            found = replace(found, initial=(*found.initial, (key, numbers[0], numbers[-1])))
+        else:
+            raise ValueError(f"{option!r} does not apply in {name!r}; options are {', '.join(OPTIONS)}")
+    parts = {*PRESET_PARTS[found.preset], *(["alpha"] if found.query_gain else [])}
+    if missing := [part for part, *_ in found.initial if part not in parts]:
+        raise ValueError(f"{name!r} has no {missing[0]} to initialise")
+    if found.gain_on_bias and "power" not in parts:
+        raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
+    if found.shared and not parts & set(LEARNABLE_PARTS):
+        raise ValueError(f"{name!r} has no parameters to share")
+    return found
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -62,30 +114,100 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     return out.view(batch, heads, *out.shape[2:])
 
 
-class AlibiAttention(Attention):
-    """Causal self-attention with ALiBi."""
+def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
+    """YaRN (Peng et al., 2023): RoPE's angles per position for `length`, and the factor on the scores.
 
-    slopes: Tensor
+    With s = length / trained, planes that turn less than once in `trained` positions turn s times more slowly, those
+    that turn more than 32 times as before, the others something between; the scores grow by (1 + 0.1 ln s)^2.
+    """
+    s = max(1.0, length / trained)
+    kept = ((trained * theta / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+    return theta * (kept + (1 - kept) / s), (1 + 0.1 * math.log(s)) ** 2
 
-    def __init__(self, shape: Shape, position: Mapping[str, Any]) -> None:
-        super().__init__(shape, position)
-        self.register_buffer("slopes", alibi_slopes(shape.heads), persistent=False)
+
+class Attention(language_model.Attention):
+    """Causal self-attention; the encoding decides what the logits know of distance."""
+
+    slopes: Tensor | None
+    theta: Tensor | None
+
+    def __init__(self, shape: Shape, encoding: Encoding) -> None:
+        position = dict(
+            preset=encoding.preset,
+            query_gain=encoding.query_gain,
+            rotary_scale=encoding.rotary_scale,
+            rotary_fraction=1.0 if encoding.rotary is None else encoding.rotary,
+        )
+        super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm), position)
+        self.encoding = encoding
+        head_dim = shape.dim // shape.heads
+        for part, first, last in encoding.initial:
+            values = torch.logspace(math.log10(first), math.log10(last), shape.heads)
+            getattr(self.position, f"raw_{part}").data.copy_(inverse_softplus(values))
+        theta = None
+        if encoding.rotary is not None and "rotary" not in self.position.parts:
+            planes = int(head_dim * encoding.rotary) // 2
+            if planes == 0:
+                raise ValueError(f"rotary={encoding.rotary:g} of head_dim {head_dim} leaves no plane to rotate")
+            theta = reference.inverse_frequencies(planes, self.position.rotary_base)
+        self.register_buffer("theta", theta, persistent=False)
+        self.register_buffer("slopes", alibi_slopes(shape.heads) if encoding.alibi else None, persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
-        return alibi_attention(q, k, v, self.slopes)
+        if self.slopes is not None:
+            return alibi_attention(q, k, v, self.slopes)
+        if self.encoding.gain_on_bias:
+            parts = q.split(256, dim=2)  # queries at once: what is eager holds (B, H, 256, N)
+            starts = itertools.accumulate((part.shape[2] for part in parts), initial=k.shape[2] - q.shape[2])
+            return torch.cat([self.eager(part, k, v, n)[0] for part, n in zip(parts, starts, strict=False)], dim=2)
+        values, scale = self.values(k.shape[2])
+        return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
+
+    def values(self, length: int) -> tuple[PositionValues, float]:
+        """The position in a text of this length, and the scale of the scores."""
+        values, scale = self.position(), (self.qkv.in_features // self.heads) ** -0.5
+        if self.theta is not None:
+            values = values._replace(theta=self.theta, rotary_scale=math.inf)
+        if self.encoding.yarn is not None and values.theta is not None:
+            theta, factor = yarn(values.theta, self.encoding.yarn, length)
+            values, scale = values._replace(theta=theta), scale * factor
+        return values, scale
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Output, and weights (B, H, Nq, N) in float32, of queries that stand at `start` and after it."""
+        values, scale = self.values(k.shape[2])
+        i = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
+        j = torch.arange(k.shape[2], device=q.device)
+        bias = None
+        if self.slopes is not None:
+            bias = self.slopes[:, None, None] * (j - i)
+        elif self.encoding.gain_on_bias:  # the bias once more, as often as the gain exceeds 1
+            power, rate, alpha = (getattr(values, part)[:, None, None] for part in ("power", "rate", "alpha"))
+            gain = reference.query_gain(i, alpha, values.gain_length)
+            bias = (gain - 1) * reference.distance_bias(reference.log_distance((i - j).abs(), rate), power)
+        out, _, weights = reference.attention(
+            q, k, v, values, query_start=start, window_right=0, scale=scale, attn_mask=bias, return_weights=True
+        )
+        return out, weights
 
 
 class Model(LanguageModel):
     """The language model with any encoding. The same seed gives every encoding the same weights."""
 
     def __init__(self, shape: Shape, encoding: Encoding, seed: int) -> None:
-        position = dict(preset=encoding.preset, query_gain=encoding.query_gain, rotary_scale=encoding.rotary_scale)
-        super().__init__(shape, position, seed, AlibiAttention if encoding.alibi else Attention)
+        super().__init__(shape, {}, seed, lambda shape, _: Attention(shape, encoding))
+        if encoding.shared:
+            attentions = [module for module in self.modules() if isinstance(module, Attention)]
+            for attention in attentions:
+                attention.position = attentions[0].position
         scale = encoding.sinusoid_scale
         self.sinusoid = None if scale is None else logpe.LogSinusoid(shape.dim, scale)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 (B, N) -> (B, N, dim)."""
         x = super().embed(tokens)
-        return x if self.sinusoid is None else x + self.sinusoid(tokens.shape[1]).to(x)
+        if self.sinusoid is None:
+            return x
+        # As large against the embedding as in the first Transformer, whose embeddings have unit variance.
+        return x + EMBEDDING_STD * self.sinusoid(tokens.shape[1], device=x.device).to(x)

@@ -25,6 +25,7 @@ class Task:
     chance: float  # accuracy of a guess
     steps: float  # of training, as a share of the language model's
     summary: str
+    mostly_short: bool = False  # train on lengths that are uniform in their logarithm, with as many bytes in each step
 
 
 def pick(symbols: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -55,18 +56,42 @@ def needle(generator: torch.Generator, batch: int, length: int, depth: float | N
     return torch.cat([text, torch.full((batch, 1), QUERY), value], dim=1)
 
 
-def latest(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
-    """`k=3fwz=7qmx...?` -> `7`: the later of two digits, the earlier being anywhere before it. Order decides
-    (which the causal mask alone can tell: see what comes before each digit)."""
+def after(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
+    """`kf=wzqmx...?` -> `w`: the letter after the only mark. Nothing but its place tells it from the other letters."""
+    return _after_last_mark(1, generator, batch, length, depth)
+
+
+def recall(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
+    """`k=fwz=qmx...?` -> `q`: the letter after the last mark; half of the prompts have another mark before it.
+
+    It takes both senses of order: which letter comes next, and which mark comes last, however far apart.
+    """
+    return _after_last_mark(2, generator, batch, length, depth)
+
+
+def _after_last_mark(marks: int, generator: torch.Generator, batch: int, length: int, depth: float | None) -> Tensor:
     text = pick(LETTERS, (batch, length - 1), generator)
-    later = place(2, length - 3, batch, depth, generator)
-    earlier = (torch.rand(batch, generator=generator) * (later - 1)).long()
-    hide(text, earlier, generator)
-    value = hide(text, later, generator)
-    return torch.cat([text, torch.full((batch, 1), QUERY), value], dim=1)
+    rows = torch.arange(batch)
+    last = place(2 * marks - 2, length - 3, batch, depth, generator)
+    for _ in range(marks - 1):
+        earlier = (torch.rand(batch, generator=generator) * (last - 1)).long()
+        there = torch.rand(batch, generator=generator) < 0.5
+        text[rows[there], earlier[there]] = MARK
+    text[rows, last] = MARK
+    return torch.cat([text, torch.full((batch, 1), QUERY), text[rows, last + 1, None]], dim=1)
 
 
 TASKS = {
     "needle": Task(needle, answer=1, chance=0.1, steps=0.5, summary="the only digit in a text of letters"),
-    "latest": Task(latest, answer=1, chance=0.1, steps=1.0, summary="the later of two digits in a text of letters"),
+    "after": Task(
+        after, answer=1, chance=1 / 26, steps=0.5, summary="the letter after the only mark", mostly_short=True
+    ),
+    "recall": Task(
+        recall,
+        answer=1,
+        chance=1 / 26,
+        steps=1.0,
+        summary="the letter after the last of one or two marks",
+        mostly_short=True,
+    ),
 }

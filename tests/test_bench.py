@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import corpus, extrapolation, tasks
+from bench import corpus, extrapolation, study, tasks
 from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
 
 TINY = Shape(dim=16, layers=2, heads=2)
@@ -105,7 +105,7 @@ def test_windows_take_turns_and_do_not_overlap():
 @pytest.mark.parametrize("length", [8, 57])
 def test_answer_is_found_by_a_plain_search(name, length):
     task = tasks.TASKS[name]
-    starts = []
+    starts, marks = [], set()
     for depth in (None, 0.0, 0.3, 1.0):
         drawn = task.draw(torch.Generator().manual_seed(1), 50, length, depth)
         assert drawn.shape == (50, length + task.answer)
@@ -113,10 +113,13 @@ def test_answer_is_found_by_a_plain_search(name, length):
             prompt, answer = bytes(row[:length].tolist()), bytes(row[length:].tolist())
             start = prompt.rindex(b"=")
             assert prompt[start + 1 : start + 1 + len(answer)] == answer
-            assert prompt.count(b"=") == sum(map(prompt.count, b"0123456789")) == {"needle": 1, "latest": 2}[name]
+            assert prompt.endswith(b"?")
+            marks.add(prompt.count(b"="))
+            assert sum(map(prompt.count, b"0123456789")) == (name == "needle")
             if depth is not None:
                 starts.append(start)
-    assert set(starts[:50]) == {{"needle": 0, "latest": 2}[name]}
+    assert marks == {"needle": {1}, "after": {1}, "recall": {1, 2}}[name]
+    assert set(starts[:50]) == {{"needle": 0, "after": 0, "recall": 2}[name]}
     assert set(starts[100:]) == {length - 3}
     assert torch.equal(drawn, task.draw(torch.Generator().manual_seed(1), 50, length, 1.0))
     assert len(drawn[:, -1].unique()) > 5
@@ -181,7 +184,7 @@ def test_miniature_study(folder, tmp_path, capsys):
     assert len(rows["log-bias"]) == 2 + 1 + 2
     assert "-" not in rows["log-bias"]
     assert (tmp_path / "extrapolation-quick.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / ".cache").iterdir())
+    assert not list((tmp_path / ".cache").glob("*.pt"))
 
     before = path.read_bytes()  # nothing is left to measure: the same file, the same table
     assert extrapolation.main(arguments(folder, tmp_path), TINY) == 0
@@ -215,7 +218,7 @@ def whole(folder, tmp_path_factory):
 def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys, whole, pieces):
     command = arguments(folder, tmp_path, "--encodings", "log-bias", "none")
     steps = 0
-    advance = extrapolation.Progress.advance
+    advance = study.Progress.advance
 
     def interrupted(self, units):
         nonlocal steps
@@ -225,7 +228,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
         advance(self, units)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extrapolation.Progress, "advance", interrupted)
+        patch.setattr(study.Progress, "advance", interrupted)
         assert extrapolation.main(command, TINY) == 130
     printed = capsys.readouterr().out
     assert "Stopped early" in printed
@@ -233,13 +236,13 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
     assert len(list((tmp_path / ".cache").glob("*.pt"))) == 1
 
     trained = []
-    draw = extrapolation.Text.draw
+    draw = study.Text.draw
 
     def counted(self, generator):
         trained.append(1)
         return draw(self, generator)
 
-    monkeypatch.setattr(extrapolation.Text, "draw", counted)
+    monkeypatch.setattr(study.Text, "draw", counted)
     assert extrapolation.main(command, TINY) == 0
     assert len(trained) == 6 + (6 - 2 if pieces == 3 else 0)  # what was done is not done again
     assert numbers(tmp_path / "extrapolation-quick.json") == whole
@@ -247,7 +250,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
 
 def test_an_exception_keeps_what_was_measured(folder, tmp_path, monkeypatch):
     calls = 0
-    score = extrapolation.score
+    score = study.score
 
     def failing(*args):
         nonlocal calls
@@ -256,7 +259,7 @@ def test_an_exception_keeps_what_was_measured(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(extrapolation, "score", failing)
+    monkeypatch.setattr(study, "score", failing)
     command = arguments(folder, tmp_path, "--encodings", "none")
     assert extrapolation.main(command, TINY) == 130
     kept = numbers(tmp_path / "extrapolation-quick.json")["none"]["0"]["text"]

@@ -1,0 +1,470 @@
+"""What the extrapolation study measures, how, and the file it goes to: see bench.extrapolation, the command."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import logpe
+from bench import corpus, tasks
+from bench.common import write_whole
+from bench.model import Attention, Model, Shape, encoding
+from logpe.position import LEARNABLE_PARTS
+
+FORMAT = 1  # raise it when a change here makes earlier results incomparable
+CHECKPOINT_SECONDS = 60.0
+ENTROPY_WINDOWS, ENTROPY_QUERIES = 8, 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a number depends on, the machine included. Results of different settings never share a file."""
+
+    corpus: str  # sha256
+    device: str
+    versions: dict[str, str]
+    shape: Shape
+    train_length: int  # bytes
+    lengths: tuple[int, ...]  # of context, bytes
+    steps: int
+    batch: int
+    windows: int  # of held-out text
+    target: int  # bytes scored at the end of each
+    samples: int  # retrieval questions per length and depth
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    whole_windows: int = 0  # so many of the windows are also read whole, and their attention is looked at
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.1
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """Names these settings in files."""
+        content = asdict(self)
+        if not self.whole_windows:  # as before it existed, so that older results keep their names
+            del content["whole_windows"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# --- jobs: what a model is trained for, and how it is scored at one length -------------------------------------------
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """Of n, at most `limit` and at least 1."""
+    return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
+
+
+def position_bins(length: int) -> list[int]:
+    """First positions of bins that grow with the position: 0, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    starts = {0, 1} | {n << k for k in range(length.bit_length()) for n in (2, 3)}
+    return sorted(n for n in starts if n < length)
+
+
+class Text:
+    """Next-byte prediction.
+
+    The last `target` bytes of each window are scored with ever more context. Where the context has no room for all of
+    them they are read in pieces: what is read has `length` bytes, and what is scored has at least half of them before
+    it. With `whole_windows` there are two more readings: `whole`, every byte of these windows in chunks of `length`;
+    and, at the training length, `cut`, the same targets in so small pieces that each sees all but an eighth of the
+    training length. A model that is better off with long context beats its own `cut`.
+    """
+
+    answer = None  # every byte is predicted in training
+
+    def __init__(self, text: corpus.Corpus, settings: Settings) -> None:
+        self.settings, self.steps = settings, settings.steps
+        self.sampler = corpus.Sampler(text.train, settings.train_length + 1)
+        self.longest = max(settings.lengths)
+        reach = [n + settings.target - piece for n in settings.lengths for piece in self.pieces(n).values()]
+        self.windows = corpus.windows(text.test, max(self.longest, *reach) + 1, settings.windows)
+        self.whole = self.windows[: settings.whole_windows, -self.longest - 1 :]
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A batch to train on."""
+        return self.sampler(self.settings.batch, generator)
+
+    def pieces(self, length: int) -> dict[str, int]:
+        """Bytes that are scored at once, by reading."""
+        target = self.settings.target
+        found = {"text": largest_divisor(target, length // 2)}
+        if self.settings.whole_windows and length == self.settings.train_length:
+            found["cut"] = largest_divisor(target, length // 8)
+        return found
+
+    def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
+        """Named sets of sequences (count, length + 1), each with the number of last bytes to score."""
+        end = self.windows.shape[1]
+        for name, piece in self.pieces(length).items():
+            ends = range(end - self.settings.target + piece, end + 1, piece)
+            parts = [self.windows[:, stop - length - 1 : stop] for stop in ends]
+            yield name, torch.stack(parts, dim=1).flatten(0, 1), piece
+        if len(self.whole):
+            yield "whole", self.whole.unfold(1, length + 1, length).flatten(0, 1), length
+
+    def sequences(self, length: int) -> int:
+        """How many there are in all questions."""
+        targets = sum(self.settings.target // piece for piece in self.pieces(length).values())
+        return len(self.windows) * targets + len(self.whole) * (self.longest // length)
+
+    def summary(self, losses: dict[str, Tensor], hits: dict[str, Tensor]) -> dict[str, Any]:
+        """What to record, from losses in nats and hits, both (sequences, bytes scored)."""
+        bits = {name: loss / math.log(2) for name, loss in losses.items()}
+        text = bits["text"].view(len(self.windows), -1).mean(dim=1)
+        found = {"bits_per_byte": round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
+        if "cut" in bits:
+            found["cut_bits_per_byte"] = round(bits["cut"].mean().item(), 5)
+        if "whole" in bits:
+            by_position = bits["whole"].mean(dim=0)
+            starts = position_bins(len(by_position))
+            means = [round(part.mean().item(), 4) for part in by_position.tensor_split(starts[1:])]
+            found["whole_bits_per_byte"] = round(by_position.mean().item(), 5)
+            found["by_position"] = dict(zip(map(str, starts), means, strict=True))
+        return found
+
+
+class Retrieval:
+    """One of the tasks in bench.tasks; prompts of any length up to the training length."""
+
+    def __init__(self, task: tasks.Task, settings: Settings) -> None:
+        self.task, self.settings = task, settings
+        self.answer: int | None = task.answer
+        self.steps = max(1, round(task.steps * settings.steps))
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A batch to train on, of about as many bytes as text has."""
+        longest = self.settings.train_length
+        shortest = min(16, longest)
+        if self.task.mostly_short:
+            length = round(shortest * (longest / shortest) ** torch.rand((), generator=generator).item())
+            return self.task.draw(generator, self.settings.batch * longest // length, length, None)
+        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        return self.task.draw(generator, 2 * self.settings.batch, length, None)
+
+    def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
+        """As Text.questions: a set of prompts per depth, the same for every encoding."""
+        for depth in self.settings.depths:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * length + round(100 * depth))
+            prompts = self.task.draw(generator, self.settings.samples, length, depth)
+            yield f"{depth:g}", prompts, self.task.answer
+
+    def sequences(self, length: int) -> int:
+        """As Text.sequences."""
+        return self.settings.samples * len(self.settings.depths)
+
+    def summary(self, losses: dict[str, Tensor], hits: dict[str, Tensor]) -> dict[str, Any]:
+        """As Text.summary; a question counts if the whole answer is right."""
+        depths = {depth: round(hit.all(dim=1).float().mean().item(), 4) for depth, hit in hits.items()}
+        return {"accuracy": round(fmean(depths.values()), 4), "per_depth": depths}
+
+
+Job = Text | Retrieval
+Advance = Callable[[int], None]  # tells the progress bar; raises KeyboardInterrupt when it is time to stop
+
+
+def work(sequences: int, length: int) -> int:
+    """Units of work to read some sequences once; attention costs as much as the rest at about 1,500 bytes."""
+    return sequences * length * (1500 + length)
+
+
+def training_work(settings: Settings) -> int:
+    """Of one step; backward costs twice the forward pass."""
+    return 3 * work(settings.batch, settings.train_length)
+
+
+def scoring_work(job: Job, length: int) -> int:
+    """Of all questions of one length."""
+    return work(job.sequences(length), length)
+
+
+def train(model: Model, job: Job, seed: int, settings: Settings, checkpoint: Path, advance: Advance) -> dict[str, Any]:
+    """Trains to the end, from the checkpoint if there is one, and leaves one behind, also when it is interrupted."""
+    device = next(model.parameters()).device
+    groups = logpe.parameter_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    first, seconds, losses, right = 0, 0.0, [], []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        first, seconds, losses, right = (state[name] for name in ("step", "seconds", "losses", "right"))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    start = time.perf_counter() - seconds
+    saved = time.monotonic()
+
+    def save(step: int) -> None:
+        state = {"step": step, "seconds": time.perf_counter() - start, "losses": losses, "right": right}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write_whole(checkpoint, lambda path: torch.save(state, path))
+
+    share = training_work(settings)
+    advance(first * share)
+    model.train()
+    generator = torch.Generator()
+    for step in range(first, job.steps):
+        rate = min(1.0, 10 * (step + 1) / job.steps) * (0.55 + 0.45 * math.cos(math.pi * step / job.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate
+        tokens = job.draw(generator.manual_seed(1_000_003 * seed + step)).to(device)
+        logits = predict(model, tokens, job.answer)
+        target = tokens[:, -logits.shape[1] :]
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= 0.9 * job.steps - 1:
+            losses.append(loss.item())
+            right.append((logits.argmax(dim=-1) == target).all(dim=1).float().mean().item())
+        try:
+            advance(share)
+        except KeyboardInterrupt:
+            save(step + 1)
+            raise
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:  # for those who are not asked before they are stopped
+            save(step + 1)
+            saved = time.monotonic()
+    save(job.steps)
+    found = {
+        "steps": job.steps,
+        "bits_at_the_end": round(fmean(losses) / math.log(2), 4),  # mean of the last tenth
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    if job.answer is not None:
+        found["accuracy_at_the_end"] = round(fmean(right), 4)
+    return found
+
+
+def predict(model: Model, tokens: Tensor, last: int | None) -> Tensor:
+    """Logits, float32, of the last few of `tokens` (all but the first where None) from what comes before each."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
+        return model(tokens[:, :-1], last).float()
+
+
+@torch.inference_mode()
+def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> dict[str, Any]:
+    """The job's summary at one context length."""
+    device = next(model.parameters()).device
+    together = max(1, (8192 if device.type == "cpu" else 262144) // length)  # sequences in one forward pass
+    model.eval()
+    start = time.perf_counter()
+    losses, hits = {}, {}
+    for name, tokens, last in job.questions(length, seed):
+        loss, hit = [], []
+        for part in tokens.split(together):
+            logits, target = predict(model, part.to(device), last), part[:, -last:].to(device)
+            loss.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu())
+            hit.append((logits.argmax(dim=-1) == target).cpu())
+            advance(work(len(part), length))
+        losses[name], hits[name] = torch.cat(loss), torch.cat(hit)
+    found = job.summary(losses, hits)
+    if isinstance(job, Text) and len(job.whole):
+        texts = job.whole[:ENTROPY_WINDOWS, -length - 1 :].to(device)
+        found["entropy"] = [[round(h, 4) for h in layer] for layer in attention_entropy(model, texts)]
+    return {**found, "seconds": round(time.perf_counter() - start, 2)}
+
+
+@torch.inference_mode()
+def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
+    """By layer and head, in nats: how widely the last queries of texts (B, N + 1) spread their attention; a mean."""
+    found = []
+
+    def look(attention: Attention, args: tuple[Tensor, ...]) -> None:
+        q, k, v = attention.project(args[0])
+        queries = min(ENTROPY_QUERIES, q.shape[2])
+        _, weights = attention.eager(q[:, :, -queries:], k, v, k.shape[2] - queries)
+        found.append(torch.special.entr(weights.float()).sum(dim=-1).mean(dim=(0, 2)).tolist())
+
+    layers = (module for module in model.modules() if isinstance(module, Attention))
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        predict(model, tokens, 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def learned_positions(model: Model) -> list[dict[str, list[float]]]:
+    """power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
+    modules = (module for module in model.modules() if isinstance(module, logpe.LogPosition))
+    values = [{part: getattr(module, part) for part in LEARNABLE_PARTS} for module in modules]
+    found = [
+        {part: [round(x, 5) for x in value.tolist()] for part, value in parts.items() if value is not None}
+        for parts in values
+    ]
+    return [parts for parts in found if parts]
+
+
+# --- the study: what is to be measured, and the file it goes to -------------------------------------------------------
+
+
+class Results:
+    """A JSON file that is whole after every `save`: what was run, and `runs[encoding][seed][job]`.
+
+    Several processes may fill one file, each its own records.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], fresh: bool = False) -> None:
+        self.path, self.about, self.fresh = path, about, fresh
+        self.cache = path.parent / ".cache"  # checkpoints of what is under way
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.mine: dict[tuple[str, str, str], Any] = {}
+        if fresh:
+            for checkpoint in self.cache.glob(f"{about['key']}-*"):
+                checkpoint.unlink()
+        self.runs: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())["runs"] if self.path.exists() and not self.fresh else {}
+
+    def record(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
+        """To be filled in: `train` and `lengths`."""
+        place = (encoding, str(seed), job)
+        empty: dict[str, Any] = {"train": {}, "lengths": {}}
+        self.mine[place] = self.runs.setdefault(encoding, {}).setdefault(str(seed), {}).setdefault(job, empty)
+        return self.mine[place]
+
+    def save(self) -> None:
+        """Writes the whole file, or leaves the old one; the records of others stay as they are there."""
+        with locked(self.cache / f"{self.about['key']}-lock"):
+            runs = self._read()
+            for (encoding, seed, job), record in self.mine.items():
+                runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record
+            content = {**self.about, "runs": runs}
+            write_whole(self.path, lambda path: path.write_text(to_json(content) + "\n"))
+        self.runs, self.fresh = runs, False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: one process only
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def to_json(value: Any, indent: str = "") -> str:
+    """JSON with lists of numbers on one line."""
+    if isinstance(value, dict) and value:
+        inner = indent + " "
+        lines = [f"{inner}{json.dumps(str(key))}: {to_json(entry, inner)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return json.dumps(value)
+
+
+def results_path(folder: Path, name: str, key: str) -> Path:
+    """`name`.json unless that holds results of other settings; then `name`-`key`.json."""
+    path = folder / f"{name}.json"
+    if path.exists() and json.loads(path.read_text()).get("key") != key:
+        return folder / f"{name}-{key}.json"
+    return path
+
+
+class Progress:
+    """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic)."""
+
+    def __init__(self, total: int, done: int, deadline: float) -> None:
+        self.deadline = deadline
+        self.interrupted = False
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            bar_format="{desc:<29} {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
+        )
+
+    def advance(self, units: int) -> None:
+        """Counts finished work. Raises KeyboardInterrupt when it is time to stop."""
+        self.bar.update(units)
+        if self.interrupted or time.monotonic() > self.deadline:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Progress:
+        def stop(*_: object) -> None:
+            """Asks `advance` to raise, where a checkpoint is whole; raises here when asked twice."""
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        self.previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.bar.close()
+
+
+def measure(
+    results: Results,
+    settings: Settings,
+    jobs: dict[str, Job],
+    encodings: Sequence[str],
+    seeds: Sequence[int],
+    device: torch.device,
+    deadline: float = math.inf,
+    stamp: dict[str, Any] | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> None:
+    """Fills in whatever `results` lacks; of n processes the one with shard (i, n) does its part.
+
+    Raises KeyboardInterrupt on Ctrl-C, or when time.monotonic() passes the deadline.
+    """
+    total = done = 0
+    plan = []
+    pairs = enumerate(itertools.product(seeds, encodings))
+    for (pair, (seed, name)), (turn, job) in itertools.product(pairs, enumerate(jobs)):
+        if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
+            continue
+        record = results.record(name, seed, job)
+        checkpoint = results.cache / f"{settings.key}-{name}-{seed}-{job}.pt"
+        missing = [n for n in settings.lengths if str(n) not in record["lengths"]]
+        training = bool(missing) and not (record["train"] and checkpoint.exists())
+        cost = {n: scoring_work(jobs[job], n) for n in settings.lengths}
+        cost[0] = jobs[job].steps * training_work(settings)
+        total += sum(cost.values())
+        done += sum(cost.values()) - sum(cost[n] for n in [0] * training + missing)
+        if missing:
+            plan.append((name, seed, job, record, checkpoint, training, missing))
+    if not plan:
+        return
+    with Progress(total, done, deadline) as progress:
+        for name, seed, job, record, checkpoint, training, missing in plan:
+            model = Model(settings.shape, encoding(name, settings.train_length), seed).to(device)
+            if training:
+                progress.bar.set_description(f"{name}: {job}, training")
+                found = train(model, jobs[job], seed, settings, checkpoint, progress.advance)
+                record["train"] = {**found, "positions": learned_positions(model), **(stamp or {})}
+                results.save()
+            else:
+                model.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True)["model"])
+            for n in missing:
+                progress.bar.set_description(f"{name}: {job}, {n:,} bytes")
+                found = score(model, jobs[job], n, seed, progress.advance)
+                record["lengths"][str(n)] = {**found, **(stamp or {})}
+                results.save()
+            checkpoint.unlink(missing_ok=True)

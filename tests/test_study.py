@@ -1,0 +1,409 @@
+"""The full extrapolation study in miniature: encodings with options, what is read, statistics, shards, pictures."""
+
+import csv
+import json
+import math
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench import corpus, extrapolation, findings, study, tasks
+from bench.common import COLOURS
+from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
+
+TINY = Shape(dim=16, layers=2, heads=2)
+VARIANTS = [
+    *ENCODINGS,
+    *("log-bias+logit-gain", "log-invariant+logit-gain+shared", "log-invariant+rotary=0.5+gain", "none+rotary=0.5"),
+    *(
+        "log-bias+shared",
+        "log-bias+qk-norm",
+        "rope+rotary=0.5",
+        "log-rotary-bias+rotary=0.5",
+        "log-bias+gain+power=0.5:4+rate=1+alpha=0.1",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirty documents of words, 1,200 to 3,000 bytes."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for i in range(30):
+        words = (rng.choice(["log", "bias", "of", "attention", "far", "near"]) for _ in range(800))
+        (root / f"{i}.txt").write_text(" ".join(words)[: rng.randint(1200, 3000)])
+    return root
+
+
+def arguments(folder, out, *more):
+    small = ["--steps", "4", "--batch", "2", "--windows", "4", "--whole", "2", "--target", "32", "--samples", "2"]
+    small += ["--depths", "2", "--train-length", "32", "--reach", "4"]
+    return ["--device", "cpu", "--corpus", str(folder), "--out", str(out), *small, *more]
+
+
+def settings(**changes):
+    return study.Settings(
+        **dict(corpus="", device="", versions={"torch": ""}, shape=TINY, train_length=32, lengths=(16, 32, 64, 128))
+        | dict(steps=1, batch=2, windows=3, target=32, samples=2, whole_windows=2)
+        | changes
+    )
+
+
+# --- encodings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_causal_and_its_eager_attention_is_the_same(name):
+    model = Model(TINY, encoding(name, 64), seed=0)
+    tokens = torch.randint(256, (2, 40))
+    logits = model(tokens)
+    torch.testing.assert_close(model(tokens[:, :20]), logits[:, :20])
+    torch.testing.assert_close(model(tokens, last=3), logits[:, -3:])
+    x = torch.randn(2, 40, 16)
+    for block in model.blocks:
+        q, k, v = block.attention.project(x, last=30)
+        out, weights = block.attention.eager(q, k, v, 10)
+        torch.testing.assert_close(block.attention.out(out.transpose(1, 2).flatten(2)), block.attention(x, last=30))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 30))
+    logits.logsumexp(-1).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gain_on_the_whole_logit_equals_its_definition():
+    attention = Attention(TINY, encoding("log-bias+logit-gain+alpha=0.5:2", 64))
+    x = torch.randn(2, 300, 16)  # more queries than are taken at once
+    values = attention.position()
+    q, k, v = attention.project(x)
+    distance = (torch.arange(300)[:, None] - torch.arange(300)).abs().double()
+    power, rate, alpha = (getattr(values, part).double()[:, None, None] for part in ("power", "rate", "alpha"))
+    gain = 1 + alpha * torch.log1p(torch.arange(300).double() / 512)[:, None]
+    logit = ((q.double() @ k.double().mT) / math.sqrt(8) - power * torch.log1p(rate * distance)) * gain
+    logit = logit.masked_fill(torch.ones(300, 300).triu(1).bool(), -math.inf)
+    expected = attention.out((logit.softmax(-1) @ v.double()).float().transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_yarn_equals_its_definition():
+    trained, length, planes = 256, 1024, 16
+    theta = 10000.0 ** (-torch.arange(planes, dtype=torch.float64) / planes)
+    found, factor = yarn(theta, trained, length)
+    s = length / trained
+    for t in range(planes):
+        turns = trained / (2 * math.pi / theta[t].item())  # of this plane within the training length
+        gamma = 0 if turns < 1 else 1 if turns > 32 else (turns - 1) / (32 - 1)
+        assert math.isclose(found[t].item(), (1 - gamma) * theta[t].item() / s + gamma * theta[t].item(), rel_tol=1e-12)
+    assert math.isclose(factor, (0.1 * math.log(s) + 1) ** 2)
+    assert {True, False} == set((found == theta).tolist())  # fast planes stay
+
+    tokens = torch.randint(256, (1, 64))
+    plain, scaled = (Model(TINY, encoding(name, 32), seed=0) for name in ("rope", "rope-yarn"))
+    assert torch.equal(scaled(tokens[:, :32]), plain(tokens[:, :32]))
+    assert not torch.allclose(scaled(tokens), plain(tokens), atol=1e-4)
+
+
+def test_options_of_an_encoding():
+    shared = Model(TINY, encoding("log-bias+shared", 64), seed=0)
+    assert shared.blocks[0].attention.position is shared.blocks[1].attention.position
+    assert len(study.learned_positions(shared)) == 1
+    started = study.learned_positions(Model(TINY, encoding("log-bias+gain+power=0.5:4+rate=1", 64), seed=0))
+    assert len(started) == 2
+    assert started[0]["power"] == pytest.approx([0.5, 4.0], abs=1e-4)
+    assert started[0]["rate"] == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert started[0].keys() == {"power", "rate", "alpha"}
+    assert isinstance(Attention(TINY, encoding("log-invariant", 64)).key_norm, torch.nn.RMSNorm)
+    assert encoding("rope-yarn", 512).yarn == 512
+    bad = ["rop", "alibi+gain", "none+power=1", "rope+rotary=x", "none+logit-gain", "rope+shared", "log-bias+rate=0"]
+    for name in [*bad, "log-bias+power=a", "log-bias+gian"]:
+        with pytest.raises(ValueError, match=r"got|apply|has no"):
+            encoding(name, 64)
+    for name in ("none+rotary=0.1", "rope+rotary=0.1", "none+rotary=0", "rope+rotary=1.5"):
+        with pytest.raises(ValueError, match=r"leaves no plane|must be in \(0, 1\]"):
+            Attention(TINY, encoding(name, 64))
+    assert Attention(TINY, encoding("log-rotary-bias+rotary=0.5", 64)).values(9)[0].theta.shape == (2,)
+    added = Attention(TINY, encoding("log-bias+rotary=0.5", 64)).values(9)[0]
+    assert (added.theta.shape, added.rotary_scale) == ((2,), math.inf)
+    assert all(name.partition("+")[0] in COLOURS for name in ENCODINGS)
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text():
+    """Documents in which every byte tells its place, modulo 251."""
+    documents = [corpus.Document(str(i), bytes((7 * i + j) % 251 for j in range(400))) for i in range(4)]
+    return corpus.Corpus("counting", documents, documents, "")
+
+
+def test_every_length_is_scored_on_the_same_bytes(text):
+    job = study.Text(text, settings())
+    targets = job.windows[:, -32:]
+    for length in job.settings.lengths:
+        questions = {name: (tokens, last) for name, tokens, last in job.questions(length, 0)}
+        assert questions.keys() == {"text", "whole"} | ({"cut"} if length == 32 else set())
+        assert job.sequences(length) == sum(len(tokens) for tokens, _ in questions.values())
+        for name, (tokens, last) in questions.items():
+            assert tokens.shape[1] == length + 1
+            assert (tokens.diff(dim=1) % 251 == 1).all()  # it is read as it stands there
+            if name != "whole":
+                assert torch.equal(tokens[:, -last:].reshape(3, 32), targets)
+        assert questions["text"][1] == min(32, length // 2)
+        whole, last = questions["whole"]
+        assert last == length
+        assert torch.equal(whole[:, 1:].reshape(2, 128), job.windows[:2, -128:])
+        if "cut" in questions:
+            assert 0 < questions["cut"][1] <= length // 8
+
+
+def test_quick_settings_read_no_more_than_they_did(text):
+    job = study.Text(text, settings(whole_windows=0, target=8))
+    assert [name for name, *_ in job.questions(32, 0)] == ["text"]
+    assert job.windows.shape == (3, 129)
+    assert study.Settings(**{**asdict(settings(whole_windows=0)), "shape": TINY}).key == settings(whole_windows=0).key
+    assert settings().key != settings(whole_windows=0).key
+
+
+def test_key_of_the_committed_quick_results():
+    found = json.loads((extrapolation.RESULTS / "extrapolation-quick.json").read_text())
+    about = found["settings"]
+    tuples = {name: tuple(about[name]) for name in ("lengths", "depths")}
+    assert study.Settings(**{**about, **tuples, "shape": Shape(**about["shape"])}).key == found["key"]
+
+
+def test_summary_by_position(text):
+    job = study.Text(text, settings())
+    losses = {"text": torch.full((3, 32), math.log(2)), "cut": torch.full((24, 4), math.log(4))}
+    losses["whole"] = math.log(2) * torch.arange(128.0).expand(2, 128)
+    found = job.summary(losses, {})
+    assert (found["bits_per_byte"], found["cut_bits_per_byte"], found["whole_bits_per_byte"]) == (1.0, 2.0, 63.5)
+    assert found["by_position"]["0"] == 0
+    assert found["by_position"]["4"] == 4.5  # the mean of 4 and 5; the next bin begins at 6
+    assert found["by_position"]["96"] == (96 + 127) / 2
+
+
+def test_attention_entropy():
+    model = Model(TINY, encoding("none", 32), seed=0)
+    tokens = torch.randint(256, (3, 65))
+    assert max(h for layer in study.attention_entropy(model, tokens) for h in layer) < math.log(64)
+    for block in model.blocks:  # all scores 0: attention to everything alike
+        block.attention.qkv.weight.data[:32] = 0
+    uniform = sum(math.log(n) for n in range(49, 65)) / 16  # of the last 16 queries
+    assert study.attention_entropy(model, tokens) == [[pytest.approx(uniform, abs=1e-5)] * 2] * 2
+    assert not model.blocks[0].attention._forward_pre_hooks
+
+
+def test_linux_source_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "Path", lambda *parts: type(tmp_path)(*(p for p in parts if p != "/usr/src")))
+    with pytest.raises(ValueError, match="apt-get download"):
+        corpus.load("linux")
+    for version in ("5.10", "6.1"):
+        for i in range(30):
+            for path in (f"kernel/{i}.c", f"include/{i}.h", f"Documentation/{i}.rst", f"scripts/{i}.py"):
+                path = tmp_path / f"linux-source-{version}" / path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{path} " * 60)
+    (tmp_path / "linux-source-6.1" / "Makefile").write_text("VERSION = 6\nPATCHLEVEL = 1\nSUBLEVEL = 76\n")
+    source, documentation = corpus.load("linux"), corpus.load("linux-docs")
+    assert (source.name, documentation.name) == ("linux-source-6.1.76", "linux-source-6.1.76 documentation")
+    assert {d.path.split("/")[0] for d in source.train + source.test} == {"kernel", "include"}
+    assert len(documentation.train + documentation.test) == 30
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_intervals():
+    assert math.isnan(findings.half_width([1.0]))
+    assert findings.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert findings.half_width([0.0, 1.0] * 15) == pytest.approx(2.0452 * 0.50855 / math.sqrt(30), rel=1e-2)
+    torch.manual_seed(0)
+    samples = torch.randn(4000, 4).tolist()
+    held = sum(abs(sum(x) / 4) < findings.half_width(x) for x in samples) / 4000
+    assert abs(held - 0.95) < 0.015
+
+
+def run(short, long, cut, accuracy):
+    lengths = {"32": {"bits_per_byte": short, "whole_bits_per_byte": short, "cut_bits_per_byte": cut}}
+    lengths["128"] = {"bits_per_byte": long, "whole_bits_per_byte": long}
+    scored = {"accuracy": accuracy, "per_depth": {"0": accuracy - 0.25, "1": accuracy + 0.25}}
+    needle = {"train": {"accuracy_at_the_end": 1.0}, "lengths": {"32": scored, "128": scored}}
+    return {"text": {"train": {}, "lengths": lengths}, "needle": needle}
+
+
+def test_tables_of_known_numbers():
+    runs = {
+        "log-bias": {str(seed): run(2.0, 2.0 + 0.1 * seed, 2.2, 0.5) for seed in range(3)},
+        "rope": {str(seed): run(2.5 + seed, 3.5 + seed, 3.5 + seed, 0.25) for seed in range(2)},
+        "none": {"0": {"text": {"train": {}, "lengths": {}}}},
+    }
+    cells = {}
+    for line in findings.tables(runs, settings(), ["needle"], "rope").splitlines():
+        name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+        cells.setdefault(name, []).append(rest)
+    (text, paired, needle, paired_needle) = cells["log-bias"]
+    assert text[:3] == ["3", "2.000 ± 0.000", "2.100 ± 0.100"]
+    assert text[-1].startswith("-6.55 ±")  # 100 (2^-0.2 + 2^-0.1 + 2^0) / 3 - 100
+    assert paired[0] == "2"
+    assert paired[1] == f"-1.000 [{-1 - 12.706 * 0.5:.3f}, {-1 + 12.706 * 0.5:+.3f}]"  # differences -0.5, -1.5
+    assert needle[1:] == ["1.000 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.000", "0.250 ± 0.000"]
+    assert paired_needle[3] == "+0.250 [+0.250, +0.250]"
+    assert cells["rope"][0][3] == "2.000 ± 0.000"
+    assert set(cells["none"][0]) == {"0", "-"}
+    assert list(cells)[2] == "none"  # in the order of bench.model
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def numbers(value):
+    """What was measured, without when and how fast."""
+    if isinstance(value, dict):
+        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
+    return value
+
+
+ENOUGH = ("--encodings", "rope", "log-bias+gain", "--seeds", "0", "1", "--tasks", "needle", "recall")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A study that nothing interrupts: where it is, and its runs."""
+    out = tmp_path_factory.mktemp("whole")
+    assert extrapolation.main(arguments(folder, out, *ENOUGH), TINY) == 0
+    (path,) = out.glob("*.json")
+    return path, json.loads(path.read_text())["runs"]
+
+
+def test_what_a_study_leaves(whole, folder):
+    path, runs = whole
+    assert path.name == f"extrapolation-cpu-{folder.name}-32.json"
+    found = json.loads(path.read_text())
+    assert {"key", "command", "commit", "date", "python", "corpus", "settings"} < found.keys()
+    assert found["settings"]["versions"]["torch"] == torch.__version__
+    assert list(runs) == ["rope", "log-bias+gain"]
+    for name, seeds in runs.items():
+        assert seeds.keys() == {"0", "1"}
+        for jobs in seeds.values():
+            assert jobs.keys() == {"text", "needle", "recall"}
+            learned = jobs["text"]["train"]["positions"]
+            assert [layer.keys() for layer in learned] == ([{"power", "rate", "alpha"}] * 2 if "log" in name else [])
+            assert 0 <= jobs["recall"]["train"]["accuracy_at_the_end"] <= 1
+            lengths = jobs["text"]["lengths"]
+            assert lengths.keys() == {"32", "64", "128"}
+            assert [n for n, scored in lengths.items() if "cut_bits_per_byte" in scored] == ["32"]
+            for scored in lengths.values():
+                assert 0 < scored["whole_bits_per_byte"] < 12
+                assert len(scored["entropy"]) == len(scored["entropy"][0]) == 2
+    with path.with_suffix(".csv").open() as file:
+        rows = {(r["encoding"], r["seed"], r["job"], r["length"], r["measure"]): r for r in csv.DictReader(file)}
+    row = rows["rope", "1", "needle", "128", "per_depth/1"]
+    assert float(row["value"]) == runs["rope"]["1"]["needle"]["lengths"]["128"]["per_depth"]["1"]
+    assert row["train_length"] == "32"
+    assert row["device"] == found["settings"]["device"]
+    pictures = {p.name.removeprefix(path.stem + "-") for p in path.parent.glob("*.png")}
+    assert pictures == {f"{kind}.png" for kind in ("perplexity", "decay", "positions", "needle", "recall")}
+
+
+def test_shards_make_one_study(whole, folder, tmp_path, capsys):
+    command = arguments(folder, tmp_path, *ENOUGH)
+    assert extrapolation.main([*command, "--shard", "1/2"], TINY) == 0
+    assert "|" not in capsys.readouterr().out  # the first shard reports
+    (path,) = tmp_path.glob("*.json")
+    first = {
+        (name, seed, job)
+        for name, seeds in json.loads(path.read_text())["runs"].items()
+        for seed, jobs in seeds.items()
+        for job in jobs
+    }
+    assert len(first) == 6  # of 2 encodings, 2 seeds and 3 jobs
+    assert {job for *_, job in first} == {"text", "needle", "recall"}
+    assert extrapolation.main([*command, "--shard", "0/2"], TINY) == 0
+    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+    for bad in (["--shard", "2/2"], ["--shard", "x"], ["--shard", "0/2", "--fresh"]):
+        with pytest.raises(SystemExit):
+            extrapolation.main([*command, *bad], TINY)
+
+
+def test_two_processes_fill_one_file(tmp_path):
+    path = tmp_path / "results.json"
+    here, there = (study.Results(path, {"key": "k"}) for _ in range(2))
+    here.record("rope", 0, "text")["train"]["steps"] = 1
+    there.record("rope", 0, "needle")["train"]["steps"] = 2
+    here.save()
+    there.save()
+    here.record("rope", 0, "text")["train"]["steps"] = 3
+    here.save()
+    found = json.loads(path.read_text())["runs"]["rope"]["0"]
+    assert {job: record["train"]["steps"] for job, record in found.items()} == {"text": 3, "needle": 2}
+
+
+def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "CHECKPOINT_SECONDS", 0.0)
+    draw, drawn = study.Text.draw, []
+
+    def failing(self, generator):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise RuntimeError("as if the machine were gone")
+        return draw(self, generator)
+
+    monkeypatch.setattr(study.Text, "draw", failing)
+    command = arguments(folder, tmp_path, *ENOUGH)
+    with pytest.raises(RuntimeError, match="machine"):
+        extrapolation.main(command, TINY)
+    assert extrapolation.main(command, TINY) == 0
+    assert len(drawn) == 3 + (4 - 2) + 3 * 4  # of four runs of text
+    (path,) = tmp_path.glob("*.json")
+    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+
+
+def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
+    command = arguments(
+        folder, tmp_path, "--encodings", "none", "--tasks", "--seeds", "0", "--train-length", "16", "32"
+    )
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == 130
+    assert "Stopped early" in capsys.readouterr().out
+    assert extrapolation.main(command, TINY) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    for bad in (
+        ["--encodings", "rpoe"],
+        ["--encodings", "none+rotary=0.1"],
+        ["--depths", "0"],
+        ["--corpus", "nowhere"],
+    ):
+        with pytest.raises(SystemExit):
+            extrapolation.main([*command, *bad], TINY)
+
+
+def test_torchrun_says_which_part(monkeypatch):
+    assert extrapolation.parse_shard(None) == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert extrapolation.parse_shard(None) == (3, 8)
+    assert extrapolation.parse_shard("1/2") == (1, 2)
+
+
+def test_short_prompts_come_often_and_many():
+    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
+    job = study.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
+    lengths = sorted(length - 1 for _, length in shapes)
+    assert lengths[0] >= 16
+    assert lengths[-1] <= 128
+    assert 35 < lengths[100] < 59  # about sqrt(16 * 128)
+    assert all(16 * 128 - length < count * (length - 1) <= 16 * 128 for count, length in shapes)
+
+
+def test_recall_needs_both_senses_of_order():
+    prompts = tasks.recall(torch.Generator().manual_seed(0), 400, 40)
+    marks = (prompts == ord("=")).sum(dim=1)
+    assert 0.4 < (marks == 2).float().mean() < 0.6
+    by_first = [bytes(row[:-1].tolist()) for row in prompts[marks == 2]]
+    right = [
+        text[text.index(b"=") + 1] == answer for text, answer in zip(by_first, prompts[marks == 2, -1], strict=True)
+    ]
+    assert sum(right) < 0.2 * len(right)  # the first mark does not do
