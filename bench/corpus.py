@@ -15,21 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from logpe.text import TEST_SHARE, Document, folder
+
 MIN_BYTES = 1024  # shorter documents are left out
-TEST_SHARE = 10  # one document in ten is held out
-
-
-@dataclass(frozen=True)
-class Document:
-    """Its path relative to the corpus, with slashes, and its bytes."""
-
-    path: str
-    text: bytes
-
-    @property
-    def hash(self) -> int:
-        """Of the path: chance that is the same everywhere."""
-        return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
@@ -61,16 +49,6 @@ def standard_library() -> Iterator[Document]:
         return
     for topic, text in topics.items():
         yield Document(f"pydoc_data/topics/{topic}", text.encode())
-
-
-def folder(root: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[Document]:
-    """Every text file (one without a zero byte) under `root` whose name ends so, hidden ones left out."""
-    for path in root.rglob("*"):
-        name = path.relative_to(root)
-        if name.name.endswith(suffixes) and path.is_file() and not any(part.startswith(".") for part in name.parts):
-            text = path.read_bytes()
-            if b"\0" not in text:
-                yield Document(name.as_posix(), text)
 
 
 LINUX_HELP = """Debian's package of the kernel source (1.4 GB unpacked) needs no installation:

@@ -37,11 +37,11 @@ class Document:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def folder(root: Path) -> Iterator[Document]:
-    """Every text file (one without a zero byte) under ``root``, hidden ones left out."""
+def folder(root: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[Document]:
+    """Every text file (one without a zero byte) under ``root`` whose name ends so, hidden ones left out."""
     for path in root.rglob("*"):
         name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+        if name.name.endswith(suffixes) and path.is_file() and not any(part.startswith(".") for part in name.parts):
             text = path.read_bytes()
             if b"\0" not in text:
                 yield Document(name.as_posix(), text)

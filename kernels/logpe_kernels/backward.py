@@ -41,7 +41,6 @@ from .tile import (
     cast,
     dot,
     dropout_keep,
-    far_tiles_pay,
     load_axes,
     load_key_bias,
     load_lengths,
@@ -242,11 +241,8 @@ def dkdv_kernel(
         None if position.sharpness is None else tl.load(position.sharpness + first_head),
         None if position.alpha is None else tl.load(position.alpha + first_head),
     )
-    SPLIT: tl.constexpr = position.power is not None and far_tiles_pay(
-        q.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_M
-    )
-    for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
-        start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, SPLIT, BLOCK_M)
+    for KIND in tl.static_range(2 if sequences.key_bias is not None else 1, 3):
+        start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
         span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
         for y in range(start, stop if group_size == 1 else start + group_size * span, BLOCK_M):
             if group_size == 1:
@@ -281,14 +277,16 @@ def dkdv_kernel(
             if gain is not None:
                 gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
             distance, _, a = tile_logits(
-                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], (lse_row * LOG2E)[None, :],
+                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], None,
                 j, first_query, last_query, i, queries.start + m0,
                 None if key_bias is None else key_bias[:, None], head, KIND,
             )  # fmt: skip  # [BLOCK_N, BLOCK_M]
             keep = None
             if dropout_seed is not None:
                 keep = dropout_keep(dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold)
-            _, p, g = weights_and_gradient(a, dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale)
+            _, p, g = weights_and_gradient(
+                a - (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
+            )
             dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
             ds = g * sharpening(distance, head) * gain_row[None, :]
             dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)

@@ -120,10 +120,8 @@ def far_log2_distance(middle, offset, head, factor):
 
 
 @triton.jit
-def far_logit(score, middle, offset, head, shift):
+def far_logit(score, middle, offset, head):
     """logit in a far tile, for a head with a power and without a sharpness."""
-    if shift is not None:
-        score = score - shift
     return score + far_log2_distance(middle, offset, head, -head.power)
 
 

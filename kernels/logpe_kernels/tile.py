@@ -301,7 +301,8 @@ def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, he
     score = qk * scale
     if KIND == FAR_TILES:
         HALF: tl.constexpr = (column.shape[0] - 1) / 2
-        a = far_logit(score, y - HALF, x - HALF, head, shift)
+        tl.static_assert(shift is None)
+        a = far_logit(score, y - HALF, x - HALF, head)
     else:
         a = logit(score, distance, head, shift)
     if key_bias is not None:
