@@ -35,7 +35,7 @@ import torch
 
 import logpe
 from bench import corpus, findings, study, tasks
-from bench.common import RESULTS, commit, device_name
+from bench.common import commit, device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 
 QUICK = ["rope", "alibi", "log-bias"]
@@ -116,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
     p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
-    p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results (default bench/results)")
+    # Not where this repository keeps its own measurements: they would count as already done.
+    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
     return p
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import corpus, extrapolation, findings, study, tasks
-from bench.common import COLOURS
+from bench.common import COLOURS, RESULTS
 from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
 
 TINY = Shape(dim=16, layers=2, heads=2)
@@ -167,7 +167,7 @@ def test_quick_settings_read_no_more_than_they_did(text):
 
 
 def test_key_of_the_committed_quick_results():
-    found = json.loads((extrapolation.RESULTS / "extrapolation-quick.json").read_text())
+    found = json.loads((RESULTS / "extrapolation-quick.json").read_text())
     about = found["settings"]
     tuples = {name: tuple(about[name]) for name in ("lengths", "depths")}
     assert study.Settings(**{**about, **tuples, "shape": Shape(**about["shape"])}).key == found["key"]
