@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, and Triton compiling for it")
+    # A shell starts jobs in the background without Ctrl-C; tests of it, and the processes that they start, need it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Through the environment, where pytest-xdist's workers find the seed of the process that starts them.
     os.environ.setdefault("LOGPE_TEST_SEED", str(int.from_bytes(os.urandom(4), "big")))
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from bench import extrapolation, throughput
-from bench.common import COLOURS, Worker, quantile, write_whole
+from bench import extrapolation, findings, throughput
+from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
 from bench.throughput import METHODS, OURS, Case, Repeats
 
 SMALL = Case("log-bias", "forward", 48, batch=2, heads=4, kv_heads=2, head_dim=16)
@@ -382,7 +382,7 @@ def test_other_files_are_left_alone(canned, tmp_path):
 
 
 def test_results_of_the_first_release_are_still_read():
-    data = throughput.read(extrapolation.RESULTS / "throughput-cpu.json")
+    data = throughput.read(RESULTS / "throughput-cpu.json")
     cases = [Case.of(row) for row in data["runs"][0]["points"]]
     assert all(case.causal and case.kv_heads == case.heads == 8 for case in cases)
 
@@ -581,7 +581,7 @@ def test_a_method_has_one_colour_everywhere():
     assert set(METHODS) | set(extrapolation.ENCODINGS) - {n for n in extrapolation.ENCODINGS if "+" in n} <= set(
         COLOURS
     )
-    assert extrapolation.COLOURS is throughput.COLOURS is COLOURS
+    assert findings.COLOURS is throughput.COLOURS is COLOURS
     pictured = [COLOURS[name] for name in METHODS if name not in ("log-bias-frozen", "flex-learned", "sdpa")]
     assert len(set(pictured)) == len(pictured)
 

@@ -32,7 +32,7 @@ NAME = "Some GPU"
 CPU = torch.device("cpu")
 TASK = Task("forward", "bfloat16", 128, "log-bias", True, 4096, 4, 16, 16)
 SMALL = Task("forward", "float16", 16, "log-bias", True, 40, 1, 2, 1)
-DEFAULT = Config(128, 128, 8, 2)  # shipped for TASK
+DEFAULT = Config(128, 128, 8, 3)  # shipped for TASK
 FINE = Resources(128, 0, 65536)
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_result_never_wins() -> None:
     machine = Fake(lambda config: "wrong: out differs" if config[:2] == (64, 64) else 0.9 - 0.1 * (config[1] == 32))
     entry = search(machine)
     assert entry.config[1] == 32
-    assert [[64, 64, 4, 2, False], "wrong: out differs"] in json.loads(json.dumps(entry.tried))
+    assert [[64, 64, 4, 3, False], "wrong: out differs"] in json.loads(json.dumps(entry.tried))
 
     machine = Fake()
     machine.ratio = lambda config: 0.5 if machine.compared[-1][2] == tune.QUICK else "wrong: not the same result twice"
