@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import logpe
-from bench import corpus, findings, study, tasks
+from bench import corpus, findings, study, tasks, training
 from bench.common import commit, device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
         if not args.quick:
             source = "-".join(text.name.split())
             name = f"extrapolation-{device.type}-{source}-{settings.train_length}"
-        results = study.Results(study.results_path(args.out, name, settings.key), about, args.fresh)
+        results = training.Results(training.results_path(args.out, name, settings.key), about, args.fresh)
         found.append((results, settings, reading))
         try:
             study.measure(results, settings, jobs, args.encodings, args.seeds, device, deadline, stamp, shard)
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
     return status
 
 
-def show(results: study.Results, settings: study.Settings, caption: str, args: argparse.Namespace) -> None:
+def show(results: training.Results, settings: study.Settings, caption: str, args: argparse.Namespace) -> None:
     """Prints the tables, and draws the pictures where matplotlib is installed."""
     runs = results.runs
     shown = [task for task in tasks.TASKS if any(task in run for seeds in runs.values() for run in seeds.values())]

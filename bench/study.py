@@ -1,4 +1,4 @@
-"""What the extrapolation study measures, how, and the file it goes to: see bench.extrapolation, the command."""
+"""What the extrapolation study measures, and how: see bench.extrapolation, the command."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,16 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import logpe
 from bench import corpus, tasks
-from bench.common import write_whole
 from bench.model import Attention, Model, Shape, encoding
+from bench.training import Advance, Progress, Results, fit
 from logpe.position import LEARNABLE_PARTS
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
-CHECKPOINT_SECONDS = 60.0
 ENTROPY_WINDOWS, ENTROPY_QUERIES = 8, 16
 
 
@@ -175,7 +170,6 @@ class Retrieval:
 
 
 Job = Text | Retrieval
-Advance = Callable[[int], None]  # tells the progress bar; raises KeyboardInterrupt when it is time to stop
 
 
 def work(sequences: int, length: int) -> int:
@@ -196,55 +190,31 @@ def scoring_work(job: Job, length: int) -> int:
 def train(model: Model, job: Job, seed: int, settings: Settings, checkpoint: Path, advance: Advance) -> dict[str, Any]:
     """Trains to the end, from the checkpoint if there is one, and leaves one behind, also when it is interrupted."""
     device = next(model.parameters()).device
-    groups = logpe.parameter_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-    first, seconds, losses, right = 0, 0.0, [], []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        first, seconds, losses, right = (state[name] for name in ("step", "seconds", "losses", "right"))
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start = time.perf_counter() - seconds
-    saved = time.monotonic()
-
-    def save(step: int) -> None:
-        state = {"step": step, "seconds": time.perf_counter() - start, "losses": losses, "right": right}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        write_whole(checkpoint, lambda path: torch.save(state, path))
-
-    share = training_work(settings)
-    advance(first * share)
-    model.train()
     generator = torch.Generator()
-    for step in range(first, job.steps):
-        rate = min(1.0, 10 * (step + 1) / job.steps) * (0.55 + 0.45 * math.cos(math.pi * step / job.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
+    share = training_work(settings)
+
+    def batch_loss(step: int) -> tuple[Tensor, Callable[[], list[float]]]:
         tokens = job.draw(generator.manual_seed(1_000_003 * seed + step)).to(device)
         logits = predict(model, tokens, job.answer)
         target = tokens[:, -logits.shape[1] :]
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step >= 0.9 * job.steps - 1:
-            losses.append(loss.item())
-            right.append((logits.argmax(dim=-1) == target).all(dim=1).float().mean().item())
-        try:
-            advance(share)
-        except KeyboardInterrupt:
-            save(step + 1)
-            raise
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:  # for those who are not asked before they are stopped
-            save(step + 1)
-            saved = time.monotonic()
-    save(job.steps)
+        return loss, lambda: [loss.item(), (logits.argmax(dim=-1) == target).all(dim=1).float().mean().item()]
+
+    seconds, kept = fit(
+        model,
+        batch_loss,
+        job.steps,
+        settings.learning_rate,
+        settings.weight_decay,
+        checkpoint,
+        lambda n: advance(n * share),
+    )
+    losses, right = zip(*kept, strict=True)
     found = {
         "steps": job.steps,
         "bits_at_the_end": round(fmean(losses) / math.log(2), 4),  # mean of the last tenth
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": seconds,
     }
     if job.answer is not None:
         found["accuracy_at_the_end"] = round(fmean(right), 4)
@@ -312,111 +282,7 @@ def learned_positions(model: Model) -> list[dict[str, list[float]]]:
     return [parts for parts in found if parts]
 
 
-# --- the study: what is to be measured, and the file it goes to -------------------------------------------------------
-
-
-class Results:
-    """A JSON file that is whole after every `save`: what was run, and `runs[encoding][seed][job]`.
-
-    Several processes may fill one file, each its own records.
-    """
-
-    def __init__(self, path: Path, about: dict[str, Any], fresh: bool = False) -> None:
-        self.path, self.about, self.fresh = path, about, fresh
-        self.cache = path.parent / ".cache"  # checkpoints of what is under way
-        self.cache.mkdir(parents=True, exist_ok=True)
-        self.mine: dict[tuple[str, str, str], Any] = {}
-        if fresh:
-            for checkpoint in self.cache.glob(f"{about['key']}-*"):
-                checkpoint.unlink()
-        self.runs: dict[str, Any] = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())["runs"] if self.path.exists() and not self.fresh else {}
-
-    def record(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
-        """To be filled in: `train` and `lengths`."""
-        place = (encoding, str(seed), job)
-        empty: dict[str, Any] = {"train": {}, "lengths": {}}
-        self.mine[place] = self.runs.setdefault(encoding, {}).setdefault(str(seed), {}).setdefault(job, empty)
-        return self.mine[place]
-
-    def save(self) -> None:
-        """Writes the whole file, or leaves the old one; the records of others stay as they are there."""
-        with locked(self.cache / f"{self.about['key']}-lock"):
-            runs = self._read()
-            for (encoding, seed, job), record in self.mine.items():
-                runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record
-            content = {**self.about, "runs": runs}
-            write_whole(self.path, lambda path: path.write_text(to_json(content) + "\n"))
-        self.runs, self.fresh = runs, False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: one process only
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def to_json(value: Any, indent: str = "") -> str:
-    """JSON with lists of numbers on one line."""
-    if isinstance(value, dict) and value:
-        inner = indent + " "
-        lines = [f"{inner}{json.dumps(str(key))}: {to_json(entry, inner)}" for key, entry in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    return json.dumps(value)
-
-
-def results_path(folder: Path, name: str, key: str) -> Path:
-    """`name`.json unless that holds results of other settings; then `name`-`key`.json."""
-    path = folder / f"{name}.json"
-    if path.exists() and json.loads(path.read_text()).get("key") != key:
-        return folder / f"{name}-{key}.json"
-    return path
-
-
-class Progress:
-    """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic)."""
-
-    def __init__(self, total: int, done: int, deadline: float) -> None:
-        self.deadline = deadline
-        self.interrupted = False
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            smoothing=0.05,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            bar_format="{desc:<29} {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
-        )
-
-    def advance(self, units: int) -> None:
-        """Counts finished work. Raises KeyboardInterrupt when it is time to stop."""
-        self.bar.update(units)
-        if self.interrupted or time.monotonic() > self.deadline:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Progress:
-        def stop(*_: object) -> None:
-            """Asks `advance` to raise, where a checkpoint is whole; raises here when asked twice."""
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        self.previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.bar.close()
+# --- the study: what is to be measured -------------------------------------------------------------------------------
 
 
 def measure(

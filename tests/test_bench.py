@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import corpus, extrapolation, study, tasks
+from bench import corpus, extrapolation, study, tasks, training
 from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
 
 TINY = Shape(dim=16, layers=2, heads=2)
@@ -218,7 +218,7 @@ def whole(folder, tmp_path_factory):
 def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys, whole, pieces):
     command = arguments(folder, tmp_path, "--encodings", "log-bias", "none")
     steps = 0
-    advance = study.Progress.advance
+    advance = training.Progress.advance
 
     def interrupted(self, units):
         nonlocal steps
@@ -228,7 +228,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
         advance(self, units)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.Progress, "advance", interrupted)
+        patch.setattr(training.Progress, "advance", interrupted)
         assert extrapolation.main(command, TINY) == 130
     printed = capsys.readouterr().out
     assert "Stopped early" in printed

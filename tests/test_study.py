@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import corpus, extrapolation, findings, study, tasks
+from bench import corpus, extrapolation, findings, study, tasks, training
 from bench.common import COLOURS, RESULTS
 from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
 
@@ -330,7 +330,7 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
 
 def test_two_processes_fill_one_file(tmp_path):
     path = tmp_path / "results.json"
-    here, there = (study.Results(path, {"key": "k"}) for _ in range(2))
+    here, there = (training.Results(path, {"key": "k"}) for _ in range(2))
     here.record("rope", 0, "text")["train"]["steps"] = 1
     there.record("rope", 0, "needle")["train"]["steps"] = 2
     here.save()
@@ -342,7 +342,7 @@ def test_two_processes_fill_one_file(tmp_path):
 
 
 def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     draw, drawn = study.Text.draw, []
 
     def failing(self, generator):

@@ -1,0 +1,196 @@
+"""What every comparison of trained models shares: the training loop, the progress bar, and the file of results."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import logpe
+from bench.common import write_whole
+
+CHECKPOINT_SECONDS = 60.0
+
+Advance = Callable[[int], None]  # tells the progress bar; raises KeyboardInterrupt when it is time to stop
+BatchLoss = Callable[[int], "tuple[Tensor, Callable[[], list[float]]]"]
+
+
+def fit(
+    model: nn.Module,
+    batch_loss: BatchLoss,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    checkpoint: Path,
+    advance: Advance,
+) -> tuple[float, list[list[float]]]:
+    """Trains to the end, from the checkpoint if there is one, and leaves one behind, also when it is interrupted.
+
+    AdamW; the rate rises over the first tenth of the steps, then falls along a cosine to a tenth.
+
+    Args:
+        model: on its device; changed in place.
+        batch_loss: of the batch that belongs to a step (and to nothing else, or it could not go on from a checkpoint):
+            the loss, and what gives numbers to keep, asked for in the last tenth of the steps.
+        steps: how many.
+        learning_rate: at its highest.
+        weight_decay: of matrices; positions and norms have none.
+        checkpoint: of everything, and what remains in the end.
+        advance: told how many steps are done.
+
+    Returns:
+        Seconds of training, and the numbers that were kept.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
+    first, seconds, kept = 0, 0.0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        first, seconds, kept = state["step"], state["seconds"], state["kept"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    start = time.perf_counter() - seconds
+    saved = time.monotonic()
+
+    def save(step: int) -> None:
+        state = {"step": step, "seconds": time.perf_counter() - start, "kept": kept}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write_whole(checkpoint, lambda path: torch.save(state, path))
+
+    advance(first)
+    model.train()
+    for step in range(first, steps):
+        rate = min(1.0, 10 * (step + 1) / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        loss, numbers = batch_loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= 0.9 * steps - 1:
+            kept.append(numbers())
+        try:
+            advance(1)
+        except KeyboardInterrupt:
+            save(step + 1)
+            raise
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:  # for those who are not asked before they are stopped
+            save(step + 1)
+            saved = time.monotonic()
+    save(steps)
+    return round(time.perf_counter() - start, 2), kept
+
+
+class Results:
+    """A JSON file that is whole after every `save`: what was run, and `runs[encoding][seed][job]`.
+
+    Several processes may fill one file, each its own records.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], fresh: bool = False) -> None:
+        self.path, self.about, self.fresh = path, about, fresh
+        self.cache = path.parent / ".cache"  # checkpoints of what is under way
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.mine: dict[tuple[str, str, str], Any] = {}
+        if fresh:
+            for checkpoint in self.cache.glob(f"{about['key']}-*"):
+                checkpoint.unlink()
+        self.runs: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())["runs"] if self.path.exists() and not self.fresh else {}
+
+    def record(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
+        """To be filled in: `train` and `lengths`."""
+        place = (encoding, str(seed), job)
+        empty: dict[str, Any] = {"train": {}, "lengths": {}}
+        self.mine[place] = self.runs.setdefault(encoding, {}).setdefault(str(seed), {}).setdefault(job, empty)
+        return self.mine[place]
+
+    def save(self) -> None:
+        """Writes the whole file, or leaves the old one; the records of others stay as they are there."""
+        with locked(self.cache / f"{self.about['key']}-lock"):
+            runs = self._read()
+            for (encoding, seed, job), record in self.mine.items():
+                runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record
+            content = {**self.about, "runs": runs}
+            write_whole(self.path, lambda path: path.write_text(to_json(content) + "\n"))
+        self.runs, self.fresh = runs, False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: one process only
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def to_json(value: Any, indent: str = "") -> str:
+    """JSON with lists of numbers on one line."""
+    if isinstance(value, dict) and value:
+        inner = indent + " "
+        lines = [f"{inner}{json.dumps(str(key))}: {to_json(entry, inner)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return json.dumps(value)
+
+
+def results_path(folder: Path, name: str, key: str) -> Path:
+    """`name`.json unless that holds results of other settings; then `name`-`key`.json."""
+    path = folder / f"{name}.json"
+    if path.exists() and json.loads(path.read_text()).get("key") != key:
+        return folder / f"{name}-{key}.json"
+    return path
+
+
+class Progress:
+    """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic)."""
+
+    def __init__(self, total: int, done: int, deadline: float) -> None:
+        self.deadline = deadline
+        self.interrupted = False
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            bar_format="{desc:<29} {percentage:3.0f}% |{bar}| {elapsed} so far, {remaining} left",
+        )
+
+    def advance(self, units: int) -> None:
+        """Counts finished work. Raises KeyboardInterrupt when it is time to stop."""
+        self.bar.update(units)
+        if self.interrupted or time.monotonic() > self.deadline:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Progress:
+        def stop(*_: object) -> None:
+            """Asks `advance` to raise, where a checkpoint is whole; raises here when asked twice."""
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        self.previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.bar.close()
