@@ -213,7 +213,8 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
         results = training.Results(training.results_path(args.out, name, settings.key), about, args.fresh)
         found.append((results, settings, reading))
         try:
-            study.measure(results, settings, jobs, args.encodings, args.seeds, device, deadline, stamp, shard)
+            stages = {name: study.stage(job, settings, device) for name, job in jobs.items()}
+            training.measure(results, stages, args.encodings, args.seeds, deadline, stamp, shard)
         except KeyboardInterrupt:
             status = 130
             break

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +19,7 @@ from torch import Tensor
 import logpe
 from bench import corpus, tasks
 from bench.model import Attention, Model, Shape, encoding
-from bench.training import Advance, Progress, Results, fit
+from bench.training import Advance, Stage, fit
 from logpe.position import LEARNABLE_PARTS
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
@@ -285,52 +284,17 @@ def learned_positions(model: Model) -> list[dict[str, list[float]]]:
 # --- the study: what is to be measured -------------------------------------------------------------------------------
 
 
-def measure(
-    results: Results,
-    settings: Settings,
-    jobs: dict[str, Job],
-    encodings: Sequence[str],
-    seeds: Sequence[int],
-    device: torch.device,
-    deadline: float = math.inf,
-    stamp: dict[str, Any] | None = None,
-    shard: tuple[int, int] = (0, 1),
-) -> None:
-    """Fills in whatever `results` lacks; of n processes the one with shard (i, n) does its part.
+def stage(job: Job, settings: Settings, device: torch.device) -> Stage:
+    """A job, trained and then scored at every length."""
 
-    Raises KeyboardInterrupt on Ctrl-C, or when time.monotonic() passes the deadline.
-    """
-    total = done = 0
-    plan = []
-    pairs = enumerate(itertools.product(seeds, encodings))
-    for (pair, (seed, name)), (turn, job) in itertools.product(pairs, enumerate(jobs)):
-        if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
-            continue
-        record = results.record(name, seed, job)
-        checkpoint = results.cache / f"{settings.key}-{name}-{seed}-{job}.pt"
-        missing = [n for n in settings.lengths if str(n) not in record["lengths"]]
-        training = bool(missing) and not (record["train"] and checkpoint.exists())
-        cost = {n: scoring_work(jobs[job], n) for n in settings.lengths}
-        cost[0] = jobs[job].steps * training_work(settings)
-        total += sum(cost.values())
-        done += sum(cost.values()) - sum(cost[n] for n in [0] * training + missing)
-        if missing:
-            plan.append((name, seed, job, record, checkpoint, training, missing))
-    if not plan:
-        return
-    with Progress(total, done, deadline) as progress:
-        for name, seed, job, record, checkpoint, training, missing in plan:
-            model = Model(settings.shape, encoding(name, settings.train_length), seed).to(device)
-            if training:
-                progress.bar.set_description(f"{name}: {job}, training")
-                found = train(model, jobs[job], seed, settings, checkpoint, progress.advance)
-                record["train"] = {**found, "positions": learned_positions(model), **(stamp or {})}
-                results.save()
-            else:
-                model.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True)["model"])
-            for n in missing:
-                progress.bar.set_description(f"{name}: {job}, {n:,} bytes")
-                found = score(model, jobs[job], n, seed, progress.advance)
-                record["lengths"][str(n)] = {**found, **(stamp or {})}
-                results.save()
-            checkpoint.unlink(missing_ok=True)
+    def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
+        found = train(model, job, seed, settings, checkpoint, advance)
+        return {**found, "positions": learned_positions(model)}
+
+    return Stage(
+        build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
+        train=trained,
+        score=lambda model, test, seed, advance: score(model, job, int(test), seed, advance),
+        training_work=job.steps * training_work(settings),
+        tests={str(length): scoring_work(job, length) for length in settings.lengths},
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,63 @@ class Progress:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.bar.close()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What models are trained for, and the tests that they are then put to. Work is in units of the caller's choice."""
+
+    build: Callable[[str, int], nn.Module]  # encoding, seed -> the model, on its device
+    train: Callable[[Any, int, Path, Advance], dict[str, Any]]  # model, seed, checkpoint, advance -> what to record
+    score: Callable[[Any, str, int, Advance], dict[str, Any]]  # model, test, seed, advance -> what to record
+    training_work: int
+    tests: Mapping[str, int]  # name: work
+
+
+def measure(
+    results: Results,
+    stages: Mapping[str, Stage],
+    encodings: Sequence[str],
+    seeds: Sequence[int],
+    deadline: float = math.inf,
+    stamp: Mapping[str, Any] | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> None:
+    """Fills in whatever `results` lacks; of n processes the one with shard (i, n) does its part.
+
+    `stamp` goes beside every measurement. Raises KeyboardInterrupt on Ctrl-C, or when time.monotonic() passes the
+    deadline.
+    """
+    total = done = 0
+    plan = []
+    pairs = enumerate(itertools.product(seeds, encodings))
+    for (pair, (seed, name)), (turn, (job, stage)) in itertools.product(pairs, enumerate(stages.items())):
+        if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
+            continue
+        record = results.record(name, seed, job)
+        checkpoint = results.cache / f"{results.about['key']}-{name}-{seed}-{job}.pt"
+        missing = [test for test in stage.tests if test not in record["lengths"]]
+        training = bool(missing) and not (record["train"] and checkpoint.exists())
+        work = stage.training_work + sum(stage.tests.values())
+        total += work
+        done += work - stage.training_work * training - sum(stage.tests[test] for test in missing)
+        if missing:
+            plan.append((name, seed, job, stage, record, checkpoint, training, missing))
+    if not plan:
+        return
+    with Progress(total, done, deadline) as progress:
+        for name, seed, job, stage, record, checkpoint, training, missing in plan:
+            model = stage.build(name, seed)
+            if training:
+                progress.bar.set_description(f"{name}: {job}, training")
+                found = stage.train(model, seed, checkpoint, progress.advance)
+                record["train"] = {**found, **(stamp or {})}
+                results.save()
+            else:
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                model.load_state_dict(state["model"])
+            for test in missing:
+                progress.bar.set_description(f"{name}: {job}, {test}")
+                record["lengths"][test] = {**stage.score(model, test, seed, progress.advance), **(stamp or {})}
+                results.save()
+            checkpoint.unlink(missing_ok=True)
