@@ -97,7 +97,7 @@ class Case:
     @classmethod
     def of(cls, row: dict[str, Any]) -> Case:
         """The point that a row of the results belongs to."""
-        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     @property
     def flops(self) -> float:
