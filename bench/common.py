@@ -46,11 +46,11 @@ LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "none": "
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at `path` is either the old one or the whole new one."""
+    """The file at `path`, in a folder that is made, is either the old one or the whole new one."""
+    from logpe import checkpoint
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    checkpoint.write_whole(path, write)
 
 
 # --- what a number depends on ---------------------------------------------------------------------------------------

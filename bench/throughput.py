@@ -27,8 +27,7 @@ On a GPU, CUDA events take the time of the device. Before each repeat the L2 cac
 while the host runs ahead, so that the host's time does not count (it has a bench of its own, bench.host_overhead). One
 process measures point after point; one that it dies of is a row that says so, and another process goes on. Kernels are
 compiled beforehand, in several processes at once. On the CPU each point has a process, so that its peak memory is its
-own. Times on a CPU that is busy otherwise say little; OMP_WAIT_POLICY=passive keeps their ratios right, because
-threads then do not spin for each other.
+own; times on a CPU that is busy otherwise say little.
 """
 
 from __future__ import annotations
