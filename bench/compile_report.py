@@ -52,6 +52,7 @@ import torch
 from tqdm import tqdm
 
 from bench import roofline
+from bench.common import write_whole
 from bench.roofline import Loop, Rates
 
 KIB = 1024
@@ -605,7 +606,8 @@ def write_budgets(rows: list[Row]) -> int:
     kept = {name: most for name, most in (read_budgets() or {}).items() if name.partition(" [")[0] not in settings}
     lines = (f"  {json.dumps(name)}: {json.dumps(most)}" for name, most in sorted((kept | measured).items()))
     head = f' "triton": {json.dumps(versions()["triton"])},\n "costs": {json.dumps(COSTS)},\n "budgets": '
-    write_text(BUDGETS, "{\n" + head + "{\n" + ",\n".join(lines) + "\n }\n}\n")
+    content = "{\n" + head + "{\n" + ",\n".join(lines) + "\n }\n}\n"
+    write_whole(BUDGETS, lambda path: path.write_text(content))
     return len(measured)
 
 
@@ -621,14 +623,6 @@ def versions() -> dict[str, str]:
         ptxas=nvidia.ptxas.version,
         ptxas_blackwell=nvidia.ptxas_blackwell.version,
     )
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def sources(*settings: object) -> str:
@@ -708,7 +702,8 @@ def main(arguments: list[str] | None = None) -> int:
             progress.update()
             if options.out:
                 content = dict(versions=versions(), sources=state, calls=calls, failures=failures())
-                write_text(options.out, json.dumps(content | dict(rows=[row.figures() for row in rows]), indent=1))
+                found = json.dumps(content | dict(rows=[row.figures() for row in rows]), indent=1)
+                write_whole(options.out, functools.partial(Path.write_text, data=found))
             if time.monotonic() > start + 60 * options.minutes:
                 break
     left = [case for case in todo if str(case) not in calls]
