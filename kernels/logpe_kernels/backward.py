@@ -37,6 +37,7 @@ from .position import (
 )
 from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
 from .tile import (
+    FULL_TILES,
     MASKED_TILES,
     cast,
     dot,
@@ -140,7 +141,7 @@ def dq_kernel(
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
     tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
-    for KIND in tl.static_range(2 if sequences.key_bias is not None else 1, 3):
+    for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, False, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
             n0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_N)
@@ -241,7 +242,7 @@ def dkdv_kernel(
         None if position.sharpness is None else tl.load(position.sharpness + first_head),
         None if position.alpha is None else tl.load(position.alpha + first_head),
     )
-    for KIND in tl.static_range(2 if sequences.key_bias is not None else 1, 3):
+    for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
         span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
         for y in range(start, stop if group_size == 1 else start + group_size * span, BLOCK_M):

@@ -11,6 +11,8 @@ from . import configs, decode
 from .position import LN2, LOG2E, Position, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
 from .tile import (
+    FAR_TILES,
+    FULL_TILES,
     MASKED_TILES,
     cast,
     dot,
@@ -78,7 +80,8 @@ def forward_kernel(
     SPLIT: tl.constexpr = position.power is not None and far_tiles_pay(
         q.pointer.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_N
     )
-    for KIND in tl.static_range(2 if sequences.key_bias is not None else 0 if SPLIT else 1, 3):
+    UNMASKED: tl.constexpr = FAR_TILES if SPLIT else FULL_TILES
+    for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else UNMASKED, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
             n0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_N)
