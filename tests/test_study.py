@@ -22,6 +22,7 @@ VARIANTS = [
         "log-bias+qk-norm",
         "rope+rotary=0.5",
         "log-rotary-bias+rotary=0.5",
+        "log-bias+rotary=0.5+base=54",
         "log-bias+gain+power=0.5:4+rate=1+alpha=0.1",
     ),
 ]
@@ -116,8 +117,8 @@ def test_options_of_an_encoding():
     assert isinstance(Attention(TINY, encoding("log-invariant", 64)).key_norm, torch.nn.RMSNorm)
     assert encoding("rope-yarn", 512).yarn == 512
     bad = ["rop", "alibi+gain", "none+power=1", "rope+rotary=x", "none+logit-gain", "rope+shared", "log-bias+rate=0"]
-    for name in [*bad, "log-bias+power=a", "log-bias+gian"]:
-        with pytest.raises(ValueError, match=r"got|apply|has no"):
+    for name in [*bad, "log-bias+power=a", "log-bias+gian", "log-bias+base=54", "rope+base=1"]:
+        with pytest.raises(ValueError, match=r"got|apply|has no|rotates nothing"):
             encoding(name, 64)
     for name in ("none+rotary=0.1", "rope+rotary=0.1", "none+rotary=0", "rope+rotary=1.5"):
         with pytest.raises(ValueError, match=r"leaves no plane|must be in \(0, 1\]"):
@@ -125,6 +126,8 @@ def test_options_of_an_encoding():
     assert Attention(TINY, encoding("log-rotary-bias+rotary=0.5", 64)).values(9)[0].theta.shape == (2,)
     added = Attention(TINY, encoding("log-bias+rotary=0.5", 64)).values(9)[0]
     assert (added.theta.shape, added.rotary_scale) == ((2,), math.inf)
+    for name in ("log-bias+rotary=0.5+base=25", "rope+rotary=0.5+base=25"):
+        assert Attention(TINY, encoding(name, 64)).values(9)[0].theta.tolist() == pytest.approx([1.0, 0.2])
     assert all(name.partition("+")[0] in COLOURS for name in ENCODINGS)
 
 
