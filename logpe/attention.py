@@ -13,11 +13,14 @@ from torch import Tensor
 from logpe import ops, reference
 from logpe.position import LogPosition, PositionValues
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
 MAX_HEAD_DIM = 256
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
+_TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
+_INTEGERS = (int, torch.SymInt)  # a lookup: int | SymInt would be formed anew in each call
 
 
 @overload
@@ -316,7 +319,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Run a backend on a call whose positions are resolved; ``options`` are among ops.OPTIONS."""
     backend = _resolve_backend(backend, q)
-    options |= dict(scale=_resolve_scale(scale, q.shape[-1]), **_resolve_dropout(dropout_p, dropout_seed, q))
+    options["scale"] = _resolve_scale(scale, q.shape[-1])
+    options["dropout_p"], options["dropout_seed"] = _resolve_dropout(dropout_p, dropout_seed, q)
     if backend != "reference":
         return ops.attention(q, k, v, options | values._asdict(), backend)
     del options["max_seqlen_q"], options["max_seqlen_k"]
@@ -345,34 +349,36 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    for name, x in zip("qkv", tensors, strict=True):
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    kind = tensors[0].device.type
+    kind = q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-    return tensors
+        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
-    layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {q.dtype}")
+    dtype, device, head_dim = q.dtype, q.device, q.shape[-1] if q.dim() else 0
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-        if x.shape[-1] != q.shape[-1]:
-            raise ValueError(f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
+        shape = x.shape
+        if len(shape) != rank:
+            layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+        if shape[-1] != head_dim:
+            raise ValueError(f"{name} must have the head_dim of q, {head_dim}, got {shape[-1]}")
+        if head_dim > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -397,8 +403,7 @@ def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValu
         values = position
     else:
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
-    for name in ("power", "rate", "sharpness", "alpha", "theta"):
-        x = getattr(values, name)
+    for name, x in zip(_TENSORS, values, strict=False):
         if x is None:
             continue
         if name == "theta":
@@ -446,15 +451,17 @@ def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positi
 
 
 def _is_positional(values: PositionValues) -> bool:
-    return any(x is not None for x in (values.rate, values.alpha, values.theta))
+    return values.rate is not None or values.alpha is not None or values.theta is not None
 
 
 def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
-    sides = (window, window) if window is None or isinstance(window, int) else tuple(window)
+    if window is None:
+        return None, 0 if is_causal else None
+    sides = (window, window) if isinstance(window, int) else tuple(window)
     if len(sides) != 2:
         raise ValueError(f"window must be an int, (left, right) or None, got {window!r}")
     for side in sides:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt)):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, _INTEGERS)):
             raise TypeError(f"window must hold ints or None, got {window!r}")
         if side is not None and side < -1:
             raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
@@ -470,16 +477,16 @@ def _resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
+def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[float, Tensor | None]:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p == 0:
-        return dict(dropout_p=0.0, dropout_seed=None)
+        return 0.0, None
     if seed is None:  # on the device: a CUDA graph draws a new one at each replay
         seed = torch.randint(2**62, (1,), device=q.device)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
         raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
-    return dict(dropout_p=float(dropout_p), dropout_seed=seed)
+    return float(dropout_p), seed
 
 
 def _readable(x: Tensor, validate: bool) -> bool:
@@ -514,7 +521,7 @@ def _int_vector(
 def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tuple[int, Tensor | None]:
     if isinstance(start, Tensor):
         return 0, _check_int_vector(name, start, batch, q)
-    if isinstance(start, bool) or not isinstance(start, int | torch.SymInt):
+    if isinstance(start, bool) or not isinstance(start, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {start!r}")
     return start, None
 
@@ -522,7 +529,7 @@ def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tup
 def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor) -> Tensor:
     if isinstance(x, Tensor):
         return _check_int_vector(name, x, batch, q)
-    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
     return torch.full((batch,), x, dtype=torch.int32, device=q.device)
 

@@ -172,8 +172,11 @@ class LogPosition(nn.Module):
 
     def _value(self, name: str) -> Tensor | None:
         raw = self._parameters[f"raw_{name}"]
-        # float(): a sharding wrapper may hand out a half-precision copy of the parameter.
-        return None if raw is None else F.softplus(raw.float() if raw.dtype != torch.float64 else raw)
+        if raw is None:
+            return None
+        if raw.dtype not in (torch.float32, torch.float64):  # a sharding wrapper hands out a half-precision copy
+            raw = raw.float()
+        return F.softplus(raw)
 
     @property
     def power(self) -> Tensor | None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, decode
+from .launch import launch
 from .position import LN2, LOG2E, Position, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
 from .tile import (
@@ -33,7 +34,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def forward_kernel(
-    q, k, v, k_tma, v_tma, out, lse, strides, position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    q, k, v, k_tma, v_tma, out, lse, position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -127,9 +128,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         return out, lse
     config = configs.lookup("forward", problem.traits)
     grid = problem.batch * problem.heads * cdiv(problem.num_queries, config.BLOCK_M)
-    if grid > 0:
-        forward_kernel[(grid,)](
+    launch(
+        forward_kernel, grid,
+        (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,
-            problem.strides(lse, out=out), **problem.keywords, **config.launch(),
-        )  # fmt: skip
+            *problem.tensors,
+        ),
+        (problem.strides(lse, out=out), *problem.dropout, *problem.numbers),
+        **problem.constants, **config.launch(),
+    )  # fmt: skip
     return out, lse

@@ -45,7 +45,7 @@ def new_output(x: Tensor, packed: bool) -> Tensor:
 
 
 class Problem:
-    """One call: its tensors (turned, where there is a rotation), sizes, and the keywords that all kernels share."""
+    """One call: its tensors (turned, where there is a rotation), sizes, and the arguments that all kernels share."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class Problem:
         self.batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
         self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
         self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
+        self.total_queries = q.shape[0] if self.packed else 0
         self.block_table = block_table
         if block_table is not None:
             self.num_keys = block_table.shape[1] * k.shape[2]
@@ -110,26 +111,27 @@ class Problem:
             window_right == 0,
             log2_length(self.num_queries, self.num_keys),
         )
-        self.keywords: dict[str, Any] = dict(
-            position=self.position,
-            sequences=Sequences(
-                cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
-            ),
-            dropout_seed=dropout_seed if dropout_p > 0 else None,
-            dropout_threshold=int(dropout_p * 2**32),
-            dropout_scale=1.0 / (1.0 - dropout_p),
-            scale=scale,
-            gain_length=gain_length,
-            num_heads=self.heads,
-            group_size=self.heads // self.kv_heads,
-            num_queries=self.num_queries,
-            num_keys=self.num_keys,
-            total_queries=q.shape[0] if self.packed else 0,
-            total_keys=k.shape[0] if self.packed else 0,
-            query_start=query_start,
-            key_start=key_start,
-            window_left=None if window_left is None else min(window_left, FARTHEST),
-            window_right=None if window_right is None else min(window_right, FARTHEST),
+        self.sequences = Sequences(
+            cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
+        )
+        self.dropout_seed = dropout_seed if dropout_p > 0 else None
+        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
+        self.numbers = (  # in the order of the kernels' parameters
+            float(scale),
+            float(gain_length),
+            self.heads,
+            self.heads // self.kv_heads,
+            self.num_queries,
+            self.num_keys,
+            self.total_queries,
+            k.shape[0] if self.packed else 0,
+            query_start,
+            key_start,
+            None if window_left is None else min(window_left, FARTHEST),
+            None if window_right is None else min(window_right, FARTHEST),
+        )
+        self.constants = dict(
             HEAD_DIM=self.head_dim,
             BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
             enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
@@ -158,7 +160,7 @@ class Problem:
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.keywords["BLOCK_D"]])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.constants["BLOCK_D"]])
 
     def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
         """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
