@@ -93,17 +93,18 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, rank=4)
-    batch, heads, num_queries, _ = q.shape
-    num_keys = k.shape[2]
     _check_heads(q, k, v)
+    batch, heads, num_queries, _ = q.shape
+    pages, _, num_keys, _ = k.shape  # one for each sequence where there is no block_table
     values = _resolve_position(position, q, heads)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
-    elif k.shape[0] != batch:
-        raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
+    elif pages != batch:
+        raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
     left, right = _resolve_window(window, is_causal)
-    key_lengths = _int_vector("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    if key_lengths is not None:
+        key_lengths = _check_values("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
@@ -128,7 +129,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         query_starts=query_starts,
         key_starts=key_starts,
         key_lengths=key_lengths,
-        key_bias=_resolve_key_mask(key_mask, batch, num_keys, q),
+        key_bias=None if key_mask is None else _resolve_key_mask(key_mask, batch, num_keys, q),
         context_lengths=context_lengths,
         block_table=block_table,
         query_start=query_start,
@@ -322,7 +323,8 @@ def _attend(
     options["scale"] = _resolve_scale(scale, q.shape[-1])
     options["dropout_p"], options["dropout_seed"] = _resolve_dropout(dropout_p, dropout_seed, q)
     if backend != "reference":
-        return ops.attention(q, k, v, options | values._asdict(), backend)
+        options.update(zip(values._fields, values, strict=True))
+        return ops.attention(q, k, v, options, backend)
     del options["max_seqlen_q"], options["max_seqlen_k"]
     if "cu_seqlens_q" in options:
         return reference.attention_varlen(q, k, v, values, **options)
@@ -350,9 +352,9 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, Tensor))
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     kind = q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -505,11 +507,7 @@ def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tenso
     return x.to(torch.int32).contiguous()
 
 
-def _int_vector(
-    name: str, x: Tensor | None, length: int, q: Tensor, validate: bool, low: int, high: int
-) -> Tensor | None:
-    if x is None:
-        return None
+def _check_values(name: str, x: Any, length: int, q: Tensor, validate: bool, low: int, high: int) -> Tensor:
     x = _check_int_vector(name, x, length, q)
     if _readable(x, validate) and x.numel():
         smallest, largest = int(x.min()), int(x.max())
@@ -534,9 +532,7 @@ def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor) -> Tensor:
     return torch.full((batch,), x, dtype=torch.int32, device=q.device)
 
 
-def _resolve_key_mask(key_mask: Tensor | None, batch: int, num_keys: int, q: Tensor) -> Tensor | None:
-    if key_mask is None:
-        return None
+def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) -> Tensor:
     if not isinstance(key_mask, Tensor) or not (key_mask.dtype == torch.bool or key_mask.is_floating_point()):
         kind = getattr(key_mask, "dtype", type(key_mask).__name__)
         raise TypeError(f"key_mask must be a bool or floating tensor, got {kind}")

@@ -24,6 +24,7 @@ PRESET_PARTS: dict[str, tuple[str, ...]] = {
     "log-rotary-bias": ("power", "rate", "rotary"),
 }
 PRESETS = tuple(PRESET_PARTS)
+FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 
 
@@ -174,7 +175,7 @@ class LogPosition(nn.Module):
         raw = self._parameters[f"raw_{name}"]
         if raw is None:
             return None
-        if raw.dtype not in (torch.float32, torch.float64):  # a sharding wrapper hands out a half-precision copy
+        if raw.dtype not in FULL_PRECISION:  # a sharding wrapper hands out a half-precision copy
             raw = raw.float()
         return F.softplus(raw)
 
@@ -200,9 +201,8 @@ class LogPosition(nn.Module):
 
     def forward(self) -> PositionValues:
         """The mapped values, differentiable in the raw parameters."""
-        return PositionValues(
-            self.power, self.rate, self.sharpness, self.alpha, self.theta, self.rotary_scale, self.gain_length
-        )
+        theta = self._buffers["theta"]  # self.theta searches for it
+        return PositionValues(*map(self._value, LEARNABLE_PARTS), theta, self.rotary_scale, self.gain_length)
 
     def extra_repr(self) -> str:
         """The settings, for print(model)."""

@@ -36,7 +36,7 @@ from .position import (
     query_gain,
     sharpening,
 )
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
 from .tile import (
     MASKED_TILES,
     cast,
@@ -332,7 +332,7 @@ def backward(
             delta, gain, dout, dq, Position(*partials), *problem.tensors,
         ),
         (problem.strides(lse, out=out, dout=dout, dq=dq), *problem.dropout, *problem.numbers),
-        **problem.constants, **config.launch(),
+        constants(problem.head_dim, config),
     )  # fmt: skip
     config = configs.lookup("backward_dkdv", problem.traits)
     launch(
@@ -342,7 +342,7 @@ def backward(
             dout, dk, dv, *problem.tensors,
         ),
         (problem.strides(lse, dout=dout, dk=dk, dv=dv), *problem.dropout, *problem.numbers),
-        **problem.constants, **config.launch(),
+        constants(problem.head_dim, config),
     )  # fmt: skip
     if problem.theta is not None:
         problem.rotate_queries(dq, dq, inverse=True)

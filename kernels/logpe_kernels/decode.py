@@ -13,16 +13,16 @@ The launcher decides from sizes alone and waits for nothing: a CUDA graph may ho
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Config, padded
 from .launch import launch
 from .position import LN2, LOG2E, Position, query_gain
-from .problem import RUNTIME_INTEGERS, Problem
+from .problem import RUNTIME_INTEGERS, Problem, constants
 from .tile import (
     MASKED_TILES,
     cast,
@@ -167,25 +167,16 @@ def merge_kernel(
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 
-class Tiles(NamedTuple):
-    """Tile sizes of one launch: rows (queries of the heads of a group) by keys."""
+def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
+    """Rows (queries of the heads of a group) by keys.
 
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Tiles:
-    """Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune.
-
-    Half precision: at most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its
+    Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its
     products. ``longest`` is the size of a page, which a tile does not exceed.
     """
     most_rows, tile_bytes, num_stages = (32, 16384, 3) if itemsize == 2 else (16, 8192, 2)
     block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
     block_n = min(longest, 64, max(16, tile_bytes // (block_d * itemsize)))
-    return Tiles(block_m, block_n, num_warps=4, num_stages=num_stages)
+    return Config(block_m, block_n, num_warps=4, num_stages=num_stages)
 
 
 @functools.cache
@@ -212,7 +203,7 @@ def serves(problem: Problem) -> bool:
 
 def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Fill in out and lse as the forward kernel would; see there for their shapes."""
-    block_d, rows = problem.constants["BLOCK_D"], problem.num_queries * problem.heads // problem.kv_heads
+    block_d, rows = padded(problem.head_dim), problem.num_queries * problem.heads // problem.kv_heads
     page_size = 2**30 if problem.block_table is None else v.shape[2]
     config = tiles(rows, block_d, v.element_size(), page_size)
     programs = problem.batch * problem.kv_heads * triton.cdiv(rows, config.BLOCK_M)
@@ -226,10 +217,10 @@ def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     launch(
         decode_kernel, programs * splits,
         (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.position, problem.sequences),
-        (strides, v.shape[0], page_size, splits, *problem.numbers), **problem.constants, **config._asdict(),
+        (strides, v.shape[0], page_size, splits, *problem.numbers), constants(problem.head_dim, config),
     )  # fmt: skip
     launch(
         merge_kernel, shape[0], (partial, partial_lse, out, lse, problem.sequences.cu_seqlens_q),
-        (strides, problem.heads, problem.num_queries, problem.total_queries, splits), num_warps=4,
-        **problem.constants, BLOCK_S=BLOCK_S,
+        (strides, problem.heads, problem.num_queries, problem.total_queries, splits),
+        dict(HEAD_DIM=problem.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import configs, decode
 from .launch import launch
 from .position import LN2, LOG2E, Position, query_gain
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
 from .tile import (
     MASKED_TILES,
     cast,
@@ -120,9 +120,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     problem = Problem(q, k, v, **options)
     out = new_output(q, problem.packed)
     if problem.packed:
-        lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
+        lse = torch.full((problem.heads, problem.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)  # new_empty takes longer
     if decode.serves(problem):
         decode.decode(problem, v, out, lse)
         return out, lse
@@ -135,6 +135,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
             *problem.tensors,
         ),
         (problem.strides(lse, out=out), *problem.dropout, *problem.numbers),
-        **problem.constants, **config.launch(),
+        constants(problem.head_dim, config),
     )  # fmt: skip
     return out, lse

@@ -1,12 +1,13 @@
 """What a call asks for, brought into the form that the kernels take. Shared by the forward and backward launchers."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Traits, log2_length
+from .configs import Traits, log2_length, padded
 from .position import Position
 from .rotation import rotate
 from .tile import Sequences, Strides
@@ -36,12 +37,23 @@ def cdiv(a: int, b: int) -> int:
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
     strides = x.stride()
-    return (0, strides[1], strides[0]) if packed else (strides[0], strides[1], strides[2])
+    return (0, strides[1], strides[0]) if packed else strides[:-1]
 
 
 def new_output(x: Tensor, packed: bool) -> Tensor:
     """An output laid out like x; packed ones start from zeros, since tokens outside every sequence keep them."""
     return torch.zeros_like(x) if packed else torch.empty_like(x)
+
+
+@functools.cache
+def constants(head_dim: int, config: Any) -> dict[str, Any]:
+    """The constexprs of a kernel that is launched with a configuration, and Triton's options. Not to be changed."""
+    return dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded(head_dim),
+        enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
+        **config.launch(),
+    )
 
 
 class Problem:
@@ -131,11 +143,6 @@ class Problem:
             None if window_left is None else min(window_left, FARTHEST),
             None if window_right is None else min(window_right, FARTHEST),
         )
-        self.constants = dict(
-            HEAD_DIM=self.head_dim,
-            BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
-            enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
-        )
 
     def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
         """Turn x, which is laid out like q, into out (which may be x)."""
@@ -152,7 +159,7 @@ class Problem:
 
         TMA wants steps of 16 bytes: a tensor that is aligned otherwise, expanded or empty is loaded through pointers.
         """
-        return tuple(self._descriptor(x, rows) if config.TMA else None for x in tensors)
+        return tuple(self._descriptor(x, rows) for x in tensors) if config.TMA else (None,) * len(tensors)
 
     def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
         if self.packed:
@@ -160,7 +167,7 @@ class Problem:
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.constants["BLOCK_D"]])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)])
 
     def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
         """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
@@ -168,6 +175,6 @@ class Problem:
             q=token_strides(self.q, self.packed),
             k=token_strides(self.k, self.packed),
             v=token_strides(self.v, self.packed),
-            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:2],
+            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:-1],
             **{name: token_strides(x, self.packed) for name, x in like_q_or_k.items()},
         )

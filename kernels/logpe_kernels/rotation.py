@@ -78,8 +78,10 @@ def rotate(
     launch(
         rotate_kernel, batch * triton.cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
         (*strides, None if math.isinf(rotary_scale) else rotary_scale, x.shape[1], count, x.shape[0], start),
-        HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
-        BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
-        INVERSE=inverse, IN_PLACE=out is x, enable_fp_fusion=True,
+        dict(
+            HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
+            BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
+            INVERSE=inverse, IN_PLACE=out is x, enable_fp_fusion=True,
+        ),
     )  # fmt: skip
     return out
