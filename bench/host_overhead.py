@@ -54,7 +54,7 @@ class NoDevice:
 
     class utils:  # noqa: D106 # Triton's name
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 * 1024})
-        load_binary = staticmethod(lambda *args: (object(), object(), 0, 0, 1024))
+        load_binary = staticmethod(lambda *args: (None, object(), 0, 0, 1024))  # no module, which nobody could unload
 
     launcher_cls = staticmethod(lambda source, metadata: nothing)
 
