@@ -321,7 +321,7 @@ def _attend(
     """Run a backend on a call whose positions are resolved; ``options`` are among ops.OPTIONS."""
     backend = _resolve_backend(backend, q)
     options["scale"] = _resolve_scale(scale, q.shape[-1])
-    options["dropout_p"], options["dropout_seed"] = _resolve_dropout(dropout_p, dropout_seed, q)
+    options.update(_resolve_dropout(dropout_p, dropout_seed, q))
     if backend != "reference":
         options.update(zip(values._fields, values, strict=True))
         return ops.attention(q, k, v, options, backend)
@@ -479,16 +479,16 @@ def _resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[float, Tensor | None]:
+def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p == 0:
-        return 0.0, None
+        return dict(dropout_p=0.0, dropout_seed=None)
     if seed is None:  # on the device: a CUDA graph draws a new one at each replay
         seed = torch.randint(2**62, (1,), device=q.device)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
         raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
-    return float(dropout_p), seed
+    return dict(dropout_p=float(dropout_p), dropout_seed=seed)
 
 
 def _readable(x: Tensor, validate: bool) -> bool:

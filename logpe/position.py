@@ -175,9 +175,8 @@ class LogPosition(nn.Module):
         raw = self._parameters[f"raw_{name}"]
         if raw is None:
             return None
-        if raw.dtype not in FULL_PRECISION:  # a sharding wrapper hands out a half-precision copy
-            raw = raw.float()
-        return F.softplus(raw)
+        # A sharding wrapper may hand out a half-precision copy of the parameter.
+        return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
 
     @property
     def power(self) -> Tensor | None:
@@ -202,7 +201,9 @@ class LogPosition(nn.Module):
     def forward(self) -> PositionValues:
         """The mapped values, differentiable in the raw parameters."""
         theta = self._buffers["theta"]  # self.theta searches for it
-        return PositionValues(*map(self._value, LEARNABLE_PARTS), theta, self.rotary_scale, self.gain_length)
+        return PositionValues(
+            self.power, self.rate, self.sharpness, self.alpha, theta, self.rotary_scale, self.gain_length
+        )
 
     def extra_repr(self) -> str:
         """The settings, for print(model)."""

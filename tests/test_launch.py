@@ -34,7 +34,7 @@ def add(x, y, pair, strides, count, length, scale, BLOCK: tl.constexpr):
 
 
 class Driver(NoDevice):
-    """Notes for each launch the compiled kernel's signature, its specialisation, and the arguments of its parameters."""
+    """Notes for each launch what the kernel was compiled for, the grid, the stream, and the arguments."""
 
     def __init__(self) -> None:
         self.launches: list[Any] = []

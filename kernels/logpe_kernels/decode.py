@@ -170,8 +170,9 @@ def merge_kernel(
 def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
     """Rows (queries of the heads of a group) by keys.
 
-    Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its
-    products. ``longest`` is the size of a page, which a tile does not exceed.
+    Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at
+    most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its products.
+    ``longest`` is the size of a page, which a tile does not exceed.
     """
     most_rows, tile_bytes, num_stages = (32, 16384, 3) if itemsize == 2 else (16, 8192, 2)
     block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))

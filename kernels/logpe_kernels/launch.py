@@ -1,10 +1,10 @@
 """Launching a kernel that was launched before, without asking Triton again which compiled one it is.
 
-Triton looks at every argument to tell, which for these kernels takes 20 us of host time. What it looks at are the dtypes
-of tensors, whether they start at a multiple of 16 bytes, and the values of numbers: compiled kernels are kept under
-just that, for tensors that all start so, as torch allocates them. Whatever else there is goes to Triton each time:
-other addresses, tensor descriptors, the interpreter, profilers, and AMD, whose compiler looks at the sizes of tensors
-as well. Triton's knobs count when a kernel is first launched.
+Triton looks at every argument to tell, which for these kernels takes 20 us of host time. What it looks at are the
+dtypes of tensors, whether they start at a multiple of 16 bytes, and the values of numbers: compiled kernels are kept
+under just that, for tensors that all start so, as torch allocates them. Whatever else there is goes to Triton each
+time: other addresses, tensor descriptors, the interpreter, profilers, and AMD, whose compiler looks at the sizes of
+tensors as well. Triton's knobs count when a kernel is first launched.
 """
 
 from collections.abc import Hashable
@@ -29,7 +29,8 @@ def launch(
     """kernel[(grid,)](*tensors, *numbers, **constants), on the current device, if the grid is not empty.
 
     The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those), ``numbers`` (or
-    None, tuples of those) and constexprs; ``constants`` are these and Triton's options, by name.
+    None, tuples of those; a parameter's are all of one type) and constexprs; ``constants`` are these and Triton's
+    options, by name.
     """
     if grid == 0:
         return

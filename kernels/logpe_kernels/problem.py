@@ -36,8 +36,11 @@ def cdiv(a: int, b: int) -> int:
 
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
-    strides = x.stride()
-    return (0, strides[1], strides[0]) if packed else strides[:-1]
+    if packed:
+        token, head, _ = x.stride()
+        return 0, head, token
+    batch, head, token, _ = x.stride()
+    return batch, head, token
 
 
 def new_output(x: Tensor, packed: bool) -> Tensor:

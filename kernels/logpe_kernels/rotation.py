@@ -77,7 +77,7 @@ def rotate(
     strides = [(0, t.stride(1), t.stride(0)) if packed else (t.stride(0), t.stride(1), t.stride(2)) for t in (x, out)]
     launch(
         rotate_kernel, batch * triton.cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
-        (*strides, None if math.isinf(rotary_scale) else rotary_scale, x.shape[1], count, x.shape[0], start),
+        (*strides, None if math.isinf(rotary_scale) else float(rotary_scale), x.shape[1], count, x.shape[0], start),
         dict(
             HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
             BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
