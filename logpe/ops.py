@@ -102,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend:
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether these, which are on one device, are no subclasses, and hold values."""
-    return {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)) and tensors[0].device.type in ("cpu", "cuda")
+    return {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)) and not tensors[0].is_meta
 
 
 def _observed() -> bool:

@@ -5,6 +5,9 @@ No GPU is needed: kernels are compiled for sm_90, and the driver notes what it i
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -22,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.host_overhead import NoDevice
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CONSTANTS = dict(BLOCK=16, num_warps=4)
 
 
@@ -50,12 +54,14 @@ class Driver(NoDevice):
 
 
 @pytest.fixture
-def device() -> Iterator[Driver]:  # type: ignore[override]
+def gpu() -> Iterator[Driver]:
+    if INTERPRETED:  # which leaves its marks on triton.language
+        pytest.skip("test_without_the_interpreter runs it")
     before = driver._active
-    device = Driver()
-    driver.set_active(device)
+    gpu = Driver()
+    driver.set_active(gpu)
     _kept.clear()
-    yield device
+    yield gpu
     driver.set_active(before)
     _kept.clear()
 
@@ -124,13 +130,22 @@ ALIGNED = [
 MISALIGNED = [dict(x=at(1)), dict(y=at(3)), dict(other=at(1, torch.float16)), dict(x=at(1), y=at(1), other=at(1))]
 
 
-def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, device: Driver) -> None:
+@pytest.mark.skipif(not INTERPRETED, reason="the tests below run as they are")
+def test_without_the_interpreter() -> None:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-v", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, gpu: Driver) -> None:
     """In any order of calls; the second time on, Triton is not asked about tensors that start as torch's do."""
     calls = [vary(**changed) for changed in ALIGNED + MISALIGNED]
     expected = []
     for tensors, numbers, constants in calls:
         kernel[(2,)](*tensors, *numbers, **constants)
-        expected.append(device.launches.pop())
+        expected.append(gpu.launches.pop())
     assert len({str(x[0]) for x in expected}) > 15  # else the calls would not tell one kernel from another
     for again in range(3):
         for i in torch.randperm(len(calls)).tolist():
@@ -138,29 +153,29 @@ def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, device:
                 tensors, numbers, constants = calls[i]
                 launch(kernel, 2, tensors, numbers, constants)
             assert not again or run.called == (i >= len(ALIGNED)), calls[i]
-            assert same(device.launches.pop(), expected[i]), calls[i]
-    assert not device.launches
+            assert same(gpu.launches.pop(), expected[i]), calls[i]
+    assert not gpu.launches
 
 
-def test_an_empty_grid_launches_nothing(kernel: JITFunction, device: Driver) -> None:
+def test_an_empty_grid_launches_nothing(kernel: JITFunction, gpu: Driver) -> None:
     launch(kernel, 0, *vary())
-    assert not device.launches
+    assert not gpu.launches
 
 
-def test_each_device_has_its_own(kernel: JITFunction, device: Driver) -> None:
+def test_each_device_has_its_own(kernel: JITFunction, gpu: Driver) -> None:
     """And the stream is asked for in each launch."""
     for number, stream in ((0, 10), (1, 11), (0, 12), (1, 13)):
         with (
-            mock.patch.object(device, "get_current_device", lambda number=number: number),
-            mock.patch.object(device, "get_current_stream", {number: stream}.__getitem__),
+            mock.patch.object(gpu, "get_current_device", lambda number=number: number),
+            mock.patch.object(gpu, "get_current_stream", {number: stream}.__getitem__),
             asked() as run,
         ):
             launch(kernel, 1, *vary())
         assert run.called == (stream < 12)
-        assert device.launches.pop()[2] == stream
+        assert gpu.launches.pop()[2] == stream
 
 
-def test_two_kernels_with_the_same_arguments(device: Driver) -> None:
+def test_two_kernels_with_the_same_arguments(gpu: Driver) -> None:
     def double(x, y, pair, strides, count, length, scale, BLOCK: tl.constexpr):
         tl.store(y + tl.arange(0, BLOCK), 2.0)
 
@@ -168,11 +183,11 @@ def test_two_kernels_with_the_same_arguments(device: Driver) -> None:
     launched = []
     for kernel in (first, second, first, second):
         launch(kernel, 1, *vary())
-        launched.append(device.launches.pop()[0])
+        launched.append(gpu.launches.pop()[0])
     assert launched[0] == launched[2] != launched[1] == launched[3]
 
 
-def test_descriptors_go_to_triton(device: Driver) -> None:
+def test_descriptors_go_to_triton(gpu: Driver) -> None:
     def copy(x, y, BLOCK: tl.constexpr):
         tl.store(y + tl.arange(0, BLOCK), x.load([0]))
 
@@ -184,7 +199,7 @@ def test_descriptors_go_to_triton(device: Driver) -> None:
         run.assert_called_once()
 
 
-def test_hooks_hear_of_every_launch(kernel: JITFunction, device: Driver) -> None:
+def test_hooks_hear_of_every_launch(kernel: JITFunction, gpu: Driver) -> None:
     """A profiler's, who may come when the kernel is already kept."""
     launch(kernel, 1, *vary())
     hook = mock.Mock()
@@ -201,7 +216,7 @@ def test_hooks_hear_of_every_launch(kernel: JITFunction, device: Driver) -> None
         run.assert_not_called()
 
 
-def test_what_is_no_kernel_of_triton_is_called_each_time(device: Driver) -> None:
+def test_what_is_no_kernel_of_triton_is_called_each_time(gpu: Driver) -> None:
     """The interpreter's, and those that record launches."""
     kernel = mock.MagicMock()
     tensors, numbers, constants = vary()
@@ -212,7 +227,7 @@ def test_what_is_no_kernel_of_triton_is_called_each_time(device: Driver) -> None
     assert not _kept
 
 
-def test_lengths_do_not_fill_the_memory(kernel: JITFunction, device: Driver) -> None:
+def test_lengths_do_not_fill_the_memory(kernel: JITFunction, gpu: Driver) -> None:
     for length in range(MOST_KEPT + 10):
         launch(kernel, 1, *vary(length=length))
     assert 0 < len(_kept) <= MOST_KEPT
