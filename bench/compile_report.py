@@ -340,10 +340,10 @@ def compile_case(
     compile_only = JITFunction.run
     preset = ""
 
-    def run(function: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         name = function.fn.__name__.removesuffix("_kernel")
         if kernels is not None and name not in kernels:
-            return None
+            return
         config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
         row = Row(case.target, case.dtype, case.head_dim, preset, case.mask, case.feature, name, config)
         start = time.perf_counter()
@@ -356,11 +356,9 @@ def compile_case(
             else:  # Presets share kernels.
                 row = dataclasses.replace(same, preset=preset)
             rows[kernel.hash, preset] = row
-            return kernel
         except Exception as error:
             row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {_complaint(console)}".strip()
             rows[str(row), preset] = row
-            return None
 
     def forget() -> None:
         for function in vars(configs).values():

@@ -13,11 +13,14 @@ from torch import Tensor
 from logpe import ops, reference
 from logpe.position import LogPosition, PositionValues
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
 MAX_HEAD_DIM = 256
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
+_TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
+_INTEGERS = (int, torch.SymInt)  # a lookup: int | SymInt would be formed anew in each call
 
 
 @overload
@@ -90,17 +93,18 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, rank=4)
-    batch, heads, num_queries, _ = q.shape
-    num_keys = k.shape[2]
     _check_heads(q, k, v)
+    batch, heads, num_queries, _ = q.shape
+    pages, _, num_keys, _ = k.shape  # one for each sequence where there is no block_table
     values = _resolve_position(position, q, heads)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
-    elif k.shape[0] != batch:
-        raise ValueError(f"k must have the batch size of q, {batch}, got {k.shape[0]}")
+    elif pages != batch:
+        raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
     left, right = _resolve_window(window, is_causal)
-    key_lengths = _int_vector("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    if key_lengths is not None:
+        key_lengths = _check_values("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
@@ -125,7 +129,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         query_starts=query_starts,
         key_starts=key_starts,
         key_lengths=key_lengths,
-        key_bias=_resolve_key_mask(key_mask, batch, num_keys, q),
+        key_bias=None if key_mask is None else _resolve_key_mask(key_mask, batch, num_keys, q),
         context_lengths=context_lengths,
         block_table=block_table,
         query_start=query_start,
@@ -316,9 +320,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Run a backend on a call whose positions are resolved; ``options`` are among ops.OPTIONS."""
     backend = _resolve_backend(backend, q)
-    options |= dict(scale=_resolve_scale(scale, q.shape[-1]), **_resolve_dropout(dropout_p, dropout_seed, q))
+    options["scale"] = _resolve_scale(scale, q.shape[-1])
+    options.update(_resolve_dropout(dropout_p, dropout_seed, q))
     if backend != "reference":
-        return ops.attention(q, k, v, options | values._asdict(), backend)
+        options.update(zip(values._fields, values, strict=True))
+        return ops.attention(q, k, v, options, backend)
     del options["max_seqlen_q"], options["max_seqlen_k"]
     if "cu_seqlens_q" in options:
         return reference.attention_varlen(q, k, v, values, **options)
@@ -345,34 +351,36 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    for name, x in zip("qkv", tensors, strict=True):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    kind = tensors[0].device.type
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, Tensor))
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    kind = q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-    return tensors
+        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
-    layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {q.dtype}")
+    dtype, device, head_dim = q.dtype, q.device, q.shape[-1] if q.dim() else 0
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-        if x.shape[-1] != q.shape[-1]:
-            raise ValueError(f"{name} must have the head_dim of q, {q.shape[-1]}, got {x.shape[-1]}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
+        shape = x.shape
+        if len(shape) != rank:
+            layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+        if shape[-1] != head_dim:
+            raise ValueError(f"{name} must have the head_dim of q, {head_dim}, got {shape[-1]}")
+        if head_dim > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -397,8 +405,7 @@ def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValu
         values = position
     else:
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
-    for name in ("power", "rate", "sharpness", "alpha", "theta"):
-        x = getattr(values, name)
+    for name, x in zip(_TENSORS, values, strict=False):
         if x is None:
             continue
         if name == "theta":
@@ -446,15 +453,17 @@ def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positi
 
 
 def _is_positional(values: PositionValues) -> bool:
-    return any(x is not None for x in (values.rate, values.alpha, values.theta))
+    return values.rate is not None or values.alpha is not None or values.theta is not None
 
 
 def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
-    sides = (window, window) if window is None or isinstance(window, int) else tuple(window)
+    if window is None:
+        return None, 0 if is_causal else None
+    sides = (window, window) if isinstance(window, int) else tuple(window)
     if len(sides) != 2:
         raise ValueError(f"window must be an int, (left, right) or None, got {window!r}")
     for side in sides:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt)):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, _INTEGERS)):
             raise TypeError(f"window must hold ints or None, got {window!r}")
         if side is not None and side < -1:
             raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
@@ -498,11 +507,7 @@ def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tenso
     return x.to(torch.int32).contiguous()
 
 
-def _int_vector(
-    name: str, x: Tensor | None, length: int, q: Tensor, validate: bool, low: int, high: int
-) -> Tensor | None:
-    if x is None:
-        return None
+def _check_values(name: str, x: Any, length: int, q: Tensor, validate: bool, low: int, high: int) -> Tensor:
     x = _check_int_vector(name, x, length, q)
     if _readable(x, validate) and x.numel():
         smallest, largest = int(x.min()), int(x.max())
@@ -514,7 +519,7 @@ def _int_vector(
 def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tuple[int, Tensor | None]:
     if isinstance(start, Tensor):
         return 0, _check_int_vector(name, start, batch, q)
-    if isinstance(start, bool) or not isinstance(start, int | torch.SymInt):
+    if isinstance(start, bool) or not isinstance(start, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {start!r}")
     return start, None
 
@@ -522,14 +527,12 @@ def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tup
 def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor) -> Tensor:
     if isinstance(x, Tensor):
         return _check_int_vector(name, x, batch, q)
-    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
     return torch.full((batch,), x, dtype=torch.int32, device=q.device)
 
 
-def _resolve_key_mask(key_mask: Tensor | None, batch: int, num_keys: int, q: Tensor) -> Tensor | None:
-    if key_mask is None:
-        return None
+def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) -> Tensor:
     if not isinstance(key_mask, Tensor) or not (key_mask.dtype == torch.bool or key_mask.is_floating_point()):
         kind = getattr(key_mask, "dtype", type(key_mask).__name__)
         raise TypeError(f"key_mask must be a bool or floating tensor, got {kind}")

@@ -8,6 +8,7 @@ kernels under Triton's interpreter where ``backend="triton"`` asks for them. Bot
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -77,6 +78,7 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def _implementation(backend: str) -> ModuleType:
     if backend == "blocked":
         from logpe import blocked
@@ -93,13 +95,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend:
     In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
     C++ and back, twice, takes longer than all the rest of a call's host time.
     """
-    if _plain(q) and _plain(k) and _plain(v) and not _observed():
+    if _plain(q, k, v) and not _observed():
         return _Attention.apply(q, k, v, *map(options.get, LEARNED), options, backend, _run)
     return torch.ops.logpe.attention(q, k, v, *map(options.get, OPTIONS), backend)
 
 
-def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these, which are on one device, are no subclasses, and hold values."""
+    return {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)) and not tensors[0].is_meta
 
 
 def _observed() -> bool:
@@ -193,8 +196,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = run(q, k, v, options, backend)
         ctx.save_for_backward(q, k, v, out, lse, *map(options.get, _TENSORS))
-        ctx.scalars = [*map(options.get, _SCALARS)]
-        ctx.backend = backend
+        ctx.options, ctx.backend = options, backend  # for the scalars
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -207,7 +209,7 @@ class _Attention(torch.autograd.Function):
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
         gradients = torch.ops.logpe.attention_backward(
-            dout, dlse, q, k, v, out, lse, *tensors, *ctx.scalars, learned, ctx.backend
+            dout, dlse, q, k, v, out, lse, *tensors, *map(ctx.options.get, _SCALARS), learned, ctx.backend
         )
         return *gradients, None, None, None
 

@@ -24,6 +24,7 @@ PRESET_PARTS: dict[str, tuple[str, ...]] = {
     "log-rotary-bias": ("power", "rate", "rotary"),
 }
 PRESETS = tuple(PRESET_PARTS)
+FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 
 
@@ -172,8 +173,10 @@ class LogPosition(nn.Module):
 
     def _value(self, name: str) -> Tensor | None:
         raw = self._parameters[f"raw_{name}"]
-        # float(): a sharding wrapper may hand out a half-precision copy of the parameter.
-        return None if raw is None else F.softplus(raw.float() if raw.dtype != torch.float64 else raw)
+        if raw is None:
+            return None
+        # A sharding wrapper may hand out a half-precision copy of the parameter.
+        return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
 
     @property
     def power(self) -> Tensor | None:
@@ -197,8 +200,9 @@ class LogPosition(nn.Module):
 
     def forward(self) -> PositionValues:
         """The mapped values, differentiable in the raw parameters."""
+        theta = self._buffers["theta"]  # self.theta searches for it
         return PositionValues(
-            self.power, self.rate, self.sharpness, self.alpha, self.theta, self.rotary_scale, self.gain_length
+            self.power, self.rate, self.sharpness, self.alpha, theta, self.rotary_scale, self.gain_length
         )
 
     def extra_repr(self) -> str:

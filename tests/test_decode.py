@@ -21,6 +21,7 @@ from logpe import log_attention
 pytest.importorskip("triton")
 
 from logpe_kernels import decode
+from logpe_kernels.configs import Config
 from test_kernels import FEATURES, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -41,8 +42,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         launch(problem, *tensors)
 
     monkeypatch.setattr(decode, "decode", record)
-    monkeypatch.setattr(decode, "serves", lambda problem: problem.keywords["dropout_seed"] is None)
-    monkeypatch.setattr(decode, "tiles", lambda *sizes: decode.Tiles(16, 16, 4, 1))
+    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout_seed is None)
+    monkeypatch.setattr(decode, "tiles", lambda *sizes: Config(16, 16, 4, 1))
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 3)
     return seen
 

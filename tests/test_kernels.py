@@ -684,6 +684,18 @@ def test_results_are_laid_out_like_their_inputs(preset: str, device: torch.devic
     assert actual["lse"].is_contiguous()
 
 
+def test_tensors_that_start_elsewhere(device: torch.device) -> None:
+    """Of one shape, one after the other: at multiples of 16 bytes and not, which is what a kernel is compiled for."""
+    call = make_call(1, 2, 1, 33, 33, 16, dtype=torch.float16, device=device, is_causal=True)
+
+    def shifted(x: Tensor, offset: int) -> Tensor:
+        return torch.zeros(x.numel() + offset, dtype=x.dtype, device=device)[offset:].view(x.shape).copy_(x)
+
+    for offsets in ((0, 0, 0), (1, 8, 3), (0, 0, 0)):
+        q, k, v = map(shifted, (call.q, call.k, call.v), offsets)
+        check(call.replace(q=q, k=k, v=v), "triton")
+
+
 def test_a_broadcast_gradient(device: torch.device) -> None:
     """out.sum().backward() hands down a dout whose strides are all 0."""
     call = make_call(2, 4, 2, 20, 30, 16, device=device, is_causal=True, lse_gradient=False)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .launch import launch
 from .position import (
     LOG2E,
     Position,
@@ -35,7 +36,7 @@ from .position import (
     query_gain,
     sharpening,
 )
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
 from .tile import (
     FULL_TILES,
     MASKED_TILES,
@@ -84,8 +85,8 @@ def corrected(total, mean, error):
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dq_kernel(
-    q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dposition, strides,
-    position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dposition,
+    position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -196,8 +197,8 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
-    q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv, strides,
-    position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv,
+    position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -325,19 +326,25 @@ def backward(
         lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
         for parameter, want in zip(problem.position, learned, strict=True)
     ]
-    if programs > 0:
-        dq_kernel[(problem.heads * programs,)](
+    launch(
+        dq_kernel, problem.heads * programs,
+        (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
-            delta, gain, dout, dq, Position(*partials), problem.strides(lse, out=out, dout=dout, dq=dq),
-            **problem.keywords, **config.launch(),
-        )  # fmt: skip
+            delta, gain, dout, dq, Position(*partials), *problem.tensors,
+        ),
+        (problem.strides(lse, out=out, dout=dout, dq=dq), *problem.dropout, *problem.numbers),
+        constants(problem.head_dim, config),
+    )  # fmt: skip
     config = configs.lookup("backward_dkdv", problem.traits)
-    programs = problem.batch * problem.kv_heads * cdiv(problem.num_keys, config.BLOCK_N)
-    if programs > 0:
-        dkdv_kernel[(programs,)](
+    launch(
+        dkdv_kernel, problem.batch * problem.kv_heads * cdiv(problem.num_keys, config.BLOCK_N),
+        (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
-            dout, dk, dv, problem.strides(lse, dout=dout, dk=dk, dv=dv), **problem.keywords, **config.launch(),
-        )  # fmt: skip
+            dout, dk, dv, *problem.tensors,
+        ),
+        (problem.strides(lse, dout=dout, dk=dk, dv=dv), *problem.dropout, *problem.numbers),
+        constants(problem.head_dim, config),
+    )  # fmt: skip
     if problem.theta is not None:
         problem.rotate_queries(dq, dq, inverse=True)
         problem.rotate_keys(dk, dk, inverse=True)

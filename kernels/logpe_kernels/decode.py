@@ -13,15 +13,16 @@ The launcher decides from sizes alone and waits for nothing: a CUDA graph may ho
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Config, padded
+from .launch import launch
 from .position import LN2, LOG2E, Position, query_gain
-from .problem import RUNTIME_INTEGERS, Problem
+from .problem import RUNTIME_INTEGERS, Problem, constants
 from .tile import (
     MASKED_TILES,
     cast,
@@ -47,9 +48,9 @@ BLOCK_S = 16  # splits that are merged at once
 
 @triton.jit(do_not_specialize=[*(x for x in RUNTIME_INTEGERS if "dropout" not in x), "num_pages", "num_splits"])
 def decode_kernel(
-    q, k, v, partial, partial_lse, strides, position, sequences, block_table, num_pages, page_size,
+    q, k, v, partial, partial_lse, block_table, position, sequences, strides, num_pages, page_size, num_splits,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    query_start, key_start, window_left, window_right, num_splits,
+    query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
@@ -137,7 +138,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "total_queries", "num_splits"])
 def merge_kernel(
-    partial, partial_lse, out, lse, strides, cu_seqlens_q, num_heads, num_queries, total_queries, num_splits,
+    partial, partial_lse, out, lse, cu_seqlens_q, strides, num_heads, num_queries, total_queries, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program merges the splits of one query of one head."""
@@ -166,25 +167,17 @@ def merge_kernel(
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 
-class Tiles(NamedTuple):
-    """Tile sizes of one launch: rows (queries of the heads of a group) by keys."""
+def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
+    """Rows (queries of the heads of a group) by keys.
 
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Tiles:
-    """Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune.
-
-    Half precision: at most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its
-    products. ``longest`` is the size of a page, which a tile does not exceed.
+    Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at
+    most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its products.
+    ``longest`` is the size of a page, which a tile does not exceed.
     """
     most_rows, tile_bytes, num_stages = (32, 16384, 3) if itemsize == 2 else (16, 8192, 2)
     block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
     block_n = min(longest, 64, max(16, tile_bytes // (block_d * itemsize)))
-    return Tiles(block_m, block_n, num_warps=4, num_stages=num_stages)
+    return Config(block_m, block_n, num_warps=4, num_stages=num_stages)
 
 
 @functools.cache
@@ -206,12 +199,12 @@ def serves(problem: Problem) -> bool:
     rows = problem.num_queries * problem.heads // problem.kv_heads
     idle = problem.batch * problem.heads < multiprocessors(problem.q.device)
     few = problem.num_queries <= MAX_QUERIES and (rows <= MAX_QUERIES or idle)
-    return few and problem.num_keys >= MIN_KEYS and problem.keywords["dropout_seed"] is None
+    return few and problem.num_keys >= MIN_KEYS and problem.dropout_seed is None
 
 
 def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Fill in out and lse as the forward kernel would; see there for their shapes."""
-    block_d, rows = problem.keywords["BLOCK_D"], problem.num_queries * problem.heads // problem.kv_heads
+    block_d, rows = padded(problem.head_dim), problem.num_queries * problem.heads // problem.kv_heads
     page_size = 2**30 if problem.block_table is None else v.shape[2]
     config = tiles(rows, block_d, v.element_size(), page_size)
     programs = problem.batch * problem.kv_heads * triton.cdiv(rows, config.BLOCK_M)
@@ -222,14 +215,13 @@ def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     partial_lse = v.new_empty(shape, dtype=torch.float32)
     partial = v.new_empty((*shape, problem.head_dim), dtype=torch.float32)
     strides = problem.strides(lse, out=out)
-    keywords = {name: x for name, x in problem.keywords.items() if not name.startswith("dropout")}
-    decode_kernel[(programs * splits,)](
-        problem.q, problem.k, v, partial, partial_lse, strides, block_table=problem.block_table,
-        num_pages=v.shape[0], page_size=page_size, num_splits=splits,
-        **keywords, **config._asdict(),
+    launch(
+        decode_kernel, programs * splits,
+        (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.position, problem.sequences),
+        (strides, v.shape[0], page_size, splits, *problem.numbers), constants(problem.head_dim, config),
     )  # fmt: skip
-    merge_kernel[(shape[0],)](
-        partial, partial_lse, out, lse, strides, keywords["sequences"].cu_seqlens_q, problem.heads,
-        problem.num_queries, keywords["total_queries"], splits, num_warps=4, enable_fp_fusion=True,
-        HEAD_DIM=problem.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S,
+    launch(
+        merge_kernel, shape[0], (partial, partial_lse, out, lse, problem.sequences.cu_seqlens_q),
+        (strides, problem.heads, problem.num_queries, problem.total_queries, splits),
+        dict(HEAD_DIM=problem.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True),
     )  # fmt: skip

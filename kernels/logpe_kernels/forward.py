@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, decode
+from .launch import launch
 from .position import LN2, LOG2E, Position, query_gain
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, new_output
+from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
 from .tile import (
     FAR_TILES,
     FULL_TILES,
@@ -35,7 +36,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def forward_kernel(
-    q, k, v, k_tma, v_tma, out, lse, strides, position, sequences, dropout_seed, dropout_threshold, dropout_scale,
+    q, k, v, k_tma, v_tma, out, lse, position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
     query_start, key_start, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -122,17 +123,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
     problem = Problem(q, k, v, **options)
     out = new_output(q, problem.packed)
     if problem.packed:
-        lse = q.new_full((problem.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
+        lse = torch.full((problem.heads, problem.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)  # new_empty takes longer
     if decode.serves(problem):
         decode.decode(problem, v, out, lse)
         return out, lse
     config = configs.lookup("forward", problem.traits)
     grid = problem.batch * problem.heads * cdiv(problem.num_queries, config.BLOCK_M)
-    if grid > 0:
-        forward_kernel[(grid,)](
+    launch(
+        forward_kernel, grid,
+        (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,
-            problem.strides(lse, out=out), **problem.keywords, **config.launch(),
-        )  # fmt: skip
+            *problem.tensors,
+        ),
+        (problem.strides(lse, out=out), *problem.dropout, *problem.numbers),
+        constants(problem.head_dim, config),
+    )  # fmt: skip
     return out, lse

@@ -1,12 +1,13 @@
 """What a call asks for, brought into the form that the kernels take. Shared by the forward and backward launchers."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Traits, log2_length
+from .configs import Traits, log2_length, padded
 from .position import Position
 from .rotation import rotate
 from .tile import Sequences, Strides
@@ -35,8 +36,11 @@ def cdiv(a: int, b: int) -> int:
 
 def token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     """(batch, head, token) strides of (B, H, N, D), or of packed (total, H, D), whose batches are rows apart."""
-    strides = x.stride()
-    return (0, strides[1], strides[0]) if packed else (strides[0], strides[1], strides[2])
+    if packed:
+        token, head, _ = x.stride()
+        return 0, head, token
+    batch, head, token, _ = x.stride()
+    return batch, head, token
 
 
 def new_output(x: Tensor, packed: bool) -> Tensor:
@@ -44,8 +48,19 @@ def new_output(x: Tensor, packed: bool) -> Tensor:
     return torch.zeros_like(x) if packed else torch.empty_like(x)
 
 
+@functools.cache
+def constants(head_dim: int, config: Any) -> dict[str, Any]:
+    """The constexprs of a kernel that is launched with a configuration, and Triton's options. Not to be changed."""
+    return dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded(head_dim),
+        enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
+        **config.launch(),
+    )
+
+
 class Problem:
-    """One call: its tensors (turned, where there is a rotation), sizes, and the keywords that all kernels share."""
+    """One call: its tensors (turned, where there is a rotation), sizes, and the arguments that all kernels share."""
 
     def __init__(
         self,
@@ -82,6 +97,7 @@ class Problem:
         self.batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
         self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
         self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
+        self.total_queries = q.shape[0] if self.packed else 0
         self.block_table = block_table
         if block_table is not None:
             self.num_keys = block_table.shape[1] * k.shape[2]
@@ -110,29 +126,25 @@ class Problem:
             window_right == 0,
             log2_length(self.num_queries, self.num_keys),
         )
-        self.keywords: dict[str, Any] = dict(
-            position=self.position,
-            sequences=Sequences(
-                cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
-            ),
-            dropout_seed=dropout_seed if dropout_p > 0 else None,
-            dropout_threshold=int(dropout_p * 2**32),
-            dropout_scale=1.0 / (1.0 - dropout_p),
-            scale=scale,
-            gain_length=gain_length,
-            num_heads=self.heads,
-            group_size=self.heads // self.kv_heads,
-            num_queries=self.num_queries,
-            num_keys=self.num_keys,
-            total_queries=q.shape[0] if self.packed else 0,
-            total_keys=k.shape[0] if self.packed else 0,
-            query_start=query_start,
-            key_start=key_start,
-            window_left=None if window_left is None else min(window_left, FARTHEST),
-            window_right=None if window_right is None else min(window_right, FARTHEST),
-            HEAD_DIM=self.head_dim,
-            BLOCK_D=max(16, 1 << (self.head_dim - 1).bit_length()),
-            enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
+        self.sequences = Sequences(
+            cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
+        )
+        self.dropout_seed = dropout_seed if dropout_p > 0 else None
+        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
+        self.numbers = (  # in the order of the kernels' parameters
+            float(scale),
+            float(gain_length),
+            self.heads,
+            self.heads // self.kv_heads,
+            self.num_queries,
+            self.num_keys,
+            self.total_queries,
+            k.shape[0] if self.packed else 0,
+            query_start,
+            key_start,
+            None if window_left is None else min(window_left, FARTHEST),
+            None if window_right is None else min(window_right, FARTHEST),
         )
 
     def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
@@ -150,7 +162,7 @@ class Problem:
 
         TMA wants steps of 16 bytes: a tensor that is aligned otherwise, expanded or empty is loaded through pointers.
         """
-        return tuple(self._descriptor(x, rows) if config.TMA else None for x in tensors)
+        return tuple(self._descriptor(x, rows) for x in tensors) if config.TMA else (None,) * len(tensors)
 
     def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
         if self.packed:
@@ -158,7 +170,7 @@ class Problem:
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, self.keywords["BLOCK_D"]])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)])
 
     def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
         """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
@@ -166,6 +178,6 @@ class Problem:
             q=token_strides(self.q, self.packed),
             k=token_strides(self.k, self.packed),
             v=token_strides(self.v, self.packed),
-            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:2],
+            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:-1],
             **{name: token_strides(x, self.packed) for name, x in like_q_or_k.items()},
         )

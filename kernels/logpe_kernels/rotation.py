@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .position import rotation
 from .tile import cast, sequence_tokens
 
@@ -74,13 +75,13 @@ def rotate(
     head_dim, planes = x.shape[-1], theta.shape[0]
     BLOCK_M = 16 if head_dim > 128 else 32
     strides = [(0, t.stride(1), t.stride(0)) if packed else (t.stride(0), t.stride(1), t.stride(2)) for t in (x, out)]
-    grid = batch * triton.cdiv(count, BLOCK_M)
-    if grid > 0:
-        rotate_kernel[(grid,)](
-            x, out, theta, cu_seqlens, starts, *strides, None if math.isinf(rotary_scale) else rotary_scale,
-            x.shape[1], count, x.shape[0], start,
+    launch(
+        rotate_kernel, batch * triton.cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
+        (*strides, None if math.isinf(rotary_scale) else float(rotary_scale), x.shape[1], count, x.shape[0], start),
+        dict(
             HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
             BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
             INVERSE=inverse, IN_PLACE=out is x, enable_fp_fusion=True,
-        )  # fmt: skip
+        ),
+    )  # fmt: skip
     return out

@@ -1,0 +1,78 @@
+"""Launching a kernel that was launched before, without asking Triton again which compiled one it is.
+
+Triton looks at every argument to tell, which for these kernels takes 20 us of host time. What it looks at are the
+dtypes of tensors, whether they start at a multiple of 16 bytes, and the values of numbers: compiled kernels are kept
+under just that, for tensors that all start so, as torch allocates them. Whatever else there is goes to Triton each
+time: other addresses, tensor descriptors, the interpreter, profilers, and AMD, whose compiler looks at the sizes of
+tensors as well. Triton's knobs count when a kernel is first launched.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+ALIGNMENT = 16  # bytes
+ON_NVIDIA = torch.version.hip is None
+MOST_KEPT = 1024  # lengths are numbers, and change from call to call
+
+_kept: dict[Hashable, tuple[CompiledKernel, list[Any]]] = {}
+
+
+def launch(
+    kernel: Any, grid: int, tensors: tuple[Any, ...], numbers: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """kernel[(grid,)](*tensors, *numbers, **constants), on the current device, if the grid is not empty.
+
+    The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those), ``numbers`` (or
+    None, tuples of those; a parameter's are all of one type) and constexprs; ``constants`` are these and Triton's
+    options, by name.
+    """
+    if grid == 0:
+        return
+    key = None
+    dtypes: list[Any] = []
+    if type(kernel) is JITFunction and ON_NVIDIA and _addresses(tensors, dtypes) % ALIGNMENT == 0:
+        device = driver.active.get_current_device()
+        key = kernel.fn, device, numbers, *dtypes, *constants.values()
+        kept = _kept.get(key)
+        if kept is not None and not _hooked():
+            compiled, constexprs = kept
+            stream = driver.active.get_current_stream(device)
+            # As Triton itself and PyTorch's inductor do, but for the hooks. compiled[grid](...) takes 2 us more.
+            compiled.run(
+                grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *tensors, *numbers, *constexprs,
+            )  # fmt: skip
+            return
+    compiled = kernel[(grid,)](*tensors, *numbers, **constants)
+    if key is not None and isinstance(compiled, CompiledKernel):
+        if len(_kept) == MOST_KEPT:
+            _kept.clear()
+        _kept[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
+
+
+def _hooked() -> bool:
+    """Whether a profiler, say, wants to hear of launches. Triton's hooks are lists of functions."""
+    runtime = knobs.runtime
+    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
+
+
+def _addresses(tensors: tuple[Any, ...], dtypes: list[Any]) -> int:
+    """All addresses in one, whose low bits are those of any of them; collects the dtypes."""
+    result = 0
+    for x in tensors:
+        if x is None:
+            dtypes.append(None)
+        elif isinstance(x, Tensor):
+            dtypes.append(x.dtype)
+            result |= x.data_ptr()
+        elif isinstance(x, tuple):
+            result |= _addresses(x, dtypes)
+        else:
+            result |= 1  # a tensor descriptor
+    return result
