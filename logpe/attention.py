@@ -16,6 +16,7 @@ from logpe.position import LogPosition, PositionValues
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
 MAX_HEAD_DIM = 256
+MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
@@ -64,7 +65,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         query_start, key_start: position of the first query and the first key: an int, or an int tensor (B,).
             Keys start at 0 by default; queries so that the last query stands at the last key. Required
             where that would be a guess: Nq != Nk without is_causal, or with key_lengths. Tokens at negative
-            positions do not exist, which is how left padding is said: ``key_start = -padding``.
+            positions do not exist, which is how left padding is said: ``key_start = -padding``. At most 2^29.
         key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
         key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient, -inf hides.
         block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
@@ -105,7 +106,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     left, right = _resolve_window(window, is_causal)
     if key_lengths is not None:
         key_lengths = _check_values("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
-    key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
+    key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
         if num_queries != num_keys and positional and (not is_causal or key_lengths is not None):
@@ -117,13 +118,13 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         offset = num_keys - num_queries if positional else 0
         query_start, query_starts = key_start + offset, None if key_starts is None else key_starts + offset
     else:
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+        query_start, query_starts = _resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
             ends = key_lengths if key_lengths is not None else num_keys
             context_length = ends + (key_starts if key_starts is not None else key_start)
-        context_lengths = _per_batch("context_length", context_length, batch, q)
+        context_lengths = _per_batch("context_length", context_length, batch, q, validate)
     result = _attend(
         *(q, k, v, values, backend),
         query_starts=query_starts,
@@ -202,7 +203,7 @@ def log_attention_varlen(  # type: ignore[misc]
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
     values = _resolve_position(position, q, heads)
     left, right = _resolve_window(window, is_causal)
-    key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
+    key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
         if positional and not same_lengths and not is_causal:
@@ -217,12 +218,12 @@ def log_attention_varlen(  # type: ignore[misc]
             first_key = key_start if key_starts is None else key_starts
             query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
     else:
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+        query_start, query_starts = _resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
             context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
-        context_lengths = _per_batch("context_length", context_length, batch, q)
+        context_lengths = _per_batch("context_length", context_length, batch, q, validate)
     result = _attend(
         *(q, k, v, values, backend),
         query_starts=query_starts,
@@ -504,7 +505,7 @@ def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tenso
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return x.to(torch.int32).contiguous()
+    return x.contiguous()
 
 
 def _check_values(name: str, x: Any, length: int, q: Tensor, validate: bool, low: int, high: int) -> Tensor:
@@ -513,23 +514,29 @@ def _check_values(name: str, x: Any, length: int, q: Tensor, validate: bool, low
         smallest, largest = int(x.min()), int(x.max())
         if smallest < low or largest > high:
             raise ValueError(f"{name} must be from {low} to {high}, got values from {smallest} to {largest}")
-    return x
+    return x.to(torch.int32)
 
 
-def _resolve_start(name: str, start: int | Tensor, batch: int, q: Tensor) -> tuple[int, Tensor | None]:
+def _resolve_start(
+    name: str, start: int | Tensor, batch: int, q: Tensor, validate: bool = False
+) -> tuple[int, Tensor | None]:
     if isinstance(start, Tensor):
-        return 0, _check_int_vector(name, start, batch, q)
-    if isinstance(start, bool) or not isinstance(start, _INTEGERS):
-        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {start!r}")
-    return start, None
+        return 0, _check_values(name, start, batch, q, validate, low=-MAX_POSITION, high=MAX_POSITION)
+    return _check_integer(name, start, batch), None
 
 
-def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor) -> Tensor:
+def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor, validate: bool = False) -> Tensor:
     if isinstance(x, Tensor):
-        return _check_int_vector(name, x, batch, q)
+        return _check_values(name, x, batch, q, validate, low=-MAX_POSITION, high=MAX_POSITION)
+    return torch.full((batch,), _check_integer(name, x, batch), dtype=torch.int32, device=q.device)
+
+
+def _check_integer(name: str, x: int, batch: int) -> int:
     if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
-    return torch.full((batch,), x, dtype=torch.int32, device=q.device)
+    if isinstance(x, int) and not -MAX_POSITION <= x <= MAX_POSITION:
+        raise ValueError(f"{name} must be from {-MAX_POSITION} to {MAX_POSITION}, got {x}")
+    return x
 
 
 def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) -> Tensor:
@@ -567,4 +574,4 @@ def _check_cu_seqlens(name: str, x: Tensor, tokens: Tensor, longest: int, longes
                 )
         if bounds[-1] > tokens.shape[0]:
             raise ValueError(f"{name} must end at or before the {tokens.shape[0]} tokens given, got {bounds[-1]}")
-    return x
+    return x.to(torch.int32)

@@ -96,6 +96,9 @@ REFUSED = [
     refused("query_start must be an int...got True", TypeError, query_start=True),
     refused("query_start must have shape (2,), got (3,)", query_start=torch.zeros(3, dtype=torch.int32)),
     refused("query_start must be an int32 or int64 tensor, got torch.float32", TypeError, query_start=torch.zeros(2)),
+    refused("query_start must be from -536870912 to 536870912, got 1073741824", query_start=2**30),
+    refused("query_start must be from...got values from 0 to 4294967296", query_start=torch.tensor([0, 2**32])),
+    refused("key_start must be from -536870912 to 536870912, got -1073741824", key_start=-(2**30)),
     refused("key_start must be an int or an int tensor (2,), got [0, 1]", TypeError, key_start=[0, 1]),
     refused("key_start must have shape (2,), got ()", key_start=torch.tensor(3)),
     refused(
@@ -123,6 +126,11 @@ REFUSED = [
     refused("key_lengths must be from 0 to 7, got values from 3 to 8", key_lengths=torch.tensor([3, 8]), query_start=0),
     refused(
         "key_lengths must be from 0 to 7, got values from -1 to 2", key_lengths=torch.tensor([-1, 2]), query_start=0
+    ),
+    refused(
+        "key_lengths must be from 0 to 7, got values from 1 to 4294967299",
+        key_lengths=torch.tensor([2**32 + 3, 1]),
+        query_start=0,
     ),
     refused("key_lengths must have shape (2,), got (1,)", key_lengths=torch.tensor([3])),
     refused("key_lengths must be an int32 or int64 tensor, got torch.float32", TypeError, key_lengths=torch.ones(2)),

@@ -3,21 +3,23 @@
 Triton looks at every argument to tell, which for these kernels takes 20 us of host time. What it looks at are the
 dtypes of tensors, whether they start at a multiple of 16 bytes, and the values of numbers: compiled kernels are kept
 under just that, for tensors that all start so, as torch allocates them. Whatever else there is goes to Triton each
-time: other addresses, tensor descriptors, the interpreter, profilers, and AMD, whose compiler looks at the sizes of
-tensors as well. Triton's knobs count when a kernel is first launched.
+time: other addresses, tensor descriptors, the interpreter, profilers, AMD, whose compiler looks at the sizes of
+tensors as well, and versions of Triton that this was not tried with. Triton's knobs count when a kernel is first
+launched.
 """
 
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 ALIGNMENT = 16  # bytes
-ON_NVIDIA = torch.version.hip is None
+KNOWN = torch.version.hip is None and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 MOST_KEPT = 1024  # lengths are numbers, and change from call to call
 
 _kept: dict[Hashable, tuple[CompiledKernel, list[Any]]] = {}
@@ -36,7 +38,7 @@ def launch(
         return
     key = None
     dtypes: list[Any] = []
-    if type(kernel) is JITFunction and ON_NVIDIA and _addresses(tensors, dtypes) % ALIGNMENT == 0:
+    if type(kernel) is JITFunction and KNOWN and _addresses(tensors, dtypes) % ALIGNMENT == 0:
         device = driver.active.get_current_device()
         key = kernel.fn, device, numbers, *dtypes, *constants.values()
         kept = _kept.get(key)
