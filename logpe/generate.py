@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         return _generate(arguments)
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit

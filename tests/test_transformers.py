@@ -701,7 +701,8 @@ def test_command_stopped_midway(how: str, continued: tuple[Path, list[float]]) -
         assert process.stdout.read(20).startswith(b"The following ")
         if how == "Ctrl-C":
             process.send_signal(signal.SIGINT)
-        process.stdout.close()
+        else:
+            process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
         assert process.wait(timeout=60) == {"Ctrl-C": 130, "closed pipe": 1}[how]
 
