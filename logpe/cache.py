@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from logpe.attention import PAGE_SIZES, Position, log_attention, rotate
-from logpe.position import LogPosition
+from logpe.position import LogPosition, PositionValues
 
 
 class KVCache:
@@ -46,7 +46,7 @@ class KVCache:
         lengths: int32 (B,), tokens appended to each sequence.
 
     Raises:
-        ValueError: an argument out of range, named.
+        TypeError, ValueError: a bad argument, named.
     """
 
     def __init__(
@@ -64,12 +64,19 @@ class KVCache:
     ) -> None:
         sizes = dict(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if window is not None and window < 0:
-            raise ValueError(f"window must be at least 0 or None, got {window}")
-        if isinstance(position, LogPosition) and position.head_dim != head_dim:
-            raise ValueError(f"head_dim must be that of the position, {position.head_dim}, got {head_dim}")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        if window is not None and (not isinstance(window, int) or window < 0):
+            raise ValueError(f"window must be an int of at least 0 or None, got {window!r}")
+        if position is not None and not isinstance(position, LogPosition | PositionValues):
+            raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+        if isinstance(position, LogPosition):
+            if position.head_dim != head_dim:
+                raise ValueError(f"head_dim must be that of the position, {position.head_dim}, got {head_dim}")
+            if position.num_heads % num_kv_heads:
+                raise ValueError(
+                    f"num_kv_heads must divide the heads of the position, {position.num_heads}, got {num_kv_heads}"
+                )
         self.batch_size, self.num_kv_heads, self.capacity, self.head_dim = sizes.values()
         self.position, self.window = position, window
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -111,13 +118,23 @@ class KVCache:
         return first
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        *,
+        scale: float | None = None,
+        context_length: int | Tensor | None = None,
+        return_lse: bool = False,
+        backend: str = "auto",
+        validate: bool = False,
     ) -> Any:
         """Append the next tokens, and return causal attention from them to all so far.
 
         Args:
             q: (B, Hq, N, D), not turned; k, v and lengths as in :meth:`append`. Right padding of q is of no meaning.
-            options: scale, context_length, return_lse, backend, validate, of :func:`logpe.log_attention`.
+            scale, context_length, return_lse, backend, validate: of :func:`logpe.log_attention`.
 
         Returns:
             out (B, Hq, N, D), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
@@ -136,8 +153,12 @@ class KVCache:
             is_causal=True,
             query_start=first,
             window=(self.window, None),
+            scale=scale,
+            context_length=context_length,
+            return_lse=return_lse,
+            backend=backend,
+            validate=validate,
             **self._keys(),
-            **options,
         )
 
     def reset(self, key_start: int | Tensor = 0) -> None:
@@ -146,8 +167,9 @@ class KVCache:
         self.lengths.zero_()
         self._lengths = [0] * self.batch_size
 
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Let sequence b go on from what sequence beam_idx[b] holds: int (B,), read back if it is on a GPU."""
+    def reorder(self, beam_idx: Sequence[int] | Tensor) -> None:
+        """Let sequence b go on from what sequence beam_idx[b] holds: B ints, read back if they are on a GPU."""
+        beam_idx = torch.as_tensor(beam_idx)
         if beam_idx.shape != (self.batch_size,) or beam_idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"beam_idx must be int ({self.batch_size},), got {beam_idx.dtype} {tuple(beam_idx.shape)}")
         beams = beam_idx.tolist()
@@ -189,15 +211,16 @@ class KVCache:
     # Checks.
 
     def _set_start(self, key_start: int | Tensor) -> None:
-        if isinstance(key_start, Tensor):
-            if key_start.shape != (self.batch_size,) or key_start.dtype not in (torch.int32, torch.int64):
-                raise ValueError(
-                    f"key_start must be an int or int ({self.batch_size},), got {key_start.dtype} "
-                    f"{tuple(key_start.shape)}"
-                )
-            self.key_start.copy_(key_start)
-        else:
+        if isinstance(key_start, int):
             self.key_start.fill_(key_start)
+        elif not isinstance(key_start, Tensor):
+            raise TypeError(f"key_start must be an int or an int tensor ({self.batch_size},), got {key_start!r}")
+        elif key_start.shape != (self.batch_size,) or key_start.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"key_start must be an int or int ({self.batch_size},), got {key_start.dtype} {tuple(key_start.shape)}"
+            )
+        else:
+            self.key_start.copy_(key_start)
 
     def _check_tokens(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
         """The number of new tokens of each sequence."""
@@ -209,10 +232,11 @@ class KVCache:
                 raise TypeError(f"{name} must be {self.k.dtype} on {self.k.device}, got {x.dtype} on {x.device}")
         if lengths is None:
             return [k.shape[2]] * self.batch_size
-        counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-        if len(counts) != self.batch_size or any(not 0 <= n <= k.shape[2] for n in counts):
+        counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        good = isinstance(counts, Sequence) and len(counts) == self.batch_size
+        if not good or any(not isinstance(n, int) or not 0 <= n <= k.shape[2] for n in counts):
             raise ValueError(f"lengths must be {self.batch_size} ints from 0 to {k.shape[2]}, got {counts}")
-        return counts
+        return list(counts)
 
     def _check_queries(self, q: Tensor, k: Tensor) -> None:
         good = q.dim() == 4 and q.shape[1] > 0 and q.shape[1] % self.num_kv_heads == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,12 +41,29 @@ def add_parser(commands: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Load, generate and print; returns the exit status."""
+    try:
+        return _generate(arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit
+        return 1
+
+
+def _generate(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         return _fail(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if not 0 < arguments.top_p <= 1:
         return _fail(f"--top-p must be in (0, 1], got {arguments.top_p}")
     if not arguments.temperature >= 0:
         return _fail(f"--temperature must be at least 0, got {arguments.temperature}")
+    if not 0 <= arguments.seed < 2**63:
+        return _fail(f"--seed must be from 0 to 2**63 - 1, got {arguments.seed}")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+        return _fail(f"--device {arguments.device}: {error}")
     if not (Path(arguments.model) / "config.json").exists():
         return _fail(f"{arguments.model} is not a folder with a config.json")
     try:

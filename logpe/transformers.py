@@ -7,18 +7,23 @@
     logpe.transformers.use_log_position(model, preset="log-bias")      # in place; the weights are kept
     model.generate(**inputs)                                           # any decoding, any cache; Trainer, PEFT, ...
     model.save_pretrained("out")
-    model = logpe.transformers.from_pretrained("out")                  # AutoModel refuses to load it without positions
+    model = logpe.transformers.from_pretrained("out")                  # not AutoModel, see below
 
 The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and
 masks; no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves
 them in), and each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``: parameters like any
 others, float32 in a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay
-off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay)), None))``.
+off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
+
+AutoModel does not know the positions, and what it loads raises when it is run, if not before. But do not ask it for
+another ``attn_implementation``: then its report of unexpected weights is all that tells.
 
 Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so
 that a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps.
 Keys are cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by
-name: masks that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping.
+name: masks that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping (load a
+Gemma 2 with ``attn_logit_softcapping=None``, and train on). Continuous batching (``generate_batch``) is refused by
+Transformers, which has it for attentions of its own.
 
 Continuing a model that was trained with RoPE
 ---------------------------------------------
@@ -98,8 +103,9 @@ def use_log_position(
         raise ValueError(f"model has log positions already: {model.config.log_position}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model must not have weights on the meta device: convert it before it is offloaded")
-    if "device" in position_options:
-        raise ValueError("position_options must not hold device: a position lies beside the weights of its layer")
+    for name in ("num_heads", "head_dim", "device"):
+        if name in position_options:
+            raise ValueError(f"position_options must not hold {name}: a position has that of its layer")
     learnable = position_options.get("learnable", True)
     if not isinstance(learnable, bool):
         position_options["learnable"] = sorted(learnable)
@@ -125,12 +131,18 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     if implementation != IMPLEMENTATION:
         raise ValueError(f'attn_implementation must be "{IMPLEMENTATION}" or left out, got {implementation!r}')
     config, _ = transformers.PreTrainedConfig.get_config_dict(directory, **options)
+    if not config:
+        raise ValueError(f"{directory} holds no config.json")
     if config.get("log_position") is None:
         raise ValueError(
             f"{directory} holds a {config.get('model_type')} model without log positions: load it with Transformers, "
             "and convert it with use_log_position"
         )
-    model_class = getattr(transformers, config["architectures"][0])
+    architectures = config.get("architectures") or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if model_class is None:
+        raise ValueError(f"architectures in the config of {directory} must name a class of Transformers first, "
+                         f"got {architectures}")  # fmt: skip
     wants_info = options.pop("output_loading_info", False)
     model, info = _converting(model_class).from_pretrained(directory, output_loading_info=True, **options)
     model.__class__ = model_class
@@ -203,11 +215,12 @@ def _check_supported(model: PreTrainedModel) -> None:
             f"supported are {', '.join(SUPPORTED)}"
         )
     for name in ("attn_logit_softcapping", "use_bidirectional_attention", "add_cross_attention"):
-        if getattr(config, name, None):
-            raise ValueError(
-                f"{type(model).__name__} has {name}={getattr(config, name)}, which is not supported: log positions "
-                "need causal self-attention with plain logits (None or False)"
-            )
+        for owner in (config, *model.modules()):  # layers keep what the config said when they were made
+            if value := getattr(owner, name, None):
+                raise ValueError(
+                    f"{type(model).__name__} has {name}={value}, which is not supported: log positions need causal "
+                    "self-attention with plain logits. Load it with None or False there"
+                )
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{type(model).__name__} has is_causal=False, which is not supported")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -365,6 +378,8 @@ def log_position_mask(
                  "neither. Pad the sequences, with an attention_mask")  # fmt: skip
     padding: int | Tensor = 0
     if attention_mask is not None:
+        if attention_mask.shape[0] != batch_size:
+            raise ValueError(f"attention_mask must have the batch size, {batch_size}, got {attention_mask.shape[0]}")
         if not isinstance(q_offset, Tensor) and attention_mask.shape[1] < q_offset + q_length:
             raise ValueError(
                 f"attention_mask must cover all tokens so far, {q_offset + q_length}, got shape "

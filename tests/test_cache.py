@@ -256,6 +256,9 @@ def test_a_step_longer_than_a_window_leaves_room_for() -> None:
         (dict(v=torch.zeros(B, KV, 5, D).double()), TypeError, "v must be torch.float32 on cpu, got torch.float64"),
         (dict(lengths=[1, 6]), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1, 6\]"),
         (dict(lengths=torch.tensor([1])), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1\]"),
+        (dict(lengths=torch.tensor([1.0, 2.5])), ValueError, r"lengths must be 2 ints .* got \[1.0, 2.5\]"),
+        (dict(lengths=3), ValueError, "lengths must be 2 ints from 0 to 5, got 3"),
+        (dict(window=3), TypeError, "unexpected keyword argument 'window'"),
     ],
 )
 def test_refused(make: Callable[..., KVCache], changes: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -269,20 +272,25 @@ def test_refused(make: Callable[..., KVCache], changes: dict[str, Any], kind: ty
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: KVCache(0, 1, 1, 1), "batch_size must be at least 1, got 0"),
-        (lambda: KVCache(1, 1, 0, 1), "capacity must be at least 1, got 0"),
-        (lambda: KVCache(1, 1, 8, 8, window=-1), "window must be at least 0 or None, got -1"),
+        (lambda: KVCache(0, 1, 1, 1), "batch_size must be an int of at least 1, got 0"),
+        (lambda: KVCache(1, 1, 8.0, 1), "capacity must be an int of at least 1, got 8.0"),  # type: ignore[arg-type]
+        (lambda: KVCache(1, 1, 8, 8, window=-1), "window must be an int of at least 0 or None, got -1"),
+        (lambda: KVCache(1, 1, 8, 8, window=(3, 0)), r"window must be an int .* got \(3, 0\)"),  # type: ignore[arg-type]
+        (lambda: KVCache(1, 3, 8, 8, LogPosition(4, 8)), "num_kv_heads must divide the heads of the position, 4, got"),
+        (lambda: KVCache(1, 1, 8, 8, "none"), "position must be a LogPosition, .* got str"),  # type: ignore[arg-type]
+        (lambda: KVCache(2, 1, 8, 8, key_start=1.5), "key_start must be an int or .* got 1.5"),  # type: ignore[arg-type]
         (lambda: KVCache(1, 1, 8, 8, LogPosition(1, 16)), "head_dim must be that of the position, 16, got 8"),
         (lambda: KVCache(2, 1, 8, 8, key_start=torch.zeros(3).int()), r"key_start must be .* got torch.int32 \(3,\)"),
         (lambda: PagedKVCache(1, 1, 8, 8, page_size=24), r"page_size must be one of \(16, 32, 64, 128, 256\), got 24"),
         (lambda: PagedKVCache(1, 1, 8, 8, num_pages=0), "num_pages must be at least 1, got 0"),
         (lambda: PagedKVCache(1, 1, 8, 8, window=8), "capacity must be above the window, 8, got 8"),
         (lambda: static(None).reorder(torch.tensor([0])), r"beam_idx must be int \(2,\), got torch.int64 \(1,\)"),
+        (lambda: static(None).reorder([0.0, 1.0]), r"beam_idx must be int \(2,\), got torch.float32"),  # type: ignore[list-item]
         (lambda: static(None).reorder(torch.tensor([0, 2])), r"beam_idx must be from 0 to 1, got \[0, 2\]"),
     ],
 )
 def test_refused_settings(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
 
 

@@ -6,6 +6,10 @@ import copy
 import functools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +229,10 @@ def test_unsupported_models() -> None:
         with pytest.raises(ValueError, match=f"{option}={value}.* not supported"):
             use_log_position(model)
         assert not position_of(model)
+    model = make("gemma2", attn_logit_softcapping=50.0)
+    model.config.attn_logit_softcapping = None  # the layers have read it
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0.* not supported.* Load it with None"):
+        use_log_position(model)
 
 
 def test_bad_options_leave_the_model_as_it_was() -> None:
@@ -235,6 +243,7 @@ def test_bad_options_leave_the_model_as_it_was() -> None:
         ("keep_positions must be False with preset 'log-rotary'", dict(preset="log-rotary", keep_positions=True)),
         ("gain_length must be positive", dict(query_gain=True, gain_length=0)),
         ("must not hold device", dict(device="cpu")),
+        ("must not hold num_heads", dict(num_heads=4)),
     ):
         with pytest.raises(ValueError, match=message):
             use_log_position(model, **options)
@@ -272,6 +281,8 @@ def test_masks_that_cannot_be_honoured() -> None:
         model(ids, is_causal=False)
     with pytest.raises(ValueError, match="output_attentions"):
         model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask must have the batch size, 2, got 3"):
+        model(ids, attention_mask=torch.ones(3, 11, dtype=torch.long))
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask must cover all tokens so far, 22, got shape \(2, 11\)"):
         model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
@@ -426,6 +437,14 @@ def test_loading_without_positions_is_an_error(tmp_path: Path, monkeypatch: pyte
         from_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="attn_implementation must be"):
         from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no config.json"):
+        from_pretrained(tmp_path / "empty")
+    for architectures in (None, ["MyLlama"]):
+        config = json.loads((tmp_path / "converted" / "config.json").read_text()) | dict(architectures=architectures)
+        (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"architectures in the config of .* must name a class of Transformers"):
+            from_pretrained(tmp_path / "empty")
     # The plain class, with logpe imported: no silent attention without positions.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     with pytest.raises(RuntimeError, match=r"load it with logpe.transformers.from_pretrained"):
@@ -660,6 +679,8 @@ def test_command_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--model", "x", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
         (["--model", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
         (["--model", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--model", "x", "--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
+        (["--model", "x", "--device", "gpu7"], "--device gpu7: "),
     ],
 )
 def test_command_refuses(
@@ -668,6 +689,22 @@ def test_command_refuses(
     monkeypatch.chdir(tmp_path)
     assert command("--prompt", "x", *options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed pipe"])
+def test_command_stopped_midway(how: str, continued: tuple[Path, list[float]]) -> None:
+    command = [sys.executable, "-m", "logpe", "generate", "--model", str(continued[0]), "--device", "cpu"]
+    command += ["--prompt", "The following ", "--max-new-tokens", "100000"]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.read(20).startswith(b"The following ")
+        if how == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) == {"Ctrl-C": 130, "closed pipe": 1}[how]
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
