@@ -23,6 +23,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method
     "rope-yarn": "#8A3324",
     "alibi": "#0072B2",
     "log-bias": "#009E73",
+    "log-bias-rope": "#004D38",
     "none": "#7F7F7F",
     "sinusoid": "#E69F00",
     "log-sinusoid": "#B8A800",

@@ -20,13 +20,13 @@ class Encoding:
     """How a model knows where a byte stands. Everything but ALiBi is a LogPosition or a LogSinusoid."""
 
     preset: str = "none"  # of LogPosition
-    rotary_scale: float = 1.0  # math.inf: rotary on plain positions, that is RoPE
+    rotary_scale: float | None = None  # math.inf: rotary on plain positions, that is RoPE; None: preset
     sinusoid_scale: float | None = None  # added to the embedding; math.inf: on plain positions
     alibi: bool = False
     query_gain: bool = False
     gain_on_bias: bool = False  # the gain multiplies the whole logit, not the score alone
     rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
-    rotary_base: float = 10_000.0  # the plane p of P turns by base^(-p / P) per position
+    rotary_base: float | None = None  # plane p of P turns by base^(-p / P) per position; None: preset
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
     qk_norm: bool = False  # RMSNorm on queries and keys
     shared: bool = False  # one LogPosition for all layers
@@ -41,6 +41,7 @@ ENCODINGS = {
     "rope-yarn": Encoding("log-rotary", rotary_scale=math.inf, yarn=128),
     "alibi": Encoding(alibi=True),
     "log-bias": Encoding("log-bias"),
+    "log-bias-rope": Encoding("log-bias-rope"),
     "log-invariant": Encoding("log-invariant", qk_norm=True),
     "log-rotary": Encoding("log-rotary"),
     "log-rotary-bias": Encoding("log-rotary-bias"),
@@ -52,7 +53,7 @@ OPTIONS = {
     "shared": "one set of parameters for all layers",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
-    "base=B": "plane p of P turns by B^(-p / P) per position (10000)",
+    "base=B": "plane p of P turns by B^(-p / P) per position",
     "power=A, power=A:B, and so with rate, sharpness, alpha": "initial value, of the first and of the last head",
 }
 
@@ -92,7 +93,7 @@ def encoding(name: str, train_length: int) -> Encoding:
     parts = {*PRESET_PARTS[found.preset], *(["alpha"] if found.query_gain else [])}
     if missing := [part for part, *_ in found.initial if part not in parts]:
         raise ValueError(f"{name!r} has no {missing[0]} to initialise")
-    if found.rotary_base != Encoding.rotary_base and found.rotary is None and "rotary" not in parts:
+    if found.rotary_base is not None and found.rotary is None and "rotary" not in parts:
         raise ValueError(f"{name!r} rotates nothing: base goes with rotary=F, or a preset that rotates")
     if found.gain_on_bias and "power" not in parts:
         raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
@@ -142,7 +143,7 @@ class Attention(language_model.Attention):
             preset=encoding.preset,
             query_gain=encoding.query_gain,
             rotary_scale=encoding.rotary_scale,
-            rotary_fraction=1.0 if encoding.rotary is None else encoding.rotary,
+            rotary_fraction=encoding.rotary,
             rotary_base=encoding.rotary_base,
         )
         super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm), position)
@@ -156,7 +157,7 @@ class Attention(language_model.Attention):
             planes = int(head_dim * encoding.rotary) // 2
             if planes == 0:
                 raise ValueError(f"rotary={encoding.rotary:g} of head_dim {head_dim} leaves no plane to rotate")
-            theta = reference.inverse_frequencies(planes, encoding.rotary_base)
+            theta = reference.inverse_frequencies(planes, self.position.rotary_base)
         self.register_buffer("theta", theta, persistent=False)
         self.register_buffer("slopes", alibi_slopes(shape.heads) if encoding.alibi else None, persistent=False)
 

@@ -19,11 +19,15 @@ from logpe.reference import inverse_frequencies, log_map
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "log-bias": ("power", "rate"),
+    "log-bias-rope": ("power", "rate", "rotary"),
     "log-invariant": ("power", "rate", "sharpness"),
     "log-rotary": ("rotary",),
     "log-rotary-bias": ("power", "rate", "rotary"),
 }
 PRESETS = tuple(PRESET_PARTS)
+#: How a preset rotates, where its caller does not say: LogPosition's arguments.
+ROTATION = dict(rotary_scale=1.0, rotary_fraction=1.0, rotary_base=10000.0)
+PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=0.5, rotary_base=30.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 
@@ -64,6 +68,10 @@ class LogPosition(nn.Module):
             * ``none``: no position at all; the fair baseline.
             * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022), with its
               initialisation power ~ U(0, 2), rate ~ U(0, 1).
+            * ``log-bias-rope``: the bias, which starts at powers from 1 to 4, so that no head spreads its attention
+              over ever more keys; and ordinary rotary embedding on half of each head, with periods of 6 to at most
+              190 tokens, all of which a model has seen in training. For models trained from scratch on windows of
+              128 tokens or more: bench/EXTRAPOLATION.md.
             * ``log-invariant``: the bias and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score;
               starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al.,
               2025). Assumes logits of unit variance: normalise q and k.
@@ -72,9 +80,10 @@ class LogPosition(nn.Module):
         query_gain: multiply the scores of the query at n by 1 + alpha * log(1 + n / gain_length).
             alpha starts at 1 / log(1 + gain_length), so that the gain grows about as log n / log gain_length.
         learnable: True, False, or the names of the parts that are trained (of power, rate, sharpness, alpha).
-        rotary_scale: c of f_c, in tokens: 1 is log(1 + n), ``math.inf`` is ordinary rotary embedding.
-        rotary_fraction: share of head_dim that is rotated, in (0, 1].
-        rotary_base: theta_t = rotary_base ** (-t / planes).
+        rotary_scale: c of f_c, in tokens: 1 is log(1 + n), ``math.inf`` is ordinary rotary embedding. By default 1;
+            ``log-bias-rope``: ``math.inf``.
+        rotary_fraction: share of head_dim that is rotated, in (0, 1]. By default 1; ``log-bias-rope``: 1/2.
+        rotary_base: theta_t = rotary_base ** (-t / planes). By default 10000; ``log-bias-rope``: 30.
         gain_length: n0 of the query gain, in tokens.
 
     The parameters are stored unconstrained (``raw_power`` and so on, softplus maps them), stay float32 under
@@ -94,9 +103,9 @@ class LogPosition(nn.Module):
         *,
         query_gain: bool = False,
         learnable: bool | Iterable[str] = True,
-        rotary_scale: float = 1.0,
-        rotary_fraction: float = 1.0,
-        rotary_base: float = 10000.0,
+        rotary_scale: float | None = None,
+        rotary_fraction: float | None = None,
+        rotary_base: float | None = None,
         gain_length: float = 512.0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -107,11 +116,14 @@ class LogPosition(nn.Module):
             raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if preset not in PRESET_PARTS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        for name, value in (("rotary_scale", rotary_scale), ("rotary_base", rotary_base), ("gain_length", gain_length)):
-            if not value > 0:
+        given = dict(rotary_scale=rotary_scale, rotary_fraction=rotary_fraction, rotary_base=rotary_base)
+        rotation = ROTATION | PRESET_ROTATION.get(preset, {}) | {n: x for n, x in given.items() if x is not None}
+        for name, value in (*rotation.items(), ("gain_length", gain_length)):
+            if name == "rotary_fraction":
+                if not 0 < value <= 1:
+                    raise ValueError(f"rotary_fraction must be in (0, 1], got {value}")
+            elif not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 < rotary_fraction <= 1:
-            raise ValueError(f"rotary_fraction must be in (0, 1], got {rotary_fraction}")
         if isinstance(learnable, bool):
             learned = set(LEARNABLE_PARTS) if learnable else set()
         else:
@@ -122,9 +134,7 @@ class LogPosition(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.preset = preset
-        self.rotary_scale = float(rotary_scale)
-        self.rotary_fraction = float(rotary_fraction)
-        self.rotary_base = float(rotary_base)
+        self.rotary_scale, self.rotary_fraction, self.rotary_base = map(float, rotation.values())
         self.gain_length = float(gain_length)
         self.parts = PRESET_PARTS[preset] + (("alpha",) if query_gain else ())
         for name in LEARNABLE_PARTS:
@@ -135,9 +145,9 @@ class LogPosition(nn.Module):
                 )
             self.register_parameter(f"raw_{name}", raw)
         # 2 * planes <= head_dim; a fraction that leaves no plane would be a silent "none".
-        self.planes = int(head_dim * rotary_fraction) // 2 if "rotary" in self.parts else 0
+        self.planes = int(head_dim * self.rotary_fraction) // 2 if "rotary" in self.parts else 0
         if "rotary" in self.parts and self.planes == 0:
-            raise ValueError(f"rotary_fraction {rotary_fraction} of head_dim {head_dim} leaves no plane to rotate")
+            raise ValueError(f"rotary_fraction {self.rotary_fraction} of head_dim {head_dim} leaves no plane to rotate")
         theta = torch.empty(self.planes, device=device, dtype=torch.float64) if self.planes else None
         self.register_buffer("theta", theta, persistent=False)
         self._mark()
@@ -163,6 +173,8 @@ class LogPosition(nn.Module):
         if self.preset == "log-invariant":
             initial["power"] = initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0)
             initial["rate"] = lambda: torch.full((self.num_heads,), 0.1)
+        elif self.preset == "log-bias-rope":
+            initial["power"] = lambda: torch.logspace(0, 2, self.num_heads, base=2)
         for name in LEARNABLE_PARTS:
             raw = self._parameters[f"raw_{name}"]
             if raw is not None:

@@ -45,8 +45,8 @@ from logpe.language_model import LanguageModel, Shape
 Result = TypeVar("Result")
 
 
-def _option(default: Any, help_: str, **more: Any) -> Any:
-    return field(default=default, metadata=dict(help=f"{help_} (%(default)s)", **more))
+def _option(default: Any, help_: str, shown: str = "%(default)s", **more: Any) -> Any:
+    return field(default=default, metadata=dict(help=f"{help_} ({shown})", **more))
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ class Settings:
 
     preset: str = _option("log-bias", "position of every layer", choices=logpe.PRESETS)
     query_gain: bool = _option(False, "scores of a query grow with the log of its position")
-    rotary_scale: float = _option(1.0, "c of a rotary preset's positions c log(1 + n / c); inf is ordinary RoPE")
-    rotary_fraction: float = _option(1.0, "share of a head that is rotated")
-    rotary_base: float = _option(10000.0, "of the rotary frequencies")
+    rotary_scale: float | None = _option(
+        None, "c of positions c log(1 + n / c), inf is ordinary RoPE", shown="preset's"
+    )
+    rotary_fraction: float | None = _option(None, "share of a head that is rotated", shown="preset's")
+    rotary_base: float | None = _option(None, "of the rotary frequencies", shown="preset's")
     gain_length: float = _option(512.0, "n0 of the query gain, in tokens")
     dim: int = _option(256, "width of the model")
     layers: int = _option(6, "its depth")
@@ -86,7 +88,7 @@ class Settings:
     def position(self) -> dict[str, Any]:
         """LogPosition's keywords."""
         names = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def model(self, vocabulary: int) -> LanguageModel:
         """As it is before the first step. Raises ValueError."""
@@ -542,7 +544,8 @@ def add_parser(commands: Any) -> None:
         if isinstance(entry.default, bool):
             more["action"] = argparse.BooleanOptionalAction
         else:
-            more |= dict(type=type(entry.default), metavar=None if "choices" in more else "N")
+            kind = float if entry.default is None else type(entry.default)
+            more |= dict(type=kind, metavar=None if "choices" in more else "N")
         model.add_argument(_flag(entry.name), default=entry.default, **more)
     machine = p.add_argument_group("the machine")
     machine.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logpe import LogPosition, PositionValues, log_attention, log_attention_varlen
+from logpe import PRESETS, LogPosition, PositionValues, log_attention, log_attention_varlen
 
 PARAMETERS = ("power", "rate", "sharpness", "alpha")
 HALF = (torch.float16, torch.bfloat16)
@@ -33,6 +33,12 @@ class Call:
 
     def replace(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
+
+
+def presets_of(head_dim: int) -> list[str]:
+    """Those that find a plane to rotate in such a head, or rotate nothing."""
+    least = {"log-rotary": 2, "log-rotary-bias": 2, "log-bias-rope": 4}
+    return [preset for preset in PRESETS if head_dim >= least.get(preset, 1)]
 
 
 def make_values(

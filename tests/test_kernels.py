@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HALF, PARAMETERS, Call, Reference, check, make_call, make_packed_call, make_values, run
+from helpers import HALF, PARAMETERS, Call, Reference, check, make_call, make_packed_call, make_values, presets_of, run
 from torch import Tensor
 
 import logpe
@@ -791,7 +791,7 @@ def test_any_shape(device: torch.device, data: st.DataObject) -> None:
 
     batch, kv_heads, group = integer(1, 2), integer(1, 2), integer(1, 3)
     queries, keys, head_dim = integer(0, 50), integer(0, 50), integer(1, 40)
-    presets = [preset for preset in logpe.PRESETS if head_dim > 1 or "rotary" not in preset]
+    presets = presets_of(head_dim)
     torch.manual_seed(integer(0, 2**32 - 1))
     options = dict(
         preset=data.draw(st.sampled_from(presets)),

@@ -18,10 +18,12 @@ from logpe import LogPosition, PositionValues, log_attention, parameter_groups, 
 PARTS = {
     "none": (),
     "log-bias": ("power", "rate"),
+    "log-bias-rope": ("power", "rate", "theta"),
     "log-invariant": ("power", "rate", "sharpness"),
     "log-rotary": ("theta",),
     "log-rotary-bias": ("power", "rate", "theta"),
 }
+THETA = {"log-bias-rope": [1, 30**-0.5]}  # of a head of 8, where not the other presets'
 
 
 def raw_names(position: LogPosition) -> list[str]:
@@ -43,7 +45,7 @@ def test_a_preset_has_its_parts_and_no_others(preset: str, query_gain: bool) -> 
         assert (value is not None) == (name in expected), name
         if name == "theta" and value is not None:
             assert value.dtype == torch.float64
-            assert value.tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
+            assert value.tolist() == pytest.approx(THETA.get(preset, [1, 0.1, 0.01, 0.001]))
             assert not value.requires_grad
         elif value is not None:
             assert value.dtype == torch.float32
@@ -52,7 +54,7 @@ def test_a_preset_has_its_parts_and_no_others(preset: str, query_gain: bool) -> 
             assert value.requires_grad
             torch.testing.assert_close(value, getattr(position, name))
     assert raw_names(position) == [f"raw_{name}" for name in expected if name != "theta"]
-    assert values.rotary_scale == 1.0
+    assert values.rotary_scale == (math.inf if preset == "log-bias-rope" else 1.0)
     assert values.gain_length == 512.0
 
 
@@ -76,6 +78,18 @@ def test_log_invariant_starts_as_scale_invariant_attention() -> None:
     position = LogPosition(4, 8, "log-invariant")
     for name, value in (("power", 2.0), ("sharpness", 2.0), ("rate", 0.1)):
         torch.testing.assert_close(getattr(position, name).detach(), torch.full((4,), value))
+
+
+def test_log_bias_rope_spreads_no_head_over_everything_and_turns_in_what_was_seen() -> None:
+    """Powers from 1 to 4: beyond 1 the weights of far keys have a finite sum. Periods below 2 pi 30 tokens."""
+    position = LogPosition(5, 64, "log-bias-rope")
+    torch.testing.assert_close(position.power.detach(), 4 ** torch.linspace(0, 1, 5))
+    theta = position().theta
+    assert theta is not None
+    assert theta.shape == (16,)
+    assert 2 * math.pi / float(theta.min()) < 190
+    own = LogPosition(5, 64, "log-bias-rope", rotary_scale=3, rotary_fraction=1, rotary_base=100)
+    assert (own().rotary_scale, own.planes, own.rotary_base) == (3.0, 32, 100.0)
 
 
 def test_the_gain_starts_at_two_at_the_gain_length_minus_one() -> None:

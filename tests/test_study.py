@@ -14,6 +14,7 @@ from bench.common import COLOURS, RESULTS
 from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
 
 TINY = Shape(dim=16, layers=2, heads=2)
+FOUND = "log-bias+rotary=0.5+base=30+power=1:4"  # what the preset log-bias-rope is made of
 VARIANTS = [
     *ENCODINGS,
     *("log-bias+logit-gain", "log-invariant+logit-gain+shared", "log-invariant+rotary=0.5+gain", "none+rotary=0.5"),
@@ -128,6 +129,11 @@ def test_options_of_an_encoding():
     assert (added.theta.shape, added.rotary_scale) == ((2,), math.inf)
     for name in ("log-bias+rotary=0.5+base=25", "rope+rotary=0.5+base=25"):
         assert Attention(TINY, encoding(name, 64)).values(9)[0].theta.tolist() == pytest.approx([1.0, 0.2])
+    preset, found = (Model(TINY, encoding(name, 64), seed=0) for name in ("log-bias-rope", FOUND))
+    for here, there in zip(preset.modules(), found.modules(), strict=True):
+        if isinstance(here, Attention):
+            assert torch.equal(here.values(9)[0].theta, there.values(9)[0].theta)
+            torch.testing.assert_close(here.position.power, there.position.power)
     assert all(name.partition("+")[0] in COLOURS for name in ENCODINGS)
 
 
