@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logpe.attention import log_attention
 from logpe.checkpoint import write_whole
-from logpe.position import LogPosition
+from logpe.position import ROTATION, LogPosition
 
 EMBEDDING_STD = 0.25  # of what enters the first block
 
@@ -167,7 +167,10 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
     """
     from safetensors.torch import save_file
 
-    shape, position = Shape(**model.config["shape"]), model.config["position"]
+    shape, first = Shape(**model.config["shape"]), next(m for m in model.modules() if isinstance(m, LogPosition))
+    # All of it: what is left out there is taken from the configuration of Llama's own rotation.
+    rotation = {name: getattr(first, name) for name in ROTATION}
+    position = {**model.config["position"], **rotation}
     state = model.state_dict()
     embedding = state["embedding.weight"]
     weights = {

@@ -350,13 +350,15 @@ def test_dataset(tmp_path: Path) -> None:
         text.documents(tmp_path / "data", "train", "text")
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_transformers_reads_what_it_writes(folder: Path, tmp_path: Path, qk_norm: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [["--preset=log-bias-rope"], ["--qk-norm", "--preset=log-rotary-bias", "--rotary-fraction=0.5"]],
+    ids=["llama", "qwen3"],
+)
+def test_transformers_reads_what_it_writes(folder: Path, tmp_path: Path, options: list[str]) -> None:
     pytest.importorskip("transformers")
     integration = pytest.importorskip("logpe.transformers")
-    norm = "--qk-norm" if qk_norm else "--no-qk-norm"
-    arguments = [*SMALL, "--steps=2", norm, "--preset=log-rotary-bias", "--rotary-fraction=0.5"]
-    assert main(["train", str(folder), "--out", str(tmp_path), *arguments]) == 0
+    assert main(["train", str(folder), "--out", str(tmp_path), *SMALL, "--steps=2", *options]) == 0
     model = language_model.load(tmp_path / "checkpoints" / "step-00000002")
     other = integration.from_pretrained(tmp_path / "transformers")
     tokens = torch.randint(256, (2, 30))
