@@ -16,6 +16,7 @@ measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -64,8 +65,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
         vocabulary=2000, dim=128, layers=2, heads=4, dropout=0.1, learning_rate=3e-3, tested=96,
     ),
     "cuda": dict(
-        encodings=["sinusoid", "rope", "log-bias", "log-rotary-bias"], seeds=[0, 1, 2], limit=24, steps=8000, batch=256,
-        vocabulary=4000, dim=256, layers=4, heads=4, dropout=0.2, learning_rate=1e-3, tested=512,
+        encodings=["sinusoid", "rope", "log-bias", "log-rotary-bias"], seeds=[0, 1, 2], limit=24, steps=3000, batch=256,
+        vocabulary=4000, dim=256, layers=4, heads=4, dropout=0.3, learning_rate=1e-3, tested=512,
     ),
 }  # fmt: skip
 
@@ -232,10 +233,15 @@ class Examples:
         if not self.pairs:
             raise ValueError(f"no pair to train on has at most {limit} tokens (--limit) on either side")
         self.limit, self.batch = limit, batch
+        self.pool = functools.lru_cache(maxsize=1)(self._pool)
 
     def __call__(self, seed: int, step: int) -> list[Tokens]:
         """The batch of a step."""
         turn, part = divmod(step, POOL)
+        return self.pool(seed, turn)[part]
+
+    def _pool(self, seed: int, turn: int) -> list[list[Tokens]]:
+        """Of so many batches, in any order."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + turn)
         count = POOL * self.batch
         lines = torch.randint(2, MOST_LINES + 1, (count,), generator=generator)
@@ -243,8 +249,8 @@ class Examples:
         draws = torch.randint(len(self.pairs), (count, TRIES), generator=generator)
         pool = [self.draw(*drawn) for drawn in zip(lines.tolist(), draws.tolist(), strict=True)]
         pool.sort(key=lambda text: sum(map(len, text)))
-        part = int(torch.randperm(POOL, generator=generator)[part])
-        return pool[part * self.batch : (part + 1) * self.batch]
+        order = torch.randperm(POOL, generator=generator).tolist()
+        return [pool[part * self.batch : (part + 1) * self.batch] for part in order]
 
     def draw(self, lines: int, numbers: list[int]) -> Tokens:
         """A text of so many of these pairs, or fewer, as the limit has it."""
@@ -278,8 +284,7 @@ def make_tests(pairs: Sequence[Tokens], limit: int, count: int) -> dict[str, lis
             raise ValueError(f"{len(short)} held-out pairs have at most {limit} tokens (--limit); {lines} are needed")
         draws = (torch.randperm(len(short), generator=generator)[:lines].tolist() for _ in range(100 * count))
         tests[name] = [text for draw in draws if fits(text := join([short[i] for i in draw]))][:count]
-    tests = {name: texts[:count] for name, texts in tests.items() if texts}
-    return tests
+    return {name: texts[:count] for name, texts in tests.items() if texts}
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
