@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import logpe
 from bench import corpus, tasks
@@ -270,7 +270,7 @@ def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
     return found
 
 
-def learned_positions(model: Model) -> list[dict[str, list[float]]]:
+def learned_positions(model: nn.Module) -> list[dict[str, list[float]]]:
     """power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
     modules = (module for module in model.modules() if isinstance(module, logpe.LogPosition))
     values = [{part: getattr(module, part) for part in LEARNABLE_PARTS} for module in modules]
