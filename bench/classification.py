@@ -557,9 +557,13 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
                         axis.plot(list(found), means, marker="o", markersize=4, **look)
                         low, high = ([end(values) for values in found.values()] for end in (min, max))
                         axis.fill_between(list(found), low, high, color=look["color"], alpha=0.12, linewidth=0)
+            places = [tests[test]["tokens"] for test in names]
+            guesses = [100 * tests[test]["commonest_class"] for test in names]
+            axis.plot(places, guesses, color="0.6", linestyle=":", linewidth=1, label="the commonest class")
             axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
             axis.set_xscale("log", base=2)
-            axis.set_xticks(places := [tests[t]["tokens"] for t in names], [f"{n:,}" for n in places])
+            axis.set_xticks(places, [f"{n:,}" for n in places])
+            axis.sharey(axes[0])
             axis.minorticks_off()
             axis.set_xlabel(f"length of {kind} in words" + (", median of a range" if kind == "documents" else ""))
             axis.set_ylabel("per cent classified right")
@@ -569,7 +573,8 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
             f" trained at {settings.train_length:,}", (settings.train_length, 0.02), rotation=90, fontsize=8,
             xycoords=("data", "axes fraction"), va="bottom", ha="right", color="0.45",
         )  # fmt: skip
-        axes[0].plot([], [], color="0.4", linestyle=(0, (2, 2)), linewidth=1, label=f"cut to {settings.train_length}")
+        cut = f"cut to {settings.train_length}, same colours"
+        axes[0].plot([], [], color="0.4", linestyle=(0, (2, 2)), linewidth=1, label=cut)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
