@@ -410,6 +410,7 @@ def table(runs: dict[str, Any], settings: Settings) -> str:
         found.append([name, reads, str(len(scores)), *cells, "" if name == REAL else cell(over, "+.3f"), *last])
     start, end = bins[-1]
     legend = f"""
+
 Bits per byte under the judge by position in the text, which begins with a prompt of {settings.prompt} bytes; trained
 at {settings.train_length:,} bytes. minus real, repetition, drift, printable: from {start:,} to {end:,}.
 Mean ± standard deviation over seeds, {settings.samples} texts each, {settings.real} real ones.
@@ -419,8 +420,8 @@ Mean ± standard deviation over seeds, {settings.samples} texts each, {settings.
         for seed in real.values()
         for early, late in zip(*(seed["judge"]["lengths"]["all"]["bits_of_each_text"][i] for i in (0, -1)), strict=True)
     ]
-    check = f"""The judge is sound if real text scores the same everywhere: from the first bin to the last its bits change
-by {fmean(change):+.3f} ± {findings.half_width(change):.3f} (95% interval, {len(change)} texts).
+    check = f"""The judge is sound if real text scores the same everywhere: from the first bin to the last its bits
+change by {fmean(change):+.3f} ± {findings.half_width(change):.3f} (95% interval, {len(change)} texts).
 """
     notes = [f"{name}: {what.format(settings.train_length)}" for name, what in READINGS.items()]
     return findings.markdown(found) + legend + check + ". ".join(notes) + "."
