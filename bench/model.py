@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +124,23 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     return out.view(batch, heads, *out.shape[2:])
 
 
+class AlibiCache(logpe.KVCache):
+    """Keys and values for ALiBi, as alibi_attention has it: a batch entry and a bias over the keys for each head."""
+
+    def __init__(self, batch_size: int, slopes: Tensor, capacity: int, head_dim: int, **options: Any) -> None:
+        super().__init__(batch_size * len(slopes), 1, capacity, head_dim, **options)
+        self.slopes = slopes
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+        """q, k and v (B, H, N, D), the next of each -> as q."""
+        batch, heads, length = k.shape[:3]
+        distance = torch.arange(1 - length, self.capacity + 1 - length, device=k.device) - self.lengths[0]
+        bias = (self.slopes[:, None] * distance).repeat(batch, 1)
+        q, k, v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
+        out = super().attend(q, k, v, *args, key_mask=bias, **options)
+        return out.view(batch, heads, *out.shape[2:])
+
+
 def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al., 2023): RoPE's angles per position for `length`, and the factor on the scores.
 
@@ -137,6 +157,7 @@ class Attention(language_model.Attention):
 
     slopes: Tensor | None
     theta: Tensor | None
+    cache: logpe.KVCache | None = None  # of the tokens before those that come next, see Model.decoding
 
     def __init__(self, shape: Shape, encoding: Encoding) -> None:
         position = dict(
@@ -163,6 +184,9 @@ class Attention(language_model.Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
+        if self.cache is not None:
+            scale = self.values(self.cache.capacity)[1]
+            return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale)
         if self.slopes is not None:
             return alibi_attention(q, k, v, self.slopes)
         if self.encoding.gain_on_bias:
@@ -171,6 +195,19 @@ class Attention(language_model.Attention):
             return torch.cat([self.eager(part, k, v, n)[0] for part, n in zip(parts, starts, strict=False)], dim=2)
         values, scale = self.values(k.shape[2])
         return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
+
+    def new_cache(self, batch_size: int, capacity: int, **options: Any) -> logpe.KVCache:
+        """For texts of `capacity` bytes at the most; YaRN turns the keys as if every text had so many.
+
+        Raises ValueError for a gain on the whole logit.
+        """
+        if self.encoding.gain_on_bias:
+            raise ValueError("a gain on the whole logit (logit-gain) has no kernel, and so it cannot use a cache")
+        heads, head_dim = self.heads, self.qkv.in_features // self.heads
+        options["device"] = self.qkv.weight.device
+        if self.slopes is not None:
+            return AlibiCache(batch_size, self.slopes, capacity, head_dim, **options)
+        return logpe.KVCache(batch_size, heads, capacity, head_dim, self.values(capacity)[0], **options)
 
     def values(self, length: int) -> tuple[PositionValues, float]:
         """The position in a text of this length, and the scale of the scores."""
@@ -206,9 +243,8 @@ class Model(LanguageModel):
     def __init__(self, shape: Shape, encoding: Encoding, seed: int) -> None:
         super().__init__(shape, {}, seed, lambda shape, _: Attention(shape, encoding))
         if encoding.shared:
-            attentions = [module for module in self.modules() if isinstance(module, Attention)]
-            for attention in attentions:
-                attention.position = attentions[0].position
+            for attention in self.attentions:
+                attention.position = self.attentions[0].position
         scale = encoding.sinusoid_scale
         self.sinusoid = None if scale is None else logpe.LogSinusoid(shape.dim, scale)
 
@@ -217,5 +253,33 @@ class Model(LanguageModel):
         x = super().embed(tokens)
         if self.sinusoid is None:
             return x
+        positions = torch.arange(tokens.shape[1], device=x.device)
+        if (cache := self.attentions[0].cache) is not None:
+            positions = cache.lengths[:, None] + positions
         # As large against the embedding as in the first Transformer, whose embeddings have unit variance.
-        return x + EMBEDDING_STD * self.sinusoid(tokens.shape[1], device=x.device).to(x)
+        return x + EMBEDDING_STD * self.sinusoid(positions).to(x)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """Of every layer, from the first."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
+    @contextmanager
+    def decoding(self, batch_size: int, capacity: int, **options: Any) -> Iterator[None]:
+        """Within it the model is called with the next tokens of texts whose keys and values it keeps.
+
+        Args:
+            batch_size: texts.
+            capacity: tokens of each, at the most.
+            options: window and dtype of logpe.KVCache.
+
+        Raises ValueError, see Attention.new_cache.
+        """
+        caches = [attention.new_cache(batch_size, capacity, **options) for attention in self.attentions]
+        try:
+            for attention, cache in zip(self.attentions, caches, strict=True):
+                attention.cache = cache
+            yield
+        finally:
+            for attention in self.attentions:
+                attention.cache = None

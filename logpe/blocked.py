@@ -220,7 +220,9 @@ class _Span(NamedTuple):
 def _spans(o: _Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
     """One span for the whole batch where its positions agree, else one for each sequence."""
     batch, total_q, total_k = q.shape[0], q.shape[2], k.shape[2]
-    agree = all(x is None for x in (o.query_starts, o.key_starts, o.key_lengths, o.cu_seqlens_q))
+    agree = o.cu_seqlens_q is None and all(
+        x is None or bool((x == x[:1]).all()) for x in (o.query_starts, o.key_starts, o.key_lengths)
+    )
     if o.cu_seqlens_q is not None:
         batch = len(o.cu_seqlens_q) - 1
     for b in range(min(batch, 1) if agree else batch):
@@ -302,7 +304,8 @@ class _Part:
             key_bias = o.key_bias[span.batch, span.key_rows].to(self.compute)
             self.key_bias = key_bias.repeat_interleave(self.key_heads, 0)[:, None]
             hidden = key_bias == -math.inf
-            k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
+            if hidden.any():
+                k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
             seen = F.pad((~hidden).cumsum(1), (1, 0))  # before each key
             first, end = self.query_positions - o.left, self.query_positions + o.right + 1
             first, end = ((x - span.key_position).clamp(0, num_keys) for x in (first, end))
@@ -313,7 +316,7 @@ class _Part:
         if o.theta is not None:
             self.q = reference.rotate(self.q, self.query_positions, o.theta, o.rotary_scale)
             k = reference.rotate(k, self.key_positions, o.theta, o.rotary_scale)
-        self.k, self.v = k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
+        self.k, self.v = (self.by_pair(x) for x in (k, v))
 
         # Over i - j, falling: row r and column c meet at element r + c of a table.
         along = torch.arange(num_queries + num_keys - 1, device=q.device)
@@ -444,6 +447,11 @@ class _Part:
     def by_key_head(self, x: Tensor) -> Tensor:
         """(batch, query heads, ...) -> (batch * key heads, group, ...), contiguous."""
         return x.unflatten(1, (self.key_heads, -1)).flatten(0, 1).contiguous()
+
+    def by_pair(self, x: Tensor) -> Tensor:
+        """(batch, key heads, rows, D) -> (batch * key heads, rows, D), each pair's rows side by side."""
+        x = x.flatten(0, 1)
+        return x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()  # a cache is not copied
 
     def by_query_head(self, x: Tensor) -> Tensor:
         """(batch * key heads, group, ...) -> (batch, query heads, ...)"""
