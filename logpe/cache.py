@@ -124,6 +124,7 @@ class KVCache:
         v: Tensor,
         lengths: Sequence[int] | Tensor | None = None,
         *,
+        key_mask: Tensor | None = None,
         scale: float | None = None,
         context_length: int | Tensor | None = None,
         return_lse: bool = False,
@@ -134,6 +135,7 @@ class KVCache:
 
         Args:
             q: (B, Hq, N, D), not turned; k, v and lengths as in :meth:`append`. Right padding of q is of no meaning.
+            key_mask: of :func:`logpe.log_attention`; (B, Nk) with one column for each place of the cache.
             scale, context_length, return_lse, backend, validate: of :func:`logpe.log_attention`.
 
         Returns:
@@ -153,6 +155,7 @@ class KVCache:
             is_causal=True,
             query_start=first,
             window=(self.window, None),
+            key_mask=key_mask,
             scale=scale,
             context_length=context_length,
             return_lse=return_lse,
