@@ -53,7 +53,7 @@ def _option(default: Any, help_: str, shown: str = "%(default)s", **more: Any) -
 class Settings:
     """All that the losses depend on, but for the text and the machine; each is an option of the command."""
 
-    preset: str = _option("log-bias", "position of every layer", choices=logpe.PRESETS)
+    preset: str = _option("log-bias-rope", "position of every layer", choices=logpe.PRESETS)
     query_gain: bool = _option(False, "scores of a query grow with the log of its position")
     rotary_scale: float | None = _option(
         None, "c of positions c log(1 + n / c), inf is ordinary RoPE", shown="preset's"
