@@ -594,11 +594,18 @@ def table(runs: findings.Runs, tests: Sequence[str], baseline: str) -> str:
 
 
 def picture(path: Path, runs: findings.Runs, tests: Sequence[str], note: str) -> None:
-    """chrF of single lines and of many, and how long the translations of many are. Bands: the seeds."""
+    """chrF of single lines and of many; how long the translations of many are, and bits per character of their
+    references, which do not depend on where a translation stops. Bands: the seeds.
+    """
     single, many = ([test for test in tests if test.startswith("1 line,") is one] for one in (True, False))
-    drawn = [(single, "chrf", "chrF"), (many, "chrf", "chrF"), (many, "length_ratio", "length against the reference's")]
+    drawn = [
+        (single, "chrf", "chrF"),
+        (many, "chrf", "chrF"),
+        (many, "length_ratio", "length against the reference's"),
+        (many, "bits_per_character", "bits per character, reference given"),
+    ]
     names = [name for name in runs if any(values(runs, name, test, "chrf") for test in tests)]
-    with findings.panels(path, len(drawn), note, size=(4.6, 4.2), legend=True) as axes:
+    with findings.panels(path, len(drawn), note, columns=2, size=(4.8, 3.6), legend=True) as axes:
         for axis, (shown, measure, label) in zip(axes, drawn, strict=True):
             for name in names:
                 points = [(i, list(values(runs, name, test, measure).values())) for i, test in enumerate(shown)]
@@ -612,7 +619,8 @@ def picture(path: Path, runs: findings.Runs, tests: Sequence[str], note: str) ->
             axis.set_xticks(range(len(shown)), [test.replace(", ", "\n") for test in shown])
             axis.set_xlabel("lines, and tokens of a text")
             axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+            if measure != "bits_per_character":
+                axis.set_ylim(bottom=0)
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
         axes[2].axhline(1, color="0.6", linestyle=":", linewidth=1, zorder=0)
@@ -762,11 +770,15 @@ def show(results: training.Results, tests: Sequence[str], settings: Settings, ba
     if not results.path.exists():
         return
     print(f"\nMeasured in {findings.seconds(runs) / 60:.1f} minutes: {results.path}")
+    if not any(values(runs, name, test, "chrf") for name in runs for test in tests):
+        return
     trained = [jobs[JOB]["train"] for seeds in runs.values() for jobs in seeds.values()]
+    seeds = sorted({seed for by_seed in runs.values() for seed, jobs in by_seed.items() if jobs[JOB]["lengths"]})
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {', '.join(seeds)} (bands: all of them)"
     note = (
         f"Encoder-decoders, {max(t.get('parameters', 0) for t in trained) / 1e6:.2f} M parameters, {settings.steps:,}"
         f" steps of {settings.batch} texts of at most {settings.limit} tokens, 1 to {MOST_LINES} lines.\n"
-        "English to German, held-out messages of programs, greedy. Bands: the seeds. Right of the dashed line: longer"
+        f"English to German, held-out messages of programs, greedy, {which}. Right of the dashed line: longer"
         " than any text in training."
     )
     try:
