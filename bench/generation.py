@@ -394,20 +394,21 @@ def table(runs: dict[str, Any], settings: Settings) -> str:
     """Bits by position, then what else the last bin shows, as Markdown: means, and ± standard deviation over seeds."""
 
     def cell(values: Sequence[float], form: str, spread: bool = True) -> str:
-        shown = f" ± {stdev(values):{form.strip('+')}}" if spread and len(values) > 1 else ""
+        shown = f" ± {stdev(values):{form}}" if spread and len(values) > 1 else ""
         return f"{fmean(values):{form}}" + shown
 
     bins = list(zip(settings.edges, settings.edges[1:], strict=False))
     others = ("repetition", "drift", "printable")
     found = [["text", "reads", "seeds", *(f"{a:,}-{b:,}" for a, b in bins), "minus real", *others]]
-    real = runs.get(REAL, {})
+    real = next(lines(runs))[2].values()
+    goal = fmean(scored["bits"][-1] for scored in real)
     for name, reading, scores in lines(runs):
         columns = list(zip(*(s["bits"] for s in scores.values()), strict=True))
         cells = [cell(column, ".3f", column is columns[-1]) for column in columns]
-        over = [s["bits"][-1] - real[seed]["judge"]["lengths"]["all"]["bits"][-1] for seed, s in scores.items()]
+        over = "" if name == REAL else f"{fmean(columns[-1]) - goal:+.3f}"
         last = [cell([s[measure][-1] for s in scores.values()], ".3f") for measure in others]
         reads = "" if name == REAL else reading
-        found.append([name, reads, str(len(scores)), *cells, "" if name == REAL else cell(over, "+.3f"), *last])
+        found.append([name, reads, str(len(scores)), *cells, over, *last])
     start, end = bins[-1]
     legend = f"""
 
@@ -417,8 +418,8 @@ Mean ± standard deviation over seeds, {settings.samples} texts each, {settings.
 """
     change = [
         late - early
-        for seed in real.values()
-        for early, late in zip(*(seed["judge"]["lengths"]["all"]["bits_of_each_text"][i] for i in (0, -1)), strict=True)
+        for scored in real
+        for early, late in zip(scored["bits_of_each_text"][0], scored["bits_of_each_text"][-1], strict=True)
     ]
     check = f"""The judge is sound if real text scores the same everywhere: from the first bin to the last its bits
 change by {fmean(change):+.3f} ± {findings.half_width(change):.3f} (95% interval, {len(change)} texts).
