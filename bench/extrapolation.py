@@ -229,8 +229,8 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
 
 
 def show(results: training.Results, settings: study.Settings, caption: str, args: argparse.Namespace) -> None:
-    """Prints the tables, and draws the pictures where matplotlib is installed."""
-    runs = results.runs
+    """Prints the tables, and draws the pictures where matplotlib is installed: of the encodings that were asked for."""
+    runs = {name: results.runs[name] for name in args.encodings if name in results.runs}
     shown = [task for task in tasks.TASKS if any(task in run for seeds in runs.values() for run in seeds.values())]
     if args.quick:
         print("\n" + findings.table(runs, settings, shown))
@@ -245,6 +245,8 @@ def show(results: training.Results, settings: study.Settings, caption: str, args
             findings.figure(picture, runs, settings, shown, caption)
             print(picture)
         else:
+            findings.write_csv(results.path.with_suffix(".csv"), results.runs, settings)
+            print(results.path.with_suffix(".csv"))
             print(*findings.report(results.path, runs, settings, shown, caption), sep="\n")
     except ImportError:
         print("No figure: matplotlib is not installed.")

@@ -499,8 +499,7 @@ def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> N
 
 
 def report(path: Path, runs: Runs, settings: Settings, tasks_shown: Sequence[str], note: str) -> list[Path]:
-    """Writes the CSV and the pictures beside the JSON at `path`; -> what there is now. ImportError: no matplotlib."""
-    write_csv(path.with_suffix(".csv"), runs, settings)
+    """Writes the pictures beside the JSON at `path`; -> what there is now. ImportError: no matplotlib."""
     pictures = {
         kind: path.with_name(f"{path.stem}-{kind}.png") for kind in ("perplexity", "decay", "positions", *tasks_shown)
     }
@@ -509,4 +508,4 @@ def report(path: Path, runs: Runs, settings: Settings, tasks_shown: Sequence[str
     position_picture(pictures["positions"], runs, settings, note)
     for task in tasks_shown:
         retrieval_picture(pictures[task], runs, settings, task, note)
-    return [path.with_suffix(".csv"), *(picture for picture in pictures.values() if picture.exists())]
+    return [picture for picture in pictures.values() if picture.exists()]
