@@ -471,7 +471,7 @@ def caption(runs: dict[str, Any], settings: Settings, source: str) -> str:
     """What the picture shows, in two lines."""
     jobs = [job for seeds in runs.values() for run in seeds.values() for job in run.values()]
     size = max((job["train"].get("parameters", 0) for job in jobs), default=0)
-    seeds = sorted({int(seed) for name, run in runs.items() if name != REAL for seed in run})
+    seeds = sorted({int(seed) for name, _, scores in lines(runs) if name != REAL for seed in scores})
     judge = findings.style(settings.judge, [settings.judge])["label"]
     return (
         f"Byte-level transformers, {size / 1e6:.2f} M parameters, trained on {settings.train_length}-byte windows of "
