@@ -71,7 +71,7 @@ class LogPosition(nn.Module):
             * ``log-bias-rope``: the bias, which starts at powers from 1 to 4, so that no head spreads its attention
               over ever more keys; and ordinary rotary embedding on half of each head, with periods of 6 to at most
               190 tokens, all of which a model has seen in training. For models trained from scratch on windows of
-              128 tokens or more: bench/EXTRAPOLATION.md.
+              200 tokens or more (heads of 32: 128); the evidence is in bench/EXTRAPOLATION.md.
             * ``log-invariant``: the bias and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score;
               starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al.,
               2025). Assumes logits of unit variance: normalise q and k.
