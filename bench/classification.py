@@ -25,9 +25,7 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import sys
 import time
 from collections import Counter
@@ -46,9 +44,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import logpe
-from bench import findings, training
-from bench.common import commit, device_name
-from bench.extrapolation import parse_device
+from bench import command, findings, training
+from bench.common import device_name
 from bench.model import ENCODINGS, Encoding
 from bench.study import learned_positions, work
 from bench.training import Advance, Stage, fit
@@ -589,10 +586,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"encodings: {', '.join(SERVED)}",
     )
 
-    def default(name: str) -> str:
-        shown = {kind: " ".join(map(str, v)) if isinstance(v := b[name], list) else v for kind, b in BUDGETS.items()}
-        return f"(default {shown['cuda']}; on the CPU {shown['cpu']})"
-
+    default = command.default_of(BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
     p.add_argument("--encodings", nargs="+", choices=SERVED, metavar="NAME", help=f"{default('encodings')}")
     p.add_argument("--train-length", type=int, default=128, metavar="N", help="words and marks (default %(default)s)")
@@ -612,11 +606,7 @@ def parser() -> argparse.ArgumentParser:
         "--word-dropout", type=float, default=0.1, metavar="F", help="hidden in training (default %(default)s)"
     )
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
-    p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
-    p.add_argument("--fresh", action="store_true", help="measure everything again")
+    command.add_run_options(p)
     return p
 
 
@@ -624,12 +614,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
     p = parser()
     args = p.parse_args(arguments)
-    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    deadline = command.deadline(args.minutes)
     try:
-        device = parse_device(args.device)
-        for name, value in BUDGETS["cpu" if device.type == "cpu" else "cuda"].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        device = command.parse_device(args.device)
+        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
         if min(args.steps, args.batch, args.documents, args.joined, args.train_length, args.reach) < 1:
             raise ValueError("counts must be 1 or more")
         if not 0 <= args.word_dropout < 1:
@@ -652,17 +640,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = Task(corpus, settings)
     except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
         p.error(str(error))
-    command = ["python", "-m", "bench.classification", *(sys.argv[1:] if arguments is None else arguments)]
-    stamp = {"commit": commit(), "threads": torch.get_num_threads()}
-    about = {
-        "key": settings.key,
-        "command": shlex.join(command),
-        **stamp,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "python": platform.python_version(),
-        "corpus": corpus.describe(),
-        "settings": asdict(settings),
-    }
+    stamp = command.stamp()
+    about = command.about(
+        "bench.classification",
+        arguments,
+        settings,
+        stamp,
+        corpus=corpus.describe(),
+    )
     path = training.results_path(args.out, f"classification-{device.type}", settings.key)
     results = training.Results(path, about, args.fresh)
     status = 0

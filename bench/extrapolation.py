@@ -17,15 +17,10 @@ there. On many GPUs one process each does its part of the same study:
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
-import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 # Before torch is loaded: threads that wait by spinning make a busy machine several times slower.
@@ -34,8 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import logpe
-from bench import corpus, findings, study, tasks, training
-from bench.common import commit, device_name
+from bench import command, corpus, findings, study, tasks, training
+from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 
 QUICK = ["rope", "alibi", "log-bias"]
@@ -87,10 +82,7 @@ def parser() -> argparse.ArgumentParser:
         f"{corpus.LINUX_HELP}  any folder of text",
     )
 
-    def default(name: str) -> str:
-        shown = {kind: " ".join(map(str, v)) if isinstance(v := b[name], list) else v for kind, b in BUDGETS.items()}
-        return f"(default {shown['cuda']}; on the CPU {shown['cpu']}; with --quick {shown['quick']})"
-
+    default = command.default_of(BUDGETS)
     p.add_argument("--quick", action="store_true", help="a small budget for one table and one picture")
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare, see below {default('encodings')}")
     p.add_argument(
@@ -114,12 +106,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
-    p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
+    command.add_run_options(p)
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
-    p.add_argument("--fresh", action="store_true", help="measure everything again")
     return p
 
 
@@ -133,13 +121,6 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def parse_device(name: str) -> torch.device:
-    """`auto` takes the GPU of torchrun's local rank, or the first, or the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-
-
 def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> study.Settings:
     """Of the models trained at one length."""
     doublings = range(max(1, args.reach).bit_length())
@@ -147,7 +128,7 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     target = min(args.target, lengths[0] // 2) if args.quick else min(args.target, lengths[-1] // 2)
     return study.Settings(
         corpus=text.digest,
-        device=device_name(parse_device(args.device)),
+        device=device_name(command.parse_device(args.device)),
         versions={"torch": torch.__version__, "logpe": logpe.__version__},
         shape=shape,
         train_length=train_length,
@@ -167,12 +148,10 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
     """Exit status 0: all of this shard is measured. 130: stopped early; the same command goes on."""
     p = parser()
     args = p.parse_args(arguments)
-    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    deadline = command.deadline(args.minutes)
     try:
-        device, shard = parse_device(args.device), parse_shard(args.shard)
-        for name, value in BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        device, shard = command.parse_device(args.device), parse_shard(args.shard)
+        command.fill_in(args, BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"])
         if (
             min(args.steps, args.batch_bytes, args.windows, args.target, args.samples, args.depths) < 1
             or args.whole < 0
@@ -194,19 +173,16 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
             studies.append((settings, jobs, reading))
     except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
         p.error(str(error))
-    command = ["python", "-m", "bench.extrapolation", *(sys.argv[1:] if arguments is None else arguments)]
-    stamp = {"commit": commit(), "threads": torch.get_num_threads()}
+    stamp = command.stamp()
     status, found = 0, []
     for settings, jobs, reading in studies:
-        about = {
-            "key": settings.key,
-            "command": shlex.join(command),
-            **stamp,
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "python": platform.python_version(),
-            "corpus": {**text.describe(), "windows": len(reading.windows)},
-            "settings": asdict(settings),
-        }
+        about = command.about(
+            "bench.extrapolation",
+            arguments,
+            settings,
+            stamp,
+            corpus={**text.describe(), "windows": len(reading.windows)},
+        )
         name = "extrapolation-quick"
         if not args.quick:
             source = "-".join(text.name.split())

@@ -32,9 +32,7 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,9 +47,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logpe
-from bench import corpus, findings, study, training
-from bench.common import commit, device_name, write_whole
-from bench.extrapolation import parse_device
+from bench import command, corpus, findings, study, training
+from bench.common import device_name, write_whole
 from bench.model import Attention, Model, Shape, encoding
 from bench.training import Advance, Results, Stage, fit
 
@@ -499,10 +496,7 @@ def parser() -> argparse.ArgumentParser:
         f"{corpus.LINUX_HELP}  any folder of text",
     )
 
-    def default(name: str) -> str:
-        shown = {kind: " ".join(map(str, v)) if isinstance(v := b[name], list) else v for kind, b in BUDGETS.items()}
-        return f"(default {shown['cuda']}; on the CPU {shown['cpu']})"
-
+    default = command.default_of(BUDGETS)
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare {default('encodings')}")
     p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
     p.add_argument("--train-length", type=int, metavar="N", help=f"bytes {default('train_length')}")
@@ -521,11 +515,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(f"--judge-{name}", type=int, metavar="N", help=f"{what} {default(f'judge_{name}')}")
     for name, what in (("dim", "width of all models"), ("layers", "of a model"), ("heads", "of a layer")):
         p.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} {default(name)}")
-    p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
-    p.add_argument("--fresh", action="store_true", help="measure everything again")
+    command.add_run_options(p)
     return p
 
 
@@ -578,29 +568,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
     p = parser()
     args = p.parse_args(arguments)
-    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    deadline = command.deadline(args.minutes)
     try:
-        device = parse_device(args.device)
-        for name, value in BUDGETS["cpu" if device.type == "cpu" else "cuda"].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        device = command.parse_device(args.device)
+        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
         text = corpus.load(args.corpus)
         settings = settings_of(args, text, device)
         texts = Texts(text, settings, args.seeds)
     except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
         p.error(str(error))
-    command = ["python", "-m", "bench.generation", *(sys.argv[1:] if arguments is None else arguments)]
-    stamp = {"commit": commit(), "threads": torch.get_num_threads()}
-    about = {
-        "key": settings.key,
-        "command": shlex.join(command),
-        **stamp,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "python": platform.python_version(),
-        "corpus": {**text.describe(), **texts.describe()},
-        "settings": asdict(settings),
-        "edges": settings.edges,
-    }
+    stamp = command.stamp()
+    about = command.about(
+        "bench.generation",
+        arguments,
+        settings,
+        stamp,
+        corpus={**text.describe(), **texts.describe()},
+        edges=settings.edges,
+    )
     name = f"generation-{device.type}-{'-'.join(text.name.split())}-{settings.train_length}"
     results = Results(training.results_path(args.out, name, settings.key), about, args.fresh)
     keep = results.cache / f"{settings.key}-judge.pt"

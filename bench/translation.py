@@ -21,9 +21,7 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import struct
 import sys
 import time
@@ -50,9 +48,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logpe
-from bench import findings, study, training
-from bench.common import commit, device_name
-from bench.extrapolation import parse_device
+from bench import command, findings, study, training
+from bench.common import device_name
 from bench.model import ENCODINGS, encoding
 from bench.training import Advance
 
@@ -654,10 +651,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"encodings: {', '.join(NAMES)}",
     )
 
-    def default(name: str) -> str:
-        shown = {kind: " ".join(map(str, v)) if isinstance(v := b[name], list) else v for kind, b in BUDGETS.items()}
-        return f"(default {shown['cuda']}; on the CPU {shown['cpu']})"
-
+    default = command.default_of(BUDGETS)
     p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
     p.add_argument("--encodings", nargs="+", choices=NAMES, metavar="NAME", help=f"see below {default('encodings')}")
     p.add_argument("--limit", type=int, metavar="N", help=f"tokens of a side in training {default('limit')}")
@@ -671,11 +665,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, metavar="P", help=f"of residual branches {default('dropout')}")
     p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
-    p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
-    p.add_argument("--fresh", action="store_true", help="measure everything again")
+    command.add_run_options(p)
     return p
 
 
@@ -683,12 +673,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
     p = parser()
     args = p.parse_args(arguments)
-    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    deadline = command.deadline(args.minutes)
     try:
-        device = parse_device(args.device)
-        for name, value in BUDGETS["cpu" if device.type == "cpu" else "cuda"].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        device = command.parse_device(args.device)
+        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
         counts = ("limit", "steps", "batch", "tested", "dim", "layers", "heads")
         if few := [name for name in counts if getattr(args, name) < 1]:
             raise ValueError(f"--{few[0]} must be 1 or more, got {getattr(args, few[0])}")
@@ -726,24 +714,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training_work=settings.steps * training_work(settings),
         tests={name: scoring_work(texts) for name, texts in tests.items()},
     )
-    stamp = {"commit": commit(), "threads": torch.get_num_threads()}
-    command = ["python", "-m", "bench.translation", *(sys.argv[1:] if arguments is None else arguments)]
-    about = {
-        "key": settings.key,
-        "command": shlex.join(command),
-        **stamp,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "python": platform.python_version(),
-        "data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)},
-        "tests": {
+    stamp = command.stamp()
+    about = command.about(
+        "bench.translation",
+        arguments,
+        settings,
+        stamp,
+        data={**pairs.describe(), "short_train_pairs": len(drawn.pairs)},
+        tests={
             name: {
                 "texts": len(texts),
                 "mean_tokens": [round(fmean(map(len, side)), 1) for side in zip(*texts, strict=True)],
             }
             for name, texts in tests.items()
         },
-        "settings": asdict(settings),
-    }
+    )
     path = training.results_path(args.out, f"translation-{device.type}", settings.key)
     results = training.Results(path, about, args.fresh)
     status = 0
