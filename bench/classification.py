@@ -22,7 +22,6 @@ import argparse
 import csv
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -292,8 +291,8 @@ def predict(model: Classifier, tokens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a number depends on, the machine included. Results of different settings never share a file."""
+class Settings(training.Settings):
+    """Of this comparison."""
 
     corpus: str  # sha256
     device: str
@@ -309,11 +308,6 @@ class Settings:
     word_dropout: float  # share of the words that are made unknown in training
     weight_decay: float = 0.1
     format: int = FORMAT
-
-    @property
-    def key(self) -> str:
-        """Names these settings in files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Task:

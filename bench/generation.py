@@ -27,14 +27,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
 import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -75,8 +73,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a number depends on, the machine included. Results of different settings never share a file."""
+class Settings(training.Settings):
+    """Of this comparison."""
 
     corpus: str  # sha256
     device: str
@@ -98,11 +96,6 @@ class Settings:
     learning_rate: float
     weight_decay: float = 0.1
     format: int = FORMAT
-
-    @property
-    def key(self) -> str:
-        """Names these settings in files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def piece(self) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logpe
-from bench import corpus, tasks
+from bench import corpus, tasks, training
 from bench.model import Attention, Model, Shape, encoding
 from bench.training import Advance, Stage, fit
 from logpe.position import LEARNABLE_PARTS
@@ -27,8 +25,8 @@ ENTROPY_WINDOWS, ENTROPY_QUERIES = 8, 16
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a number depends on, the machine included. Results of different settings never share a file."""
+class Settings(training.Settings):
+    """Of this comparison."""
 
     corpus: str  # sha256
     device: str
@@ -47,13 +45,12 @@ class Settings:
     weight_decay: float = 0.1
     format: int = FORMAT
 
-    @property
-    def key(self) -> str:
-        """Names these settings in files."""
-        content = asdict(self)
+    def content(self) -> dict[str, Any]:
+        """What names them."""
+        content = super().content()
         if not self.whole_windows:  # as before it existed, so that older results keep their names
             del content["whole_windows"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        return content
 
 
 # --- jobs: what a model is trained for, and how it is scored at one length -------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ CHECKPOINT_SECONDS = 60.0
 
 Advance = Callable[[int], None]  # tells the progress bar; raises KeyboardInterrupt when it is time to stop
 BatchLoss = Callable[[int], "tuple[Tensor, Callable[[], list[float]]]"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a number depends on, the machine included. Results of different settings never share a file."""
+
+    def content(self) -> dict[str, Any]:
+        """What names them."""
+        return asdict(self)
+
+    @property
+    def key(self) -> str:
+        """Names these settings in files."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def fit(

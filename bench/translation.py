@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -424,8 +423,8 @@ KEPT_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a number depends on, the machine included. Results of different settings never share a file."""
+class Settings(training.Settings):
+    """Of this comparison."""
 
     pairs: str  # sha256
     vocabulary: str  # sha256
@@ -439,11 +438,6 @@ class Settings:
     learning_rate: float
     weight_decay: float = 0.1
     format: int = FORMAT
-
-    @property
-    def key(self) -> str:
-        """Names these settings in files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def autocast(device: torch.device) -> torch.autocast:
