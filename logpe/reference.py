@@ -152,8 +152,8 @@ def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | N
     """
     exists = (block_table >= 0) & (block_table < k.shape[0])
     pages = block_table.where(exists, 0)
+    exists = exists.repeat_interleave(k.shape[2], 1)
     k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
-    exists = exists.repeat_interleave(k.shape[2] // block_table.shape[1], 1)
     if key_bias is None:
         key_bias = torch.zeros((), device=k.device)
     return k, v, torch.where(exists, key_bias, -math.inf)

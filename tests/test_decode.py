@@ -158,6 +158,16 @@ def test_entries_that_are_no_page_hold_no_keys(backend: str, launches: list[Any]
     torch.testing.assert_close((out, lse), expected)
 
 
+@pytest.mark.parametrize("backend", ["triton", "blocked", "reference"])
+def test_a_table_without_pages_holds_no_keys(backend: str, launches: list[Any], device: torch.device) -> None:
+    if backend == "blocked" and device.type != "cpu":
+        pytest.skip("runs on the CPU")
+    call = make_call(2, 4, 2, 3, 16, 16, device=device, is_causal=True, query_start=0)
+    out, lse = forward(call, backend, block_table=torch.zeros(2, 0, dtype=torch.int32, device=device))
+    assert out.eq(0).all()
+    assert lse.eq(-torch.inf).all()
+
+
 def test_packed(launches: list[Any], device: torch.device) -> None:
     check(make_packed_call([1, 3, 0, 2], [40, 3, 8, 17], outside=3, kv_heads=2, is_causal=True, device=device))
     assert launches
