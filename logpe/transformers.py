@@ -57,7 +57,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import MAX_HEAD_DIM, log_attention
-from logpe.position import LEARNABLE_PARTS, LogPosition, PositionValues
+from logpe.position import LEARNABLE_PARTS, PRESET_ROTATION, LogPosition, PositionValues
 from logpe.reference import inverse_frequencies
 
 #: Values of ``config.model_type`` that can be converted.
@@ -87,7 +87,7 @@ def use_log_position(
             what it did before. Not with a preset that rotates.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
             ``rotary_fraction`` are by default those of the model's own rotary embedding, without the scaling that
-            its rope type may add (yarn, llama3 and so on).
+            its rope type may add (yarn, llama3 and so on); ``log-bias-rope`` brings its own.
 
     Returns:
         model. Its config carries the settings, so that :func:`from_pretrained` restores it.
@@ -172,7 +172,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    rotary = [_rotary_options(config, attention) for attention in attentions]
+    own = preset in PRESET_ROTATION  # which is then not the model's
+    rotary = [{} if own else _rotary_options(config, attention) for attention in attentions]
 
     def make(layer: int) -> LogPosition:
         device = next(attentions[layer].parameters()).device
@@ -198,7 +199,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         if hasattr(base, "wpe"):
             base.wpe = _NoEmbedding()
         else:
-            base.rotary_emb = _NoRotation(int(head_dim * rotary[0]["rotary_fraction"]))
+            base.rotary_emb = _NoRotation(int(head_dim * _rotary_options(config, attentions[0])["rotary_fraction"]))
     base.register_forward_pre_hook(_check_implementation)
     config.log_position = settings
     config._attn_implementation = IMPLEMENTATION

@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys):
         cl.load(write(tmp_path / "bad.csv", [["words"], ["x"]]))
     with pytest.raises(ValueError, match="in 1 classes"):
         cl.load(write(tmp_path / "one.csv", [["text", "label"], *([review(i), "1"] for i in range(40))]))
-    for name in ("alibi", "rope-yarn", "rop"):
+    for name in ("alibi", "rope-yarn", "rop", "log-bias+logit-gain", "log-bias+rotary=0.5"):
         with pytest.raises(SystemExit):
             cl.main(["--encodings", name])
 
@@ -165,7 +165,7 @@ def test_without_the_library_tokenizers(monkeypatch):
 # --- model and scoring ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", cl.SERVED)
+@pytest.mark.parametrize("name", cl.NAMES)
 def test_padding_changes_nothing_and_order_matters_where_there_is_an_encoding(name):
     model = cl.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -177,7 +177,7 @@ def test_padding_changes_nothing_and_order_matters_where_there_is_an_encoding(na
         torch.testing.assert_close(cl.predict(model.train(), padded), alone)
         shuffled = cl.predict(model, documents[1].flip(0)[None])
     # Distances do not tell a text from the same read backwards; where each word stands does not, without an encoding.
-    blind = name.removesuffix("+gain") in ("none", "log-bias", "log-invariant")
+    blind = name.removesuffix("+gain") in ("none", "kerple", "log-bias", "log-invariant")
     assert torch.allclose(shuffled, alone[1:2], atol=1e-5) == blind
     torch.testing.assert_close(alone.exp().sum(-1), torch.ones(3))
 
@@ -193,8 +193,8 @@ def test_words_near_each_other_count_more_with_a_log_bias():
 
 def test_encodings_start_from_the_same_weights():
     plain = dict(cl.Classifier(TINY, 2, encoding("none", 16), seed=3).named_parameters())
-    for name, served in cl.SERVED.items():
-        weights = dict(cl.Classifier(TINY, 2, served, seed=3).named_parameters())
+    for name in (*cl.NAMES, "log-bias-rope+base=3+power=0.5:2+shared"):
+        weights = dict(cl.Classifier(TINY, 2, encoding(name, 16), seed=3).named_parameters())
         assert all(torch.equal(weights[key], value) for key, value in plain.items()), name
     first, second = (plain[f"encoder.layers.{i}.self_attn.in_proj_weight"] for i in (0, 1))
     assert not torch.equal(first, second)

@@ -62,15 +62,15 @@ def test_all_presets_are_listed() -> None:
     assert set(logpe.PRESETS) == set(PARTS)
 
 
-def test_log_bias_starts_as_kerple() -> None:
-    """power ~ U(0, 2), rate ~ U(0, 1) (Chi et al., 2022), per head."""
-    position = LogPosition(20_000, 8)
-    for name, high in (("power", 2.0), ("rate", 1.0)):
-        value = getattr(position, name).detach()
-        assert 0 < value.min() < 0.03
-        assert high - 0.01 < value.max() <= high + 1e-5
-        assert float(value.mean()) == pytest.approx(high / 2, abs=0.03)
-        assert float(value.std()) == pytest.approx(high / math.sqrt(12), abs=0.02)
+def test_log_bias_starts_with_some_heads_that_look_far() -> None:
+    """Powers from 1/2 to 4, geometric over the heads; rate ~ U(0, 1) as in KERPLE (Chi et al., 2022)."""
+    for preset in ("log-bias", "log-rotary-bias"):
+        torch.testing.assert_close(LogPosition(4, 8, preset).power.detach(), torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    rate = LogPosition(20_000, 8).rate.detach()
+    assert 0 < rate.min() < 0.03
+    assert 0.99 < rate.max() <= 1 + 1e-5
+    assert float(rate.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(rate.std()) == pytest.approx(1 / math.sqrt(12), abs=0.02)
 
 
 def test_log_invariant_starts_as_scale_invariant_attention() -> None:
@@ -104,8 +104,9 @@ def test_heads_start_differently_and_seeds_repeat() -> None:
     first = LogPosition(8, 8)
     torch.manual_seed(3)
     second = LogPosition(8, 8)
-    assert torch.equal(first.raw_power, second.raw_power)
-    assert first.power.unique().numel() == 8
+    for part in ("power", "rate"):
+        assert torch.equal(getattr(first, part), getattr(second, part))
+        assert getattr(first, part).unique().numel() == 8
 
 
 @pytest.mark.parametrize(("fraction", "planes"), [(1.0, 5), (0.5, 2), (0.9, 4), (0.2, 1)])
@@ -231,8 +232,8 @@ def test_meta_device() -> None:
     position.to_empty(device="cpu")
     position.reset_parameters()
     torch.testing.assert_close(position.alpha.detach(), torch.full((4,), 1 / math.log(513)))
-    assert (position.power > 0).all()
-    assert (position.power <= 2.001).all()
+    torch.testing.assert_close(position.power.detach(), torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    assert ((position.rate > 0) & (position.rate <= 1.001)).all()
     torch.testing.assert_close(position.theta, LogPosition(4, 8, "log-rotary").theta)
 
 

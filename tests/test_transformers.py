@@ -127,7 +127,7 @@ def test_own_positions_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("preset", ["log-bias", "log-rotary"])
+@pytest.mark.parametrize("preset", ["log-bias", "log-bias-rope", "log-rotary"])
 @torch.no_grad()
 def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converted model is the model with each attention computed by the reference, from the unturned q and k."""
@@ -148,6 +148,10 @@ def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.Monk
         assert [position.planes for position in position_of(model)] == [planes] * 2
         bases = {"gemma3_text": [1e4, 1e6]}.get(name, [1e4, 1e4])
         assert [position.rotary_base for position in position_of(model)] == bases
+    if preset == "log-bias-rope":  # whatever the model had
+        head_dim = position_of(model)[0].head_dim
+        found = [(position.rotary_base, position.planes) for position in position_of(model)]
+        assert found == [(30.0, head_dim // 4)] * 2
 
 
 @torch.no_grad()
@@ -399,6 +403,8 @@ def test_cache_by_hand(name: str) -> None:
         ("llama", dict(preset="log-bias", learnable=["power"], query_gain=True, gain_length=64)),
         ("llama", dict(preset="log-rotary", rotary_scale=math.inf, rotary_fraction=0.5)),
         ("gemma3_text", dict(preset="log-rotary-bias", rotary_scale=16.0)),
+        ("gemma3_text", dict(preset="log-bias-rope", share_position=True)),
+        ("gpt_neox", dict(preset="log-bias-rope", rotary_base=20.0)),
         ("gpt2", dict(preset="log-invariant", share_position=True)),
         ("gpt2", dict(preset="none", keep_positions=True)),
     ],

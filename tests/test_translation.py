@@ -235,6 +235,19 @@ def test_cached_translation_has_the_models_own_logits(name, monkeypatch):
             torch.testing.assert_close(cached, model(text[None, text != PAD], torch.tensor([[BEGIN, *whole[:-1]]]))[0])
 
 
+def test_options_of_an_encoding():
+    model = Translator(TINY, "log-bias-rope+base=3+power=0.5:2+shared", seed=0)
+    position = model.encoder.layers[0].self_attn.position
+    assert position is model.decoder.layers[1].self_attn.position
+    assert position.rotary_base == 3
+    assert position.power.tolist() == pytest.approx([0.5, 2.0])
+    for name, message in (("alibi", "no LogPosition"), ("log-bias+rotary=0.5", "no LogPosition"), ("rop", "must be")):
+        with pytest.raises(ValueError, match=message):
+            translation.encoding(name)
+    with pytest.raises(ValueError, match="normalises queries and keys"):
+        translation.encoding("log-bias+qk-norm")
+
+
 def test_translation_ends_at_the_end():
     model = Translator(TINY, "log-bias", seed=0).eval()
     with torch.no_grad():  # END wins always
