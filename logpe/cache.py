@@ -145,24 +145,30 @@ class KVCache:
             TypeError, ValueError: a bad tensor, or no room; the cache is left as it was.
         """
         self._check_queries(q, k)
+        held = self._lengths
         first = self.append(k, v, lengths)
         values = self.position() if isinstance(self.position, LogPosition) else self.position
-        return log_attention(
-            rotate(q, values, first),
-            self.k,
-            self.v,
-            values if values is None else values.unrotated(),
-            is_causal=True,
-            query_start=first,
-            window=(self.window, None),
-            key_mask=key_mask,
-            scale=scale,
-            context_length=context_length,
-            return_lse=return_lse,
-            backend=backend,
-            validate=validate,
-            **self._keys(),
-        )
+        try:
+            return log_attention(
+                rotate(q, values, first),
+                self.k,
+                self.v,
+                values if values is None else values.unrotated(),
+                is_causal=True,
+                query_start=first,
+                window=(self.window, None),
+                key_mask=key_mask,
+                scale=scale,
+                context_length=context_length,
+                return_lse=return_lse,
+                backend=backend,
+                validate=validate,
+                **self._keys(),
+            )
+        except Exception:  # a bad option: the tokens count as not given
+            self._lengths = held
+            self.lengths.copy_(torch.tensor(held))
+            raise
 
     def reset(self, key_start: int | Tensor = 0) -> None:
         """Forget all tokens; key_start is that of the next ones."""

@@ -167,9 +167,9 @@ class LogPosition(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the initial values of the preset (also called by deferred initialisation from the meta device)."""
-        powers = INITIAL_POWERS.get(self.preset, (0.5, 4.0))
+        first, last = map(math.log2, INITIAL_POWERS.get(self.preset, (0.5, 4.0)))
         initial: dict[str, Callable[[], Tensor]] = {
-            "power": lambda: torch.logspace(*map(math.log2, powers), self.num_heads, base=2),
+            "power": lambda: torch.logspace(first, last, self.num_heads, base=2),
             # Bounded away from 0, where softplus leaves no gradient to speak of.
             "rate": lambda: torch.empty(self.num_heads).uniform_(1e-2, 1.0),
             "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length)),

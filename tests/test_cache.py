@@ -269,6 +269,33 @@ def test_refused(make: Callable[..., KVCache], changes: dict[str, Any], kind: ty
     assert state(cache) == before
 
 
+@CACHES
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(scale=float("inf")), "scale must be finite, got inf"),
+        (dict(key_mask=torch.ones(B, 7, dtype=torch.bool)), "key_mask must have shape"),
+        (dict(context_length=2.5), "context_length must be"),
+        (dict(backend="flash"), "backend must be one of"),
+    ],
+)
+def test_a_bad_option_leaves_the_tokens_to_be_given_again(
+    make: Callable[..., KVCache], window: int | None, options: dict[str, Any], message: str
+) -> None:
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens()
+    cache = make(position, window)
+    outs = []
+    for piece in steps(0, N, 7):
+        lengths = cache.lengths.tolist()
+        with pytest.raises((TypeError, ValueError), match=message):
+            generate(cache, x, [piece], **options)
+        assert cache.lengths.tolist() == lengths
+        outs.append(generate(cache, x, [piece]))
+    torch.testing.assert_close(torch.cat(outs, 2), whole(x, position, window))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
