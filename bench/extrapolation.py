@@ -33,8 +33,8 @@ from bench import command, corpus, findings, study, tasks, training
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 
-QUICK = ["rope", "alibi", "log-bias"]
-CPU = ["rope", "rope-yarn", "alibi", "log-bias", "log-bias+gain", "log-bias-rope", "log-invariant+rotary=0.5"]
+QUICK = ["rope", "alibi", "log-bias", "log-bias-rope"]
+CPU = ["rope", "rope-yarn", "alibi", "kerple", "log-bias", "log-bias-rope"]
 GPU = [
     *ENCODINGS,
     *(
@@ -44,7 +44,7 @@ GPU = [
         "log-rotary-bias+rotary=0.5",
     ),
     "log-bias+shared",
-    *("rope+base=30", "log-bias+power=1:4", "log-bias+rotary=0.5+base=30"),  # what log-bias-rope is made of
+    *("rope+base=30", "kerple+rotary=0.5+base=30", "log-bias+power=1:4"),  # what log-bias-rope is made of
     *("rope+qk-norm", "log-bias+qk-norm"),  # what log-invariant has by itself
 ]
 # `recall` at 128 bytes, CPU size, one seed: not learned in 600 steps at 5e-3 (log-bias+gain); 0.92 of the answers right

@@ -59,13 +59,13 @@ GRAM, HISTORY = 8, 512  # bytes of what counts as repeated, and how far back it 
 # judge_batch: windows of a step.
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": dict(
-        encodings=["rope", "log-bias", "alibi", "sinusoid"], train_length=128, seeds=[0, 1], steps=400,
+        encodings=["rope", "log-bias", "log-bias-rope", "alibi", "sinusoid"], train_length=128, seeds=[0, 1], steps=400,
         batch_bytes=2048, dim=128, layers=3, heads=4, learning_rate=5e-3, samples=8, real=32,
         judge_length=1024, judge_steps=400, judge_batch=4,
     ),
     "cuda": dict(
-        encodings=["none", "sinusoid", "rope", "rope-yarn", "alibi", "log-bias", "log-invariant+rotary=0.5",
-                   "log-rotary-bias"], train_length=512, seeds=[0, 1, 2], steps=3000,
+        encodings=["none", "sinusoid", "rope", "rope-yarn", "alibi", "log-bias", "log-bias-rope",
+                   "log-invariant+rotary=0.5", "log-rotary-bias"], train_length=512, seeds=[0, 1, 2], steps=3000,
         batch_bytes=32768, dim=384, layers=8, heads=6, learning_rate=1e-3, samples=32, real=32,
         judge_length=2048, judge_steps=4000, judge_batch=32,
     ),

@@ -127,7 +127,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
         torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
         for _ in range(3)
     )
-    position = logpe.LogPosition(heads, head_dim, device=device)
+    position = logpe.LogPosition(heads, head_dim, "log-bias", device=device)
     values = position()
     options = {name: value for name, value in values._asdict().items() if value is not None}
     options |= dict(query_start=0, key_start=0, window_right=0, max_seqlen_q=length, max_seqlen_k=length)

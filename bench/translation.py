@@ -54,13 +54,14 @@ from bench.training import Advance
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.alibi or e.yarn or e.qk_norm)]
+DEFAULT = ["sinusoid", "rope", "log-bias", "log-rotary-bias", "log-bias-rope"]
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": dict(
-        encodings=["sinusoid", "rope", "log-bias", "log-rotary-bias"], seeds=[0, 1], limit=16, steps=1200, batch=32,
+        encodings=DEFAULT, seeds=[0, 1], limit=16, steps=1200, batch=32,
         vocabulary=2000, dim=128, layers=2, heads=4, dropout=0.1, learning_rate=3e-3, tested=96,
     ),
     "cuda": dict(
-        encodings=["sinusoid", "rope", "log-bias", "log-rotary-bias"], seeds=[0, 1, 2], limit=24, steps=3000, batch=256,
+        encodings=DEFAULT, seeds=[0, 1, 2], limit=24, steps=3000, batch=256,
         vocabulary=4000, dim=256, layers=4, heads=4, dropout=0.3, learning_rate=1e-3, tested=512,
     ),
 }  # fmt: skip

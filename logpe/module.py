@@ -74,7 +74,7 @@ class LogAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        position: str | LogPosition | None = "log-bias",
+        position: str | LogPosition | None = "log-bias-rope",
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
         position_options: Mapping[str, Any] | None = None,
@@ -384,7 +384,7 @@ class LogAttention(nn.MultiheadAttention):
 
 def replace_attention(
     model: nn.Module,
-    position: str | LogPosition | None = "log-bias",
+    position: str | LogPosition | None = "log-bias-rope",
     *,
     cross_attention_position: str | LogPosition | None = None,
     share_position: bool = False,

@@ -4,7 +4,7 @@
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("...")                # Llama, Qwen2, Qwen3, Mistral, Gemma, GPT-2, ...
-    logpe.transformers.use_log_position(model, preset="log-bias")      # in place; the weights are kept
+    logpe.transformers.use_log_position(model)                         # in place; the weights are kept
     model.generate(**inputs)                                           # any decoding, any cache; Trainer, PEFT, ...
     model.save_pretrained("out")
     model = logpe.transformers.from_pretrained("out")                  # not AutoModel, see below
@@ -30,7 +30,7 @@ Continuing a model that was trained with RoPE
 1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens that it
    was trained at. The rotation keeps the model's own theta, and f_c(n) = c log(1 + n/c) is n itself for n far below
    c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. A smaller scale, and the
-   more so ``"log-bias"``, which takes the rotation away, leave more to learn again, and carry further.
+   more so ``"log-bias-rope"``, which has a rotation of its own, leave more to learn again, and carry further.
 2. Train all weights for some hundred steps, at the length and on data like before, with about a third of the peak
    learning rate, and a higher one for the positions: they are a few numbers that start at a draw.
 
@@ -70,7 +70,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def use_log_position(
     model: Model,
-    preset: str = "log-bias",
+    preset: str = "log-bias-rope",
     *,
     share_position: bool = False,
     keep_positions: bool = False,

@@ -338,7 +338,7 @@ def test_rotate() -> None:
     torch.testing.assert_close(*grads)
 
     assert logpe.rotate(q, None) is q
-    assert logpe.rotate(q, LogPosition(HEADS, D)) is q
+    assert logpe.rotate(q, LogPosition(HEADS, D, "log-bias")) is q
     with pytest.raises(ValueError, match=r"position.theta must be float64 .* at most head_dim 8"):
         logpe.rotate(q[..., :8].contiguous(), position)
     with pytest.raises(TypeError, match=r"start must be an int or an int tensor \(2,\), got 1.5"):

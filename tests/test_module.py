@@ -588,7 +588,7 @@ def test_decoder_eval_equals_train_and_cross_attention_has_no_position_unasked(c
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(EMBED, HEADS, 32, 0.0), 2)
     assert replace_attention(decoder, cross_attention_position=cross) == 4
     for layer in decoder.layers:
-        assert layer.self_attn.position.preset == "log-bias"
+        assert layer.self_attn.position.preset == "log-bias-rope"
         assert (layer.multihead_attn.position is None) == (cross is None)
     target, memory = torch.randn(5, 2, EMBED), torch.randn(9, 2, EMBED)
     options = {"tgt_mask": causal_mask(5), "memory_key_padding_mask": torch.arange(9).expand(2, 9) > 6}

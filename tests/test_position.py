@@ -167,7 +167,7 @@ def test_repr_says_what_it_is() -> None:
     text = repr(LogPosition(3, 8, "log-rotary", rotary_scale=100, query_gain=True, gain_length=64))
     for piece in ("num_heads=3", "head_dim=8", "'log-rotary'", "rotary_scale=100", "planes=4", "gain_length=64"):
         assert piece in text
-    assert "rotary" not in repr(LogPosition(3, 8))
+    assert "rotary" not in repr(LogPosition(3, 8, "log-bias"))
 
 
 # --- precision, devices, copies ---------------------------------------------------------------------------------
