@@ -4,10 +4,11 @@
     python -m bench.host_overhead --profile      # and the functions that take it
 
 Every step of the ladder is a call that includes the steps above it, down to the whole of
-log_attention(q, k, v, position). On a GPU the host is timed alone, without waiting for the device, and so is the replay
-of a CUDA graph of the same call. Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver:
-the compiled kernel is found, then its launch is left out; tensors lie on the CPU, so that allocations, softplus and
-F.scaled_dot_product_attention are those of the CPU. What is and is not in a number stands beside it.
+log_attention(q, k, v, position). Calls are repeated, as a model repeats them: what is known of one is looked up. On a
+GPU the host is timed alone, without waiting for the device, and so is the replay of a CUDA graph of the same call.
+Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver: the compiled kernel is found,
+then its launch is left out; tensors lie on the CPU, so that allocations, softplus and F.scaled_dot_product_attention
+are those of the CPU. What is and is not in a number stands beside it.
 """
 
 from __future__ import annotations
