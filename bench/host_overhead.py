@@ -4,10 +4,11 @@
     python -m bench.host_overhead --profile      # and the functions that take it
 
 Every step of the ladder is a call that includes the steps above it, down to the whole of
-log_attention(q, k, v, position). On a GPU the host is timed alone, without waiting for the device, and so is the replay
-of a CUDA graph of the same call. Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver:
-the compiled kernel is found, then its launch is left out; tensors lie on the CPU, so that allocations, softplus and
-F.scaled_dot_product_attention are those of the CPU. What is and is not in a number stands beside it.
+log_attention(q, k, v, position). Calls are repeated, as a model repeats them: what is known of one is looked up. On a
+GPU the host is timed alone, without waiting for the device, and so is the replay of a CUDA graph of the same call.
+Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver: the compiled kernel is found,
+then its launch is left out; tensors lie on the CPU, so that allocations, softplus and F.scaled_dot_product_attention
+are those of the CPU. What is and is not in a number stands beside it.
 """
 
 from __future__ import annotations
@@ -129,9 +130,12 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
     )
     position = logpe.LogPosition(heads, head_dim, "log-bias", device=device)
     values = position()
-    options = {name: value for name, value in values._asdict().items() if value is not None}
-    options |= dict(query_start=0, key_start=0, window_right=0, max_seqlen_q=length, max_seqlen_k=length)
-    options |= dict(scale=head_dim**-0.5, dropout_p=0.0)
+    tensors = dict(power=values.power, rate=values.rate)
+    scalars: dict[str, Any] = dict(query_start=0, key_start=0, window_left=None, window_right=0)
+    scalars |= dict(max_seqlen_q=length, max_seqlen_k=length, scale=head_dim**-0.5, dropout_p=0.0)
+    scalars |= dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length)
+    scalars |= dict(kind=object())  # as log_attention does for a call like an earlier one
+    options = tensors | scalars
     # A CPU kernel takes its time in the call: as little of it as there can be.
     x, y, z = (t if device.type == "cuda" else t[:, :1, :1].detach().requires_grad_() for t in (q, k, v))
 
@@ -139,7 +143,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
         return logpe_kernels.forward(q, k, v, **options)
 
     def differentiable() -> Any:
-        return ops.attention(q, k, v, options, "triton")
+        return ops.attention(q, k, v, tensors, scalars, "triton")
 
     def operator() -> Any:
         return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), "triton")

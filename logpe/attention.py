@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -17,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
 MAX_HEAD_DIM = 256
 MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
+MOST_KNOWN = 1024  # kinds of calls
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
@@ -93,17 +94,22 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         RuntimeError: the asked backend cannot run here.
     """
     q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v, rank=4)
-    _check_heads(q, k, v)
-    batch, heads, num_queries, _ = q.shape
-    pages, _, num_keys, _ = k.shape  # one for each sequence where there is no block_table
-    values = _resolve_position(position, q, heads)
+    values = _values_of(position)
+    left, right = _resolve_window(window, is_causal)
+    kind = None
+    if query_start is key_lengths is key_mask is block_table is context_length is None and dropout_p == 0:
+        given = _given(values)
+        kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
+        if kind is not None and (known := _known.get(kind)):
+            result = ops.run(q, k, v, given, known, "triton")
+            return result if return_lse else result[0]
+    (batch, heads, num_queries, head_dim), (pages, _, num_keys, _) = _check_tensors(q, k, v, rank=4)
+    _check_position(position, values, q, heads, head_dim)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
-    elif pages != batch:
+    elif pages != batch:  # one for each sequence where there is no block_table
         raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
-    left, right = _resolve_window(window, is_causal)
     if key_lengths is not None:
         key_lengths = _check_values("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
@@ -125,24 +131,31 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             ends = key_lengths if key_lengths is not None else num_keys
             context_length = ends + (key_starts if key_starts is not None else key_start)
         context_lengths = _per_batch("context_length", context_length, batch, q, validate)
-    result = _attend(
-        *(q, k, v, values, backend),
-        query_starts=query_starts,
-        key_starts=key_starts,
-        key_lengths=key_lengths,
-        key_bias=None if key_mask is None else _resolve_key_mask(key_mask, batch, num_keys, q),
-        context_lengths=context_lengths,
-        block_table=block_table,
-        query_start=query_start,
-        key_start=key_start,
-        window_left=left,
-        window_right=right,
-        max_seqlen_q=num_queries,
-        max_seqlen_k=num_keys,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    if key_mask is not None:
+        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q)
+    tensors = {
+        "query_starts": query_starts,
+        "key_starts": key_starts,
+        "key_lengths": key_lengths,
+        "key_bias": key_mask,
+        "context_lengths": context_lengths,
+        "block_table": block_table,
+        "dropout_seed": dropout_seed,
+    }
+    scalars = {
+        "query_start": query_start,
+        "key_start": key_start,
+        "window_left": left,
+        "window_right": right,
+        "max_seqlen_q": num_queries,
+        "max_seqlen_k": num_keys,
+        "scale": _resolve_scale(scale, head_dim),
+        "dropout_p": dropout_p,
+    }
+    if kind is not None and context_lengths is None:
+        result = ops.run(q, k, v, _given(values), _remember(kind, scalars, values), "triton")
+    else:
+        result = _attend(q, k, v, values, tensors, scalars, backend)
     return result if return_lse else result[0]
 
 
@@ -192,16 +205,15 @@ def log_attention_varlen(  # type: ignore[misc]
         out: (total_q, Hq, D). lse: (Hq, total_q).
     """
     q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v, rank=3)
-    heads = q.shape[1]
-    _check_heads(q, k, v)
+    values = _values_of(position)
+    (_, heads, head_dim), _ = _check_tensors(q, k, v, rank=3)
     same_lengths = cu_seqlens_q is cu_seqlens_k
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
     batch = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] != batch + 1:
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
-    values = _resolve_position(position, q, heads)
+    _check_position(position, values, q, heads, head_dim)
     left, right = _resolve_window(window, is_causal)
     key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
     if query_start is None:
@@ -224,23 +236,25 @@ def log_attention_varlen(  # type: ignore[misc]
         if context_length is None:
             context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
         context_lengths = _per_batch("context_length", context_length, batch, q, validate)
-    result = _attend(
-        *(q, k, v, values, backend),
-        query_starts=query_starts,
-        key_starts=key_starts,
-        context_lengths=context_lengths,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        query_start=query_start,
-        key_start=key_start,
-        window_left=left,
-        window_right=right,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    tensors = {
+        "query_starts": query_starts,
+        "key_starts": key_starts,
+        "context_lengths": context_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "dropout_seed": dropout_seed,
+    }
+    scalars = {
+        "query_start": query_start,
+        "key_start": key_start,
+        "window_left": left,
+        "window_right": right,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "scale": _resolve_scale(scale, head_dim),
+        "dropout_p": dropout_p,
+    }
+    result = _attend(q, k, v, values, tensors, scalars, backend)
     return result if return_lse else result[0]
 
 
@@ -312,41 +326,87 @@ def _attend(
     k: Tensor,
     v: Tensor,
     values: PositionValues,
+    tensors: dict[str, Tensor | None],
+    scalars: dict[str, Any],
     backend: str,
-    *,
-    scale: float | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; ``options`` are among ops.OPTIONS."""
+    """Run a backend on a call whose positions are resolved; tensors and scalars are named as in ops.OPTIONS."""
     backend = _resolve_backend(backend, q)
-    options["scale"] = _resolve_scale(scale, q.shape[-1])
-    options.update(_resolve_dropout(dropout_p, dropout_seed, q))
+    dropout = _resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
+    scalars["dropout_p"], tensors["dropout_seed"] = dropout["dropout_p"], dropout["dropout_seed"]
+    given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
     if backend != "reference":
-        options.update(zip(values._fields, values, strict=True))
-        return ops.attention(q, k, v, options, backend)
-    del options["max_seqlen_q"], options["max_seqlen_k"]
-    if "cu_seqlens_q" in options:
-        return reference.attention_varlen(q, k, v, values, **options)
-    out, lse = reference.attention(q, k, v, values, **options)[:2]
+        scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
+        return ops.attention(q, k, v, _given(values) | given, scalars, backend)
+    del scalars["max_seqlen_q"], scalars["max_seqlen_k"]
+    run = reference.attention_varlen if "cu_seqlens_q" in given else reference.attention
+    out, lse = run(q, k, v, values, **given, **scalars)[:2]
     return out, lse
+
+
+def _given(values: PositionValues) -> dict[str, Tensor]:
+    """The tensors of a position by name."""
+    return {name: x for name in _TENSORS if (x := getattr(values, name)) is not None}
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    device = q.device
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "blocked"
+        backend = "triton" if q.is_cuda else "blocked"
     if backend == "triton":
-        if reason := ops.why_not_triton(device):
+        if reason := ops.why_not_triton(q.device):
             raise RuntimeError(f'backend="triton" cannot run here: {reason}')
         if q.dtype == torch.float64:
             raise TypeError('q must be float16, bfloat16 or float32 for backend="triton", got torch.float64')
-    if backend == "blocked" and device.type not in ("cpu", "meta"):
-        raise RuntimeError(f'backend="blocked" runs on the CPU, and q is on {device}; "reference" runs anywhere')
+    if backend == "blocked" and q.device.type not in ("cpu", "meta"):
+        raise RuntimeError(f'backend="blocked" runs on the CPU, and q is on {q.device}; "reference" runs anywhere')
     return backend
+
+
+# --- calls like an earlier one --------------------------------------------------------------------------------
+
+#: The scalars of calls that passed all checks, by their kind.
+_known: dict[Hashable, dict[str, Any]] = {}
+
+
+def _kind_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Position,
+    values: PositionValues,
+    given: dict[str, Tensor],
+    is_causal: bool,
+    key_start: int | Tensor,
+    window: tuple[int | None, int | None],
+    scale: float | None,
+    backend: str,
+) -> Hashable:
+    """What the checks and the scalars of a call follow from that has no other options than these.
+
+    None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
+    """
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v):
+        return None
+    if type(key_start) is not int or type(scale) not in (float, type(None)):
+        return None
+    return (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device, bool(is_causal), key_start, window, scale,
+        *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
+        float(values.rotary_scale), float(values.gain_length),
+        (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
+    )  # fmt: skip
+
+
+def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> dict[str, Any]:
+    """Returns all scalars, among them a kind for the kernels: a key that takes no time to look up."""
+    rest = dict(rotary_scale=float(values.rotary_scale), gain_length=float(values.gain_length), dropout_p=0.0)
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[kind] = known = scalars | rest | dict(kind=object())
+    return known
 
 
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
@@ -356,19 +416,20 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, Tensor))
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    kind = q.device.type
+    kind = "cuda" if q.is_cuda else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
-    dtype, device, head_dim = q.dtype, q.device, q.shape[-1] if q.dim() else 0
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[torch.Size, torch.Size]:
+    """Returns the shapes of q and k."""
+    dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
+    head_dim = q_shape[-1] if q_shape else 0
     if dtype not in DTYPES:
         raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        shape = x.shape
+    for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
         if len(shape) != rank:
             layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
             raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(shape)}")
@@ -378,48 +439,46 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
             raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
         if shape[-1] != head_dim:
             raise ValueError(f"{name} must have the head_dim of q, {head_dim}, got {shape[-1]}")
-        if head_dim > 1 and x.stride(-1) != 1:
+        if head_dim > 1 and x.stride()[-1] != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if k.shape != v.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    heads, kv_heads = q.shape[1], k.shape[1]
+    if k_shape != v_shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v_shape)}")
+    heads, kv_heads = q_shape[1], k_shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")
+    return q_shape, k_shape
 
 
-def _resolve_position(position: Position, q: Tensor, heads: int) -> PositionValues:
+def _values_of(position: Position) -> PositionValues:
+    if isinstance(position, LogPosition):
+        return position()
+    if isinstance(position, PositionValues):
+        return position
     if position is None:
         return PositionValues()
-    head_dim = q.shape[-1]
+    raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+
+
+def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
     if isinstance(position, LogPosition):
         if position.num_heads != heads:
             raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
         if position.head_dim != head_dim:
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
-        values = position()
-    elif isinstance(position, PositionValues):
-        values = position
-    else:
-        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
-    for name, x in zip(_TENSORS, values, strict=False):
-        if x is None:
-            continue
+    device = q.device
+    for name, x in _given(values).items():
         if name == "theta":
             _check_theta(x, head_dim)
         elif x.shape != (heads,):
             raise ValueError(f"position.{name} must have shape ({heads},), got {tuple(x.shape)}")
         elif x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
             raise TypeError(f"position.{name} must be float32, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"position.{name} must be on the device of q, {q.device}, got {x.device}")
+        if x.device != device:
+            raise ValueError(f"position.{name} must be on the device of q, {device}, got {x.device}")
     if values.rate is None and (values.power is not None or values.sharpness is not None):
         raise ValueError("position.rate must be given where position.power or position.sharpness is")
-    return values
 
 
 def _check_theta(theta: Tensor, head_dim: int) -> None:
@@ -481,10 +540,10 @@ def _resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p == 0:
         return dict(dropout_p=0.0, dropout_seed=None)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is None:  # on the device: a CUDA graph draws a new one at each replay
         seed = torch.randint(2**62, (1,), device=q.device)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from logpe import reference
 
@@ -48,6 +49,8 @@ OPTIONS = {
 }
 LEARNED = ("power", "rate", "sharpness", "alpha")  # the first of them
 _TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
+_PLAIN = (Tensor, torch.nn.Parameter)
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
 _SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 
@@ -89,51 +92,95 @@ def _implementation(backend: str) -> ModuleType:
     return logpe_kernels
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    """The operator, with OPTIONS by name; those that are None may be left out.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+) -> tuple[Tensor, Tensor]:
+    """The operator, with OPTIONS by name; those that are None may be left out of the scalars, and are of the tensors.
 
     In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
     C++ and back, twice, takes longer than all the rest of a call's host time.
     """
-    if _plain(q, k, v) and not _observed():
-        return _Attention.apply(q, k, v, *map(options.get, LEARNED), options, backend, _run)
-    return torch.ops.logpe.attention(q, k, v, *map(options.get, OPTIONS), backend)
+    if direct(q, k, v):
+        return run(q, k, v, tensors, scalars, backend)
+    return torch.ops.logpe.attention(q, k, v, *_in_order(tensors, scalars), backend)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether these, which are on one device, are no subclasses, and hold values."""
-    return {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)) and not tensors[0].is_meta
-
-
-def _observed() -> bool:
-    """Whether somebody wants to see operators: a compiler, a tracer, a functional transform, a dispatch mode."""
+def direct(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these, which are on one device, hold values, are no subclasses, and nobody wants to see operators."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        not _observed()
+        and type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not (q.is_meta or _wrapped(q) or _wrapped(k) or _wrapped(v))
     )
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(q):  # a kernel is launched on the current device
-        return _implementation(backend).forward(q, k, v, **options)
+def run(
+    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+) -> tuple[Tensor, Tensor]:
+    """The operator for what is :func:`direct`. Among the scalars may be a kind, see logpe_kernels' Problem."""
+    if not torch.is_grad_enabled():
+        return _run(q, k, v, tensors, scalars, backend)
+    return _apply(q, k, v, tensors, scalars, backend, _run, *_learned(tensors))
 
 
-def _below_autograd(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+def _observed() -> bool:
+    """Whether somebody wants to see operators: compiler, tracer, functional transform, dispatch mode, forward AD."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _in_order(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> Iterable[Any]:
+    return map((tensors | scalars).get, OPTIONS)
+
+
+def _by_name(options: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The other way."""
+    tensors = {name: x for name, x in zip(_TENSORS, options, strict=False) if x is not None}
+    return tensors, dict(zip(_SCALARS, options[len(_TENSORS) :], strict=True))
+
+
+def _learned(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [x for name, x in tensors.items() if name in LEARNED]
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+) -> tuple[Tensor, Tensor]:
+    forward = _implementation(backend).forward
+    if _is_elsewhere(q):
+        with torch.cuda.device_of(q):
+            return forward(q, k, v, **tensors, **scalars)
+    return forward(q, k, v, **tensors, **scalars)
+
+
+def _is_elsewhere(q: Tensor) -> bool:
+    """Whether q is on a GPU that is not the current one, on which kernels are launched."""
+    return q.is_cuda and q.get_device() != torch.cuda.current_device()
+
+
+def _below_autograd(
+    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.logpe.attention(q, k, v, *options.values(), backend)
+        return torch.ops.logpe.attention(q, k, v, *_in_order(tensors, scalars), backend)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, backend = rest
-    return _run(q, k, v, dict(zip(OPTIONS, options, strict=True)), backend)
+    return _run(q, k, v, *_by_name(options), backend)
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, backend = rest
-    by_name = dict(zip(OPTIONS, options, strict=True))
-    return _Attention.apply(q, k, v, *options[: len(LEARNED)], by_name, backend, _below_autograd)
+    tensors, scalars = _by_name(options)
+    return _Attention.apply(q, k, v, tensors, scalars, backend, _below_autograd, *_learned(tensors))
 
 
 def _backward(
@@ -178,7 +225,7 @@ def _backward_fake(
 
 
 class _Attention(torch.autograd.Function):
-    """LEARNED come twice: as arguments, of which autograd knows, and among the options."""
+    """What is learned comes twice: as arguments, of which autograd knows, and among the tensors."""
 
     @staticmethod
     def forward(
@@ -186,32 +233,38 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        power: Tensor | None,
-        rate: Tensor | None,
-        sharpness: Tensor | None,
-        alpha: Tensor | None,
-        options: dict[str, Any],
+        tensors: dict[str, Tensor],
+        scalars: dict[str, Any],
         backend: str,
         run: Callable[..., tuple[Tensor, Tensor]],
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v, options, backend)
-        ctx.save_for_backward(q, k, v, out, lse, *map(options.get, _TENSORS))
-        ctx.options, ctx.backend = options, backend  # for the scalars
+        out, lse = run(q, k, v, tensors, scalars, backend)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
+        ctx.rest = [*tensors], scalars, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        learned = ctx.needs_input_grad[3 : 3 + len(LEARNED)]
+        q, k, v, out, lse, *saved = ctx.saved_tensors
+        names, scalars, backend = ctx.rest
         if dout is None:
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
-        gradients = torch.ops.logpe.attention_backward(
-            dout, dlse, q, k, v, out, lse, *tensors, *map(ctx.options.get, _SCALARS), learned, ctx.backend
-        )
-        return *gradients, None, None, None
+        present = [name for name in names if name in LEARNED]
+        wanted = dict(zip(present, ctx.needs_input_grad[-len(present) :], strict=False))
+        dq, dk, dv, *gradients = torch.ops.logpe.attention_backward(
+            dout, dlse, q, k, v, out, lse, *_in_order(dict(zip(names, saved, strict=True)), scalars),
+            [wanted.get(name, False) for name in LEARNED], backend,
+        )  # fmt: skip
+        by_name = dict(zip(LEARNED, gradients, strict=True))
+        return dq, dk, dv, None, None, None, None, *map(by_name.get, present)
+
+
+# Function.apply without its questions after functional transforms, which take 2 us: direct() has asked.
+_apply = super(torch.autograd.Function, _Attention).apply
 
 
 class _Rotate(torch.autograd.Function):

@@ -59,6 +59,14 @@ def inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
+def mapped(raw: Tensor | None) -> Tensor | None:
+    """The positive value that a raw parameter stands for."""
+    if raw is None:
+        return None
+    # A sharding wrapper may hand out a half-precision copy of the parameter.
+    return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
+
+
 class LogPosition(nn.Module):
     """The position of one attention layer (or of many that share it): per-head parameters and fixed angles.
 
@@ -187,11 +195,7 @@ class LogPosition(nn.Module):
             self.theta = inverse_frequencies(self.planes, self.rotary_base, device=self.theta.device)
 
     def _value(self, name: str) -> Tensor | None:
-        raw = self._parameters[f"raw_{name}"]
-        if raw is None:
-            return None
-        # A sharding wrapper may hand out a half-precision copy of the parameter.
-        return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
+        return mapped(self._parameters[f"raw_{name}"])
 
     @property
     def power(self) -> Tensor | None:
@@ -215,9 +219,15 @@ class LogPosition(nn.Module):
 
     def forward(self) -> PositionValues:
         """The mapped values, differentiable in the raw parameters."""
-        theta = self._buffers["theta"]  # self.theta searches for it
+        raw = self._parameters
         return PositionValues(
-            self.power, self.rate, self.sharpness, self.alpha, theta, self.rotary_scale, self.gain_length
+            mapped(raw["raw_power"]),
+            mapped(raw["raw_rate"]),
+            mapped(raw["raw_sharpness"]),
+            mapped(raw["raw_alpha"]),
+            self._buffers["theta"],  # self.theta searches for it
+            self.rotary_scale,
+            self.gain_length,
         )
 
     def extra_repr(self) -> str:

@@ -398,6 +398,39 @@ def test_the_backends_agree(form: str) -> None:
     assert torch.equal(run(call, "auto")["out"], run(call, "blocked")["out"])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_repeated_calls_see_their_own_values() -> None:
+    """What is remembered of a call is its layout: new values, positions, gradients and lengths count each time."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    plain, shared = dict(is_causal=True), LogPosition(HEADS, D)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (None, {}),
+        (None, plain),
+        (shared, plain),
+        (shared, dict(is_causal=True, window=3)),
+        (position, plain),
+        (position, dict(is_causal=False, query_start=1)),
+        (PositionValues(alpha=torch.rand(HEADS)), dict(is_causal=False, query_start=2)),
+        (PositionValues(alpha=torch.rand(HEADS)), dict(is_causal=False, window=4, query_start=None)),
+        (shared, dict(is_causal=True, key_start=2)),
+        (shared, dict(is_causal=True, query_start=1)),
+        (shared, dict(is_causal=True, key_lengths=torch.tensor([4, 6]), query_start=2)),
+    ]
+    for i in [*range(len(cases)), *torch.randperm(len(cases)).tolist()]:
+        where, options = cases[i]
+        x = tensors() if options.get("query_start", 0) is not None else tensors() | dict(q=normal(B, HEADS, NK, D))
+        for module in (shared, position):
+            module.raw_power.data.uniform_(-1, 1)
+        leaves = [t.requires_grad_() for t in x.values()]
+        results = []
+        for backend in ("triton", "reference"):
+            out, lse = log_attention(**x, position=where, **options, backend=backend, return_lse=True)
+            results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)))
+            with torch.no_grad():
+                assert torch.equal(log_attention(**x, position=where, **options, backend=backend), out)
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
 # --- merging ----------------------------------------------------------------------------------------------------
 
 

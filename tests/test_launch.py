@@ -5,10 +5,13 @@ No GPU is needed: kernels are compiled for sm_90, and the driver notes what it i
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,12 +21,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import triton.language as tl
+from logpe_kernels import configs, forward, problem
 from logpe_kernels.launch import MOST_KEPT, _kept, launch
 from triton import knobs
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.host_overhead import NoDevice
+from logpe import LogPosition, PositionValues, attention, log_attention, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CONSTANTS = dict(BLOCK=16, num_warps=4)
@@ -231,3 +236,255 @@ def test_lengths_do_not_fill_the_memory(kernel: JITFunction, gpu: Driver) -> Non
     for length in range(MOST_KEPT + 10):
         launch(kernel, 1, *vary(length=length))
     assert 0 < len(_kept) <= MOST_KEPT
+
+
+# --- calls of log_attention, of which each repeats an earlier one --------------------------------------------------
+
+
+HEADS, HEAD_DIM = 4, 16
+
+
+def dense(
+    shape: tuple[int, ...] = (1, HEADS, 32, HEAD_DIM), kv_heads: int = HEADS, num_keys: int = 32,
+    dtype: torch.dtype = torch.float16, preset: str | None = "log-bias", position: Any = None, q: Any = None,
+    k: Any = None, v: Any = None, **options: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """A call of log_attention: (q, k, v, position), options. ``q``, ``k`` and ``v``: what is done to these."""
+    batch, heads, _, head_dim = shape
+    keys = (batch, kv_heads, num_keys, head_dim)
+    tensors = [torch.zeros(x, dtype=dtype, requires_grad=True) for x in (shape, keys, keys)]
+    tensors = [x if change is None else change(x) for x, change in zip(tensors, (q, k, v), strict=True)]
+    place = None if preset is None else LogPosition(heads, head_dim, preset, **position or {})
+    return (*tensors, place), dict(is_causal=True, backend="triton") | options
+
+
+def first_half(x: Tensor) -> Tensor:
+    return x[:, :, : x.shape[2] // 2]
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same layout, from an address that is no multiple of 16 bytes on."""
+    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+
+
+CALLS: list[dict[str, Any]] = [
+    {},
+    dict(dtype=torch.bfloat16),
+    dict(shape=(1, HEADS, 48, HEAD_DIM), num_keys=48),
+    dict(shape=(1, HEADS, 16, HEAD_DIM)),
+    dict(shape=(2, HEADS, 32, HEAD_DIM)),
+    dict(kv_heads=2),
+    dict(q=first_half),
+    dict(q=first_half, window=8),
+    dict(k=first_half, v=first_half),
+    dict(k=first_half, v=first_half, query_start=3),
+    dict(q=first_half, query_start=3),
+    dict(q=transposed),
+    dict(k=transposed),
+    dict(v=transposed),
+    dict(q=shifted),
+    dict(k=shifted),
+    dict(v=shifted),
+    dict(position=dict(query_gain=True)),
+    dict(position=dict(query_gain=True, gain_length=9.0)),
+    dict(position=dict(query_gain=True), is_causal=False),
+    dict(preset=None),
+    dict(preset="log-invariant"),
+    dict(preset="log-rotary-bias"),
+    dict(preset="log-rotary-bias", position=dict(rotary_scale=7.0)),
+    dict(is_causal=False),
+    dict(window=8),
+    dict(window=(8, 0)),
+    dict(scale=0.5),
+    dict(scale=1),
+    dict(key_start=1),
+    dict(key_start=5, query_start=5),
+    dict(query_start=3),
+    dict(query_start=4),
+    dict(query_start=torch.tensor([3])),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=torch.tensor([3])),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, k=first_half, v=first_half),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=2),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=700),
+    dict(key_lengths=torch.tensor([20])),
+    dict(key_mask=torch.zeros(1, 32)),
+    dict(dropout_p=0.5, dropout_seed=torch.tensor([1])),
+]
+
+
+def described(launches: list[Any]) -> list[Any]:
+    """Launches, with what they would do to a tensor in place of the tensor."""
+
+    def describe(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.dtype, x.shape, x.stride(), x.data_ptr() % 16
+        return tuple(map(describe, x)) if isinstance(x, tuple) else (type(x), x)
+
+    return [(str(compiled_for), grid, describe(arguments)) for compiled_for, grid, _, arguments in launches]
+
+
+@pytest.fixture
+def repeated(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """log_attention launches kernels with tensors that lie on the CPU."""
+    monkeypatch.setattr(configs, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(ops, "why_not_triton", lambda device: None)
+    forget()
+    return gpu
+
+
+def forget() -> None:
+    for memory in (attention._known, problem._sizes, _kept):
+        memory.clear()
+
+
+def in_any_order(driver: Driver, calls: list[Callable[[], Any]], same: int) -> None:
+    """Each call launches what it launches alone; ``same``: how many of them another one launches as well."""
+
+    def launched(i: int) -> list[Any]:
+        driver.launches.clear()
+        calls[i]()
+        return described(driver.launches)
+
+    expected = []
+    for i in range(len(calls)):
+        forget()
+        expected.append(launched(i))
+        assert expected[i]
+    assert len({str(x) for x in expected}) == len(calls) - same
+    for _ in range(3):
+        for i in torch.randperm(len(calls)).tolist():
+            assert launched(i) == expected[i], i
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_calls_in_any_order_launch_what_each_alone_launches(
+    known: bool, repeated: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is remembered of one call is nothing to another that differs in anything.
+
+    ``known``: log_attention knows calls again; else the kernels' launcher alone.
+    """
+    if not known:
+        monkeypatch.setattr(attention, "_kind_of", lambda *arguments: None)
+
+    def call(arguments: Any, options: Any) -> None:
+        q = arguments[0]
+        with torch.set_grad_enabled(bool(torch.randint(2, ()))):
+            out = log_attention(*arguments, **options)
+        assert (out.shape, out.stride(), out.dtype) == (q.shape, torch.empty_like(q).stride(), q.dtype)
+
+    calls = [functools.partial(call, *dense(**changed)) for changed in CALLS]
+    in_any_order(repeated, calls, same=1)  # window=8 is (8, 0) where causal
+
+
+FLOAT64 = torch.float64
+VALUES = PositionValues(power=torch.ones(HEADS), rate=torch.ones(HEADS))
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("k must have the dtype of q", dict(q=Tensor.float)),
+    ("k must have the dtype of q", dict(k=Tensor.float)),
+    ("v must have the dtype of q", dict(v=Tensor.float)),
+    ("k must be on the device of q", dict(k=lambda x: x.to("meta"))),
+    ("v must be on the device of q", dict(v=lambda x: x.to("meta"))),
+    ("v must have the shape of k", dict(v=first_half)),
+    ("v must have the shape of k", dict(k=first_half)),
+    ("k must have the batch size of q", dict(q=lambda x: x.expand(2, -1, -1, -1))),
+    ("q must be contiguous in its last", dict(q=lambda x: x.mT.contiguous().mT)),
+    ("k must be contiguous in its last", dict(k=lambda x: x.mT.contiguous().mT)),
+    ("v must be contiguous in its last", dict(v=lambda x: x.mT.contiguous().mT)),
+    ("built for num_heads 4, and q has 2", dict(q=lambda x: x[:, :2], k=lambda x: x[:, :2], v=lambda x: x[:, :2])),
+    ("power must have shape", dict(position=VALUES._replace(power=torch.ones(2)))),
+    ("rate must be float32", dict(position=VALUES._replace(rate=torch.ones(HEADS, dtype=FLOAT64)))),
+    ("rate must be on the device of q", dict(position=VALUES._replace(rate=torch.ones(HEADS, device="meta")))),
+    ("rate must be given", dict(position=VALUES._replace(rate=None))),
+    ("built for num_heads 8", dict(position=LogPosition(8, HEAD_DIM, "none"))),
+    ("built for head_dim 8", dict(position=LogPosition(HEADS, 8, "none"))),
+    ("query_start is required", dict(q=first_half, is_causal=False)),
+    ("query_start is required", dict(q=first_half, window=(8, 0), is_causal=False)),
+    ("window must hold ints", dict(window=(True, True))),
+    ("window must hold ints", dict(window=(1.0, 0))),
+    ("key_start must be an int", dict(key_start=True)),
+    ("key_start must be an int", dict(key_start=1.0)),
+    ("scale must be finite", dict(scale=float("nan"))),
+    ("backend must be one of", dict(backend="cuda")),
+]
+
+
+@pytest.mark.parametrize(("message", "changed"), REFUSED)
+def test_a_bad_call_is_refused_after_good_ones(message: str, changed: dict[str, Any], repeated: Driver) -> None:
+    good = [{}, dict(window=1), dict(key_start=1), dict(scale=1.0), dict(preset="none"), dict(q=first_half, window=8)]
+    for options in good:
+        for _ in range(2):
+            arguments, others = dense(**options)
+            log_attention(*arguments, **others)
+    log_attention(*dense()[0][:3], VALUES, backend="triton", is_causal=True)
+    position = changed.get("position")
+    arguments, others = dense(**{name: x for name, x in changed.items() if name != "position"})
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=message):
+            log_attention(*arguments[:3], position or arguments[3], **others)
+
+
+def test_the_launcher_tells_tensors_of_any_layout_and_dtype_apart(repeated: Driver) -> None:
+    """Those that a call is given beside q, k and v."""
+    x = torch.zeros(64, HEADS, HEAD_DIM, dtype=torch.float16)
+    packed = [dict(cu_seqlens_q=n, cu_seqlens_k=n) for n in map(torch.IntTensor, ([0, 64], [0, 9, 64], [0, 64, 64]))]
+    padded = [dict(key_lengths=torch.tensor([9], dtype=dtype)) for dtype in (torch.int32, torch.int64)]
+    paged = [dict(block_table=torch.zeros(1, pages, dtype=torch.int32)) for pages in (2, 4)]
+    calls = [(x, options) for options in packed] + [(x.view(1, HEADS, 64, HEAD_DIM), y) for y in padded + paged]
+    sizes = dict(max_seqlen_q=64, max_seqlen_k=64, scale=1.0)
+    in_any_order(repeated, [functools.partial(forward, q, q, q, **x, **sizes) for q, x in calls], same=1)
+
+
+def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
+    """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
+    arguments, options = dense()
+    log_attention(*arguments, **options)
+    unchecked = mock.patch.object(attention, "_check_tensors", side_effect=AssertionError)
+    with unchecked, asked() as run:
+        for gradients in (True, False):
+            (q, k, v, position), _ = dense()
+            q.requires_grad_(gradients)
+            log_attention(q + 1, k, v, position, **options)
+    run.assert_not_called()
+    assert len(attention._known) == len(problem._sizes) == 1
+
+
+def test_a_changing_position_is_no_new_kind(repeated: Driver) -> None:
+    """As in decoding with a cache of one size: neither memory grows, nor is Triton asked."""
+    arguments, options = dense((1, HEADS, 1, HEAD_DIM), num_keys=1024)
+    lengths = torch.tensor([1])
+    with torch.no_grad():
+        log_attention(*arguments, **options, query_start=0, key_lengths=lengths)
+        with asked() as run:
+            for n in range(1, 20):
+                log_attention(*arguments, **options, query_start=n, key_lengths=lengths + n)
+    run.assert_not_called()
+    assert len(problem._sizes) == 1
+    assert not attention._known
+
+
+def test_kinds_of_calls_do_not_fill_the_memory(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_KNOWN", 3)
+    monkeypatch.setattr(problem, "MOST_KINDS", 5)
+    for num_keys in range(32, 44):
+        (q, k, v, position), options = dense(num_keys=num_keys)
+        log_attention(q, k, v, position, **options)
+        log_attention(q, k, v, position, **options, query_start=0)
+    assert 0 < len(attention._known) <= 3
+    assert 0 < len(problem._sizes) <= 5
+
+
+def test_what_is_remembered_holds_no_tensor(repeated: Driver) -> None:
+    for changed in CALLS:
+        arguments, options = dense(**changed)
+        log_attention(*arguments, **options)
+        tensors = [weakref.ref(x) for x in arguments[:3]]
+        del arguments, options
+        repeated.launches.clear()
+        gc.collect()
+        assert all(x() is None for x in tensors), changed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, 
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -163,6 +166,58 @@ def test_other_dispatch_modes_may_be_about() -> None:
         actual = run(call, "blocked")
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(grad: bool) -> None:
+    """Not dropped, as it would be past the dispatcher without gradients."""
+    q, tangent = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, tangent)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            log_attention(dual, q, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_functional_transform_left_behind(backend: str) -> None:
+    """A tensor in the wrapper of a transform that is over."""
+    left = []
+
+    def function(q: Tensor) -> Tensor:
+        left.append(2 * q)
+        return q.sum()
+
+    q = torch.randn(1, 2, 5, 8)
+    torch.func.grad(function)(q)
+    with torch.no_grad():
+        expected = log_attention(2 * q, q, q, backend=backend)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(log_attention(left[0], q, q, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_saved_is_what_was_given(backend: str) -> None:
+    """Through autograd, so that it can be offloaded; and nothing else is kept."""
+    call = everything("dense")
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> int:
+        saved.append(x.detach().clone())
+        return len(saved) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__):
+        expected = run(call, backend)
+    assert len(saved) == 5 + 5 + 5 + 1  # q, k, v, out, lse; of the position; lengths and mask; seed
+    key_mask = torch.randn(2, 12)
+    kept, options = weakref.ref(key_mask), call.options | dict(key_mask=key_mask)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None):
+        out = log_attention(call.q, call.k, call.v, call.values, **options, backend=backend)
+    del key_mask, options
+    gc.collect()
+    assert out.requires_grad
+    assert kept() is None
+    assert all(torch.equal(x, expected[name]) for name, x in run(call, backend).items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -88,7 +88,7 @@ def dq_kernel(
     q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dposition,
     position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    query_start, key_start, window_left, window_right,
+    window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -200,7 +200,7 @@ def dkdv_kernel(
     q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv,
     position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    query_start, key_start, window_left, window_right,
+    window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_keys, BLOCK_N)
@@ -303,47 +303,49 @@ def dkdv_kernel(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, learned: tuple[bool, bool, bool, bool] = (True, True, True, True), **options: Any,
+    *, learned: tuple[bool, bool, bool, bool] = (True, True, True, True), query_start: int = 0, key_start: int = 0,
+    **options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of :func:`forward`, called with the same q, k, v and options and what it returned.
 
     dout like out; dlse like lse, or None for zero. learned: which of power, rate, sharpness, alpha need a
     gradient. Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
     """
-    problem = Problem(q, k, v, **options)
+    problem = Problem(q, k, v, options, query_start, key_start)
+    sizes = problem.sizes
     if problem.block_table is not None:
         raise ValueError("there is no gradient through a block_table")
-    dq, dk, dv = (new_output(x, problem.packed) for x in (q, k, v))
+    dq, dk, dv = (new_output(x, sizes.packed) for x in (q, k, v))
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
     delta = torch.empty_like(lse)
     gain = torch.empty_like(lse) if problem.position.alpha is not None else None
-    config = configs.lookup("backward_dq", problem.traits)
-    programs = problem.batch * cdiv(problem.num_queries, config.BLOCK_M)  # of one head
+    config = configs.lookup("backward_dq", sizes.traits)
+    programs = sizes.batch * cdiv(sizes.num_queries, config.BLOCK_M)  # of one head
     partials = [
-        lse.new_empty((problem.heads, programs)) if parameter is not None and want else None
+        lse.new_empty((sizes.heads, programs)) if parameter is not None and want else None
         for parameter, want in zip(problem.position, learned, strict=True)
     ]
     launch(
-        dq_kernel, problem.heads * programs,
+        dq_kernel, sizes.heads * programs,
         (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
             delta, gain, dout, dq, Position(*partials), *problem.tensors,
         ),
-        (problem.strides(lse, out=out, dout=dout, dq=dq), *problem.dropout, *problem.numbers),
-        constants(problem.head_dim, config),
+        (problem.strides(lse, out=out, dout=dout, dq=dq), *sizes.dropout, *problem.numbers),
+        constants(sizes.head_dim, config),
     )  # fmt: skip
-    config = configs.lookup("backward_dkdv", problem.traits)
+    config = configs.lookup("backward_dkdv", sizes.traits)
     launch(
-        dkdv_kernel, problem.batch * problem.kv_heads * cdiv(problem.num_keys, config.BLOCK_N),
+        dkdv_kernel, sizes.batch * sizes.kv_heads * cdiv(sizes.num_keys, config.BLOCK_N),
         (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
             dout, dk, dv, *problem.tensors,
         ),
-        (problem.strides(lse, dout=dout, dk=dk, dv=dv), *problem.dropout, *problem.numbers),
-        constants(problem.head_dim, config),
+        (problem.strides(lse, dout=dout, dk=dk, dv=dv), *sizes.dropout, *problem.numbers),
+        constants(sizes.head_dim, config),
     )  # fmt: skip
     if problem.theta is not None:
         problem.rotate_queries(dq, dq, inverse=True)

@@ -50,7 +50,7 @@ BLOCK_S = 16  # splits that are merged at once
 def decode_kernel(
     q, k, v, partial, partial_lse, block_table, position, sequences, strides, num_pages, page_size, num_splits,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    query_start, key_start, window_left, window_right,
+    window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
@@ -196,32 +196,35 @@ def serves(problem: Problem) -> bool:
     """Whether a call comes here: it has pages, or so few queries that the forward kernel would run half empty."""
     if problem.block_table is not None:
         return True
-    rows = problem.num_queries * problem.heads // problem.kv_heads
-    idle = problem.batch * problem.heads < multiprocessors(problem.q.device)
-    few = problem.num_queries <= MAX_QUERIES and (rows <= MAX_QUERIES or idle)
-    return few and problem.num_keys >= MIN_KEYS and problem.dropout_seed is None
+    sizes = problem.sizes
+    if sizes.num_queries > MAX_QUERIES or sizes.num_keys < MIN_KEYS or problem.dropout_seed is not None:
+        return False
+    rows = sizes.num_queries * sizes.heads // sizes.kv_heads
+    return rows <= MAX_QUERIES or sizes.batch * sizes.heads < multiprocessors(problem.q.device)
 
 
 def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Fill in out and lse as the forward kernel would; see there for their shapes."""
-    block_d, rows = padded(problem.head_dim), problem.num_queries * problem.heads // problem.kv_heads
-    page_size = 2**30 if problem.block_table is None else v.shape[2]
+    sizes = problem.sizes
+    block_d, rows = padded(sizes.head_dim), sizes.num_queries * sizes.heads // sizes.kv_heads
+    page_size = 2**30 if problem.block_table is None else problem.k.shape[2]
     config = tiles(rows, block_d, v.element_size(), page_size)
-    programs = problem.batch * problem.kv_heads * triton.cdiv(rows, config.BLOCK_M)
-    splits = num_splits(programs, problem.num_keys, config.BLOCK_N, v.device)
+    programs = sizes.batch * sizes.kv_heads * triton.cdiv(rows, config.BLOCK_M)
+    splits = num_splits(programs, sizes.num_keys, config.BLOCK_N, v.device)
     if programs == 0:
         return
-    shape = (problem.batch * problem.heads * problem.num_queries, splits)
+    shape = (sizes.batch * sizes.heads * sizes.num_queries, splits)
     partial_lse = v.new_empty(shape, dtype=torch.float32)
-    partial = v.new_empty((*shape, problem.head_dim), dtype=torch.float32)
-    strides = problem.strides(lse, out=out)
+    partial = v.new_empty((*shape, sizes.head_dim), dtype=torch.float32)
     launch(
         decode_kernel, programs * splits,
         (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.position, problem.sequences),
-        (strides, v.shape[0], page_size, splits, *problem.numbers), constants(problem.head_dim, config),
+        (sizes.strides, v.shape[0], page_size, splits, *problem.numbers), constants(sizes.head_dim, config),
+        (sizes.compiled_kind, page_size),
     )  # fmt: skip
     launch(
         merge_kernel, shape[0], (partial, partial_lse, out, lse, problem.sequences.cu_seqlens_q),
-        (strides, problem.heads, problem.num_queries, problem.total_queries, splits),
-        dict(HEAD_DIM=problem.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True),
+        (sizes.strides, sizes.heads, sizes.num_queries, sizes.total_queries, splits),
+        dict(HEAD_DIM=sizes.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True),
+        sizes.compiled_kind,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The forward kernel and its launcher: one program per tile of queries, an online softmax over tiles of keys."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from .tile import (
 def forward_kernel(
     q, k, v, k_tma, v_tma, out, lse, position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
     scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    query_start, key_start, window_left, window_right,
+    window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -111,33 +112,36 @@ def forward_kernel(
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, query_start: int = 0, key_start: int = 0, kind: Hashable = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Attention with a log position.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
     float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
-    (num_pages, Hkv, page_size, D), see :mod:`decode`. For the options see :class:`Problem`.
+    (num_pages, Hkv, page_size, D), see :mod:`decode`. For the other arguments see :class:`Problem`.
 
     Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
     """
-    problem = Problem(q, k, v, **options)
-    out = new_output(q, problem.packed)
-    if problem.packed:
-        lse = torch.full((problem.heads, problem.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
+    problem = Problem(q, k, v, options, query_start, key_start, kind)
+    sizes = problem.sizes
+    out = new_output(q, sizes.packed)
+    if sizes.packed:
+        lse = torch.full((sizes.heads, sizes.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)  # new_empty takes longer
+        lse = torch.empty_strided(*sizes.lse_layout, dtype=torch.float32, device=q.device)  # empty takes longer
+    if sizes.strides is None:
+        problem.complete_sizes(out, lse)
     if decode.serves(problem):
         decode.decode(problem, v, out, lse)
         return out, lse
-    config = configs.lookup("forward", problem.traits)
-    grid = problem.batch * problem.heads * cdiv(problem.num_queries, config.BLOCK_M)
+    config = configs.lookup("forward", sizes.traits)
     launch(
-        forward_kernel, grid,
+        forward_kernel, sizes.batch * sizes.heads * cdiv(sizes.num_queries, config.BLOCK_M),
         (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,
             *problem.tensors,
         ),
-        (problem.strides(lse, out=out), *problem.dropout, *problem.numbers),
-        constants(problem.head_dim, config),
+        (sizes.strides, *sizes.dropout, *problem.numbers), constants(sizes.head_dim, config), sizes.compiled_kind,
     )  # fmt: skip
     return out, lse

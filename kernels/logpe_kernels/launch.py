@@ -26,21 +26,26 @@ _kept: dict[Hashable, tuple[CompiledKernel, list[Any]]] = {}
 
 
 def launch(
-    kernel: Any, grid: int, tensors: tuple[Any, ...], numbers: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any,
+    grid: int,
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    constants: dict[str, Any],
+    kind: Hashable = None,
 ) -> None:
     """kernel[(grid,)](*tensors, *numbers, **constants), on the current device, if the grid is not empty.
 
     The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those), ``numbers`` (or
     None, tuples of those; a parameter's are all of one type) and constexprs; ``constants`` are these and Triton's
-    options, by name.
+    options, by name. A ``kind`` stands for the dtypes of the tensors, for which of them are None, and for the numbers,
+    but for int32 values that the kernel is not specialised for.
     """
     if grid == 0:
         return
     key = None
-    dtypes: list[Any] = []
-    if type(kernel) is JITFunction and KNOWN and _addresses(tensors, dtypes) % ALIGNMENT == 0:
+    if type(kernel) is JITFunction and KNOWN and _addresses(tensors) % ALIGNMENT == 0:
         device = driver.active.get_current_device()
-        key = kernel.fn, device, numbers, *dtypes, *constants.values()
+        key = kernel.fn, device, kind or (numbers, *dtypes(tensors)), *constants.values()
         kept = _kept.get(key)
         if kept is not None and not _hooked():
             compiled, constexprs = kept
@@ -53,7 +58,7 @@ def launch(
             return
     compiled = kernel[(grid,)](*tensors, *numbers, **constants)
     if key is not None and isinstance(compiled, CompiledKernel):
-        if len(_kept) == MOST_KEPT:
+        if len(_kept) >= MOST_KEPT:
             _kept.clear()
         _kept[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
 
@@ -64,17 +69,21 @@ def _hooked() -> bool:
     return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
-def _addresses(tensors: tuple[Any, ...], dtypes: list[Any]) -> int:
-    """All addresses in one, whose low bits are those of any of them; collects the dtypes."""
+def _addresses(tensors: tuple[Any, ...]) -> int:
+    """All addresses in one, whose low bits are those of any of them."""
     result = 0
     for x in tensors:
         if x is None:
-            dtypes.append(None)
-        elif isinstance(x, Tensor):
-            dtypes.append(x.dtype)
+            continue
+        if isinstance(x, Tensor):
             result |= x.data_ptr()
         elif isinstance(x, tuple):
-            result |= _addresses(x, dtypes)
+            result |= _addresses(x)
         else:
             result |= 1  # a tensor descriptor
     return result
+
+
+def dtypes(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of tensors, in tuples like theirs; None where there is none."""
+    return tuple(x if x is None else x.dtype if isinstance(x, Tensor) else dtypes(x) for x in tensors)

@@ -1,6 +1,11 @@
-"""What a call asks for, brought into the form that the kernels take. Shared by the forward and backward launchers."""
+"""What a call asks for, brought into the form that the kernels take. Shared by the launchers.
+
+A model makes the same call again and again: what follows from the layouts of tensors and from options alone is worked
+out once, and kept as Sizes.
+"""
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -8,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Traits, log2_length, padded
+from .launch import dtypes
 from .position import Position
 from .rotation import rotate
 from .tile import Sequences, Strides
@@ -27,6 +33,7 @@ RUNTIME_INTEGERS = [
 MAX_HEAD_DIM = 256
 MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
+MOST_KINDS = 1024  # kept: lengths are among what makes a kind, and may change from call to call
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,8 +66,8 @@ def constants(head_dim: int, config: Any) -> dict[str, Any]:
     )
 
 
-class Problem:
-    """One call: its tensors (turned, where there is a rotation), sizes, and the arguments that all kernels share."""
+class Sizes:
+    """What calls share that differ in the values of their tensors and the positions of the first tokens. No tensors."""
 
     def __init__(
         self,
@@ -82,8 +89,6 @@ class Problem:
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
         dropout_seed: Tensor | None = None,
-        query_start: int = 0,
-        key_start: int = 0,
         window_left: int | None = None,
         window_right: int | None = None,
         max_seqlen_q: int,
@@ -98,7 +103,6 @@ class Problem:
         self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
         self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
         self.total_queries = q.shape[0] if self.packed else 0
-        self.block_table = block_table
         if block_table is not None:
             self.num_keys = block_table.shape[1] * k.shape[2]
             if self.packed or theta is not None or dropout_p > 0:
@@ -107,45 +111,97 @@ class Problem:
                 raise ValueError(f"page_size must be a power of two from {MIN_PAGE_SIZE} on, got {k.shape[2]}")
         if not 1 <= self.head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {self.head_dim}")
-        self.theta, self.rotary_scale = theta, rotary_scale
-        self._query_axis = (cu_seqlens_q, query_starts, query_start, self.num_queries)
-        self._key_axis = (cu_seqlens_k, key_starts, key_start, self.num_keys)
-        self.q, self.k, self.v = q, k, v
-        if theta is not None:
-            self.q = self.rotate_queries(q, new_output(q, self.packed))
-            self.k = self.rotate_keys(k, new_output(k, self.packed))
-        self.position = Position(power, rate, sharpness, alpha)
-        self.traits = Traits(  # by position, which is quicker
+        self.traits = Traits(
             q.device,
             q.element_size(),
             self.head_dim,
-            power is not None,
-            sharpness is not None,
-            alpha is not None,
-            key_bias is not None,
-            window_right == 0,
-            log2_length(self.num_queries, self.num_keys),
+            power=power is not None,
+            sharpness=sharpness is not None,
+            alpha=alpha is not None,
+            key_bias=key_bias is not None,
+            causal=window_right == 0,
+            log2_length=log2_length(self.num_queries, self.num_keys),
         )
-        self.sequences = Sequences(
-            cu_seqlens_q, cu_seqlens_k, query_starts, key_starts, key_lengths, key_bias, context_lengths
-        )
-        self.dropout_seed = dropout_seed if dropout_p > 0 else None
-        self.tensors = self.position, self.sequences, self.dropout_seed
         self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
-        self.numbers = (  # in the order of the kernels' parameters
-            float(scale),
-            float(gain_length),
-            self.heads,
-            self.heads // self.kv_heads,
-            self.num_queries,
-            self.num_keys,
-            self.total_queries,
-            k.shape[0] if self.packed else 0,
-            query_start,
-            key_start,
-            None if window_left is None else min(window_left, FARTHEST),
-            None if window_right is None else min(window_right, FARTHEST),
-        )
+        values = float(scale), float(gain_length), self.heads, self.heads // self.kv_heads
+        lengths = self.num_queries, self.num_keys, self.total_queries, k.shape[0] if self.packed else 0
+        window = tuple(None if side is None else min(side, FARTHEST) for side in (window_left, window_right))
+        if max(lengths) >= 2**31:
+            raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
+        self.numbers = *values, *lengths, *window  # in the order of the kernels' parameters
+        self.fixed = *values, *window, *self.dropout  # without the lengths
+        rows = self.heads * self.num_queries
+        self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
+        self.strides: Strides | None = None  # of the forward pass, once there was one, and
+        self.compiled_kind: Hashable = None  # that of the kernels compiled for it, which are not compiled for lengths
+
+
+_NUMBERS = (int, float, type(None))  # isinstance(x, Tensor) takes longer where the answer is no
+_sizes: dict[Hashable, Sizes] = {}
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, kind: Hashable, options: dict[str, Any]) -> Sizes:
+    """The Sizes of a call, kept under its kind: without one, under all that they are made of, and the dtypes."""
+    kind = kind or (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, *options,
+        *[x if type(x) in _NUMBERS or not isinstance(x, Tensor) else (x.shape, x.dtype) for x in options.values()],
+    )  # fmt: skip
+    found = _sizes.get(kind)
+    if found is None:
+        found = Sizes(q, k, v, **options)
+        if len(_sizes) >= MOST_KINDS:
+            _sizes.clear()
+        _sizes[kind] = found
+    return found
+
+
+@functools.lru_cache(MOST_KINDS)
+def _one_object_for(*equal: Hashable) -> object:
+    return object()
+
+
+class Problem:
+    """One call: its sizes, its tensors (turned, where there is a rotation), and the numbers that all kernels share.
+
+    query_start, key_start: positions of the first query and key, int32. kind: stands for the layouts and dtypes of
+    all tensors and for ``options``, which are those of :class:`Sizes`; a caller that knows it saves looking at them.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        query_start: int = 0,
+        key_start: int = 0,
+        kind: Hashable = None,
+    ) -> None:
+        if not (-(2**31) <= query_start < 2**31 and -(2**31) <= key_start < 2**31):
+            raise ValueError(f"query_start and key_start must be int32, got {query_start} and {key_start}")
+        self.sizes = sizes = sizes_of(q, k, v, kind, options)
+        get = options.get
+        self.q, self.k, self.v = q, k, v
+        self.position = Position(*map(get, Position._fields))
+        self.sequences = Sequences(*map(get, Sequences._fields))
+        self.block_table = get("block_table")
+        self.dropout_seed = get("dropout_seed") if get("dropout_p", 0.0) > 0 else None
+        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.numbers = *sizes.numbers, query_start, key_start
+        self.theta = get("theta")
+        if self.theta is not None:
+            self.rotary_scale = get("rotary_scale", 1.0)
+            self._query_axis = self.sequences.cu_seqlens_q, self.sequences.query_starts, query_start, sizes.num_queries
+            self._key_axis = self.sequences.cu_seqlens_k, self.sequences.key_starts, key_start, sizes.num_keys
+            self.q = self.rotate_queries(q, new_output(q, sizes.packed))
+            self.k = self.rotate_keys(k, new_output(k, sizes.packed))
+
+    def complete_sizes(self, out: Tensor, lse: Tensor) -> None:
+        """Once, from the first call of a kind: what the layouts of its outputs decide."""
+        sizes = self.sizes
+        strides, tensors = self.strides(lse, out=out), (self.q, self.k, self.v, *self.tensors, self.block_table)
+        sizes.compiled_kind = _one_object_for(strides, sizes.fixed, dtypes(tensors))
+        sizes.strides = strides
 
     def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
         """Turn x, which is laid out like q, into out (which may be x)."""
@@ -165,19 +221,20 @@ class Problem:
         return tuple(self._descriptor(x, rows) for x in tensors) if config.TMA else (None,) * len(tensors)
 
     def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
-        if self.packed:
+        if self.sizes.packed:
             x = x.transpose(0, 1)[None]  # (1, H, total, D)
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.sizes.head_dim)])
 
     def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
         """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
+        packed = self.sizes.packed
         return Strides(
-            q=token_strides(self.q, self.packed),
-            k=token_strides(self.k, self.packed),
-            v=token_strides(self.v, self.packed),
-            lse=(0, lse.stride(0)) if self.packed else lse.stride()[:-1],
-            **{name: token_strides(x, self.packed) for name, x in like_q_or_k.items()},
+            q=token_strides(self.q, packed),
+            k=token_strides(self.k, packed),
+            v=token_strides(self.v, packed),
+            lse=(0, lse.stride(0)) if packed else lse.stride()[:-1],
+            **{name: token_strides(x, packed) for name, x in like_q_or_k.items()},
         )
