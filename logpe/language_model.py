@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from logpe.attention import log_attention
 from logpe.checkpoint import write_whole
+from logpe.module import HeadNorm
 from logpe.position import ROTATION, LogPosition
 
 EMBEDDING_STD = 0.25  # of what enters the first block
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         self.heads = shape.heads
         self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
-        head_norm = nn.RMSNorm if shape.qk_norm else nn.Identity
+        head_norm = HeadNorm if shape.qk_norm else nn.Identity
         self.query_norm, self.key_norm = (head_norm(shape.dim // shape.heads) for _ in range(2))
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
 

@@ -18,6 +18,14 @@ from logpe.position import LogPosition
 _warned: set[str] = set()
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its weight: under autocast, that of queries and keys is lower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., head_dim) -> as x."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class LogAttention(nn.MultiheadAttention):
     """Multi-head attention with a log position: a drop-in for ``nn.MultiheadAttention``.
 
@@ -119,7 +127,7 @@ class LogAttention(nn.MultiheadAttention):
         self.q_norm = self.k_norm = None
         if qk_norm:
             self.q_norm, self.k_norm = (
-                nn.RMSNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
+                HeadNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
             )
         self.query_start = None
         # nn.TransformerEncoderLayer's fused inference would skip forward(), and with it the position; this flag
@@ -323,8 +331,7 @@ class LogAttention(nn.MultiheadAttention):
 
         q, k, v = map(by_head, projected)
         if self.q_norm is not None and self.k_norm is not None:
-            precise = self.q_norm.weight.dtype  # under autocast, that of q and k is lower
-            q, k = self.q_norm(q.to(precise)).to(v.dtype), self.k_norm(k.to(precise)).to(v.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:

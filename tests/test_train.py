@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,22 @@ def test_bfloat16_keeps_parameters_in_float32(folder: Path, whole: Path, tmp_pat
     assert all(
         x.dtype == torch.float32 for x in load_file(tmp_path / "checkpoints/step-00000012/model.safetensors").values()
     )
+
+
+def test_norms_of_heads_are_fused_under_autocast() -> None:
+    """torch warns where they are not, and takes several kernels."""
+    attention = language_model.Attention(language_model.Shape(32, heads=2, qk_norm=True), {})
+    x = torch.randn(1, 5, 32)
+    exact = attention.project(x)
+    torch.set_warn_always(True)  # else once in a process
+    try:
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rounded = attention.project(x)
+    finally:
+        torch.set_warn_always(False)
+    assert [t.dtype for t in rounded] == [torch.bfloat16] * 3
+    torch.testing.assert_close([t.float() for t in rounded], list(exact), rtol=0.02, atol=0.02)
 
 
 def test_tokenizer(folder: Path, tmp_path: Path) -> None:
