@@ -440,6 +440,33 @@ def test_the_launcher_tells_tensors_of_any_layout_and_dtype_apart(repeated: Driv
     in_any_order(repeated, [functools.partial(forward, q, q, q, **x, **sizes) for q, x in calls], same=1)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("preset", ["log-bias", "log-rotary-bias"])
+def test_another_length_asks_triton_no_more(
+    preset: str, known: bool, repeated: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward and decode: nothing is compiled for a length, nor looked up."""
+    if not known:
+        monkeypatch.setattr(attention, "_kind_of", lambda *arguments: None)
+
+    def call(length: int, num_queries: int | None = None) -> None:
+        (q, k, v, position), options = dense(
+            (2, HEADS, num_queries or length, HEAD_DIM), num_keys=length, preset=preset, window=(length, None)
+        )
+        out = log_attention(q, k, v, position, query_start=length // 3, **options)
+        out.backward(torch.ones_like(out))
+
+    for length in (200, 1024, 1):
+        call(length)
+    call(2000, num_queries=1)
+    with asked() as run:
+        for length in (333, 16, 4096, 17, 2048, 1001):
+            call(length)
+        for length in (513, 4096):
+            call(length, num_queries=1)
+    assert [x.args[0].fn.__name__ for x in run.call_args_list] == []
+
+
 def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
     """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
     arguments, options = dense()

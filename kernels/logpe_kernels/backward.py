@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from . import configs
 from .launch import launch
@@ -49,6 +50,7 @@ from .tile import (
     load_masked,
     load_tile,
     loop_bounds,
+    lse_rows,
     num_partials,
     partial_sums,
     rows_of,
@@ -113,7 +115,7 @@ def dq_kernel(
     out = rows_of(out, strides.out, batch, h, queries.row)
     dout = rows_of(dout, strides.dout, batch, h, queries.row)
     dq = rows_of(dq, strides.dq, batch, h, queries.row)
-    lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
+    lse_offset = lse_rows(b, h, queries.row, num_heads, num_queries, total_queries, sequences.cu_seqlens_q is not None)
 
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -195,6 +197,16 @@ def dq_kernel(
         tl.store(dposition.alpha + partial, corrected(alpha, alpha_mean, error) * factors(head).alpha)
 
 
+@triton.constexpr_function
+def masked_stages(kind, only_loop):
+    """num_stages of a loop: 1, which is no pipeline, for the second of two on sm_90; None for what the launch says.
+
+    Where accumulators run through two pipelined loops, ptxas makes every matrix product wait for the one before.
+    """
+    asynchronous = cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0)
+    return 1 if asynchronous and kind == MASKED_TILES and not only_loop else None
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
     q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv,
@@ -246,7 +258,8 @@ def dkdv_kernel(
     for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
         span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
-        for y in range(start, stop if group_size == 1 else start + group_size * span, BLOCK_M):
+        stop = stop if group_size == 1 else start + group_size * span
+        for y in tl.range(start, stop, BLOCK_M, num_stages=masked_stages(KIND, sequences.key_bias is not None)):
             if group_size == 1:
                 x = y
                 h = first_head
@@ -263,7 +276,9 @@ def dkdv_kernel(
             m0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_M)
             q_rows = rows_of(q, strides.q, batch, h, queries.row)
             do_rows = rows_of(dout, strides.dout, batch, h, queries.row)
-            lse_offset = b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
+            lse_offset = lse_rows(
+                b, h, queries.row, num_heads, num_queries, total_queries, sequences.cu_seqlens_q is not None
+            )
             rows = m0 + columns
             i = queries.start + rows  # [BLOCK_M]
             # A full tile lies inside the sequence and has no dead row: nothing to mask.
@@ -334,7 +349,7 @@ def backward(
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
             delta, gain, dout, dq, Position(*partials), *problem.tensors,
         ),
-        (problem.strides(lse, out=out, dout=dout, dq=dq), *sizes.dropout, *problem.numbers),
+        (problem.strides(out=out, dout=dout, dq=dq), *sizes.dropout, *problem.numbers),
         constants(sizes.head_dim, config),
     )  # fmt: skip
     config = configs.lookup("backward_dkdv", sizes.traits)
@@ -344,7 +359,7 @@ def backward(
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
             dout, dk, dv, *problem.tensors,
         ),
-        (problem.strides(lse, dout=dout, dk=dk, dv=dv), *sizes.dropout, *problem.numbers),
+        (problem.strides(dout=dout, dk=dk, dv=dv), *sizes.dropout, *problem.numbers),
         constants(sizes.head_dim, config),
     )  # fmt: skip
     if problem.theta is not None:

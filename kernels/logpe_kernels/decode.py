@@ -31,6 +31,8 @@ from .tile import (
     load_key_bias,
     load_lengths,
     load_rows,
+    lse_rows,
+    rows_of,
     sequence_tokens,
     sight,
     softmax_step,
@@ -147,9 +149,8 @@ def merge_kernel(
     rows = tl.program_id(0) % num_queries + tl.arange(0, 1)  # [1]
     b, h = batch_head // num_heads, batch_head % num_heads
     row, count, _ = sequence_tokens(b, num_queries, total_queries, 0, cu_seqlens_q, None)
-    b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    out += b64 * strides.out[0] + h64 * strides.out[1] + row.to(tl.int64) * strides.out[2]
-    lse += b64 * strides.lse[0] + h64 * strides.lse[1] + row
+    out = rows_of(out, strides.out, b, h, row)
+    lse += lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q is not None)
 
     m_i = tl.full([1], -float("inf"), tl.float32)
     l_i = tl.zeros([1], tl.float32)
@@ -163,7 +164,7 @@ def merge_kernel(
 
     dead = l_i == 0.0
     stored = rows < count
-    store_rows(out, rows, strides.out[2], acc / tl.where(dead, 1.0, l_i)[:, None], stored, HEAD_DIM, BLOCK_D)
+    store_rows(out.pointer, rows, out.stride, acc / tl.where(dead, 1.0, l_i)[:, None], stored, HEAD_DIM, BLOCK_D)
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 

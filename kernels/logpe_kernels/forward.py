@@ -25,6 +25,7 @@ from .tile import (
     load_lengths,
     load_tile,
     loop_bounds,
+    lse_rows,
     rows_of,
     sight,
     softmax_step,
@@ -63,7 +64,7 @@ def forward_kernel(
     k = rows_of(k, strides.k, batch, h // group_size, keys.row)
     v = rows_of(v, strides.v, batch, h // group_size, keys.row)
     out = rows_of(out, strides.out, batch, h, queries.row)
-    lse += b.to(tl.int64) * strides.lse[0] + h.to(tl.int64) * strides.lse[1] + queries.row
+    lse += lse_rows(b, h, queries.row, num_heads, num_queries, total_queries, sequences.cu_seqlens_q is not None)
 
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -131,7 +132,7 @@ def forward(
     else:
         lse = torch.empty_strided(*sizes.lse_layout, dtype=torch.float32, device=q.device)  # empty takes longer
     if sizes.strides is None:
-        problem.complete_sizes(out, lse)
+        problem.complete_sizes(out)
     if decode.serves(problem):
         decode.decode(problem, v, out, lse)
         return out, lse

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Traits, log2_length, padded
-from .launch import dtypes
+from .launch import dtypes, specialised
 from .position import Position
 from .rotation import rotate
 from .tile import Sequences, Strides
@@ -129,7 +129,7 @@ class Sizes:
         if max(lengths) >= 2**31:
             raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
         self.numbers = *values, *lengths, *window  # in the order of the kernels' parameters
-        self.fixed = *values, *window, *self.dropout  # without the lengths
+        self.fixed = specialised(values), tuple(specialised(x, by_value=False) for x in (*window, *self.dropout))
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
         self.strides: Strides | None = None  # of the forward pass, once there was one, and
@@ -196,11 +196,11 @@ class Problem:
             self.q = self.rotate_queries(q, new_output(q, sizes.packed))
             self.k = self.rotate_keys(k, new_output(k, sizes.packed))
 
-    def complete_sizes(self, out: Tensor, lse: Tensor) -> None:
+    def complete_sizes(self, out: Tensor) -> None:
         """Once, from the first call of a kind: what the layouts of its outputs decide."""
         sizes = self.sizes
-        strides, tensors = self.strides(lse, out=out), (self.q, self.k, self.v, *self.tensors, self.block_table)
-        sizes.compiled_kind = _one_object_for(strides, sizes.fixed, dtypes(tensors))
+        strides, tensors = self.strides(out=out), (self.q, self.k, self.v, *self.tensors, self.block_table)
+        sizes.compiled_kind = _one_object_for(specialised(strides), sizes.fixed, dtypes(tensors))
         sizes.strides = strides
 
     def rotate_queries(self, x: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
@@ -228,13 +228,12 @@ class Problem:
             return None
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.sizes.head_dim)])
 
-    def strides(self, lse: Tensor, **like_q_or_k: Tensor) -> Strides:
-        """Strides of q, k, v, of lse (batch, head), and of the tensors given by their field's name."""
+    def strides(self, **like_q_or_k: Tensor) -> Strides:
+        """Strides of q, k, v, and of the tensors given by their field's name."""
         packed = self.sizes.packed
         return Strides(
             q=token_strides(self.q, packed),
             k=token_strides(self.k, packed),
             v=token_strides(self.v, packed),
-            lse=(0, lse.stride(0)) if packed else lse.stride()[:-1],
             **{name: token_strides(x, packed) for name, x in like_q_or_k.items()},
         )

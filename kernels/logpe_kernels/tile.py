@@ -28,7 +28,6 @@ class Strides(NamedTuple):
     k: Any = None
     v: Any = None
     out: Any = None
-    lse: Any = None  # (batch, head); also of delta and dlse
     dout: Any = None
     dq: Any = None
     dk: Any = None
@@ -79,6 +78,15 @@ def load_axes(
     if window_right is not None:
         k_end = tl.minimum(k_end, q_end + window_right)
     return Axis(q_row, q_count, q_start, q_begin, q_end), Axis(k_row, k_count, k_start, k_begin, k_end)
+
+
+@triton.jit
+def lse_rows(b, h, row, num_heads, num_queries, total_queries, PACKED: tl.constexpr):
+    """The first element of one sequence and head in lse, delta or dlse, which are contiguous: (B, H, N), (H, total)."""
+    if PACKED:
+        return h.to(tl.int64) * total_queries + row
+    else:
+        return (b.to(tl.int64) * num_heads + h) * num_queries
 
 
 @triton.jit
