@@ -68,11 +68,11 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
 
     def tests(seconds: float) -> list[str]:
         where = [] if gpu else ["tests/test_attention.py"]
-        several = (
-            ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if gpu and importlib.util.find_spec("xdist") else []
-        )
+        processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+        several = ["-n", str(processes)] if gpu and importlib.util.find_spec("xdist") else []
         report = folder / "tests.xml"
-        return ["-m", "pytest", "-m", "gpu", *where, *several, "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+        return ["-m", "pytest", "-m", "gpu", *where, *several, *options]
 
     def compare(seconds: float) -> list[str]:
         size = ["--methods", *METHODS, "--directions", "forward", "backward"]
@@ -86,14 +86,15 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         return ["-m", "bench.host_overhead", *size, "--out", str(folder / "host_overhead.json")]
 
     def tune(seconds: float) -> list[str]:
-        return ["-m", "logpe", "tune", "--minutes", minutes(seconds), "--out", str(folder / "tune.json")]
+        size = ["--masks", "causal", "--presets", "log-bias", "--lengths", "8192"]
+        return ["-m", "logpe", "tune", *size, "--minutes", minutes(seconds), "--out", str(folder / "tune.json")]
 
     found = [
-        Part("tests", 0.28, tests, lambda: test_summary(folder / "tests.xml")),
-        Part("throughput", 0.44, compare, lambda: throughput_summary(folder, gpu)),
+        Part("tests", 0.32, tests, lambda: test_summary(folder / "tests.xml")),
+        Part("throughput", 0.34, compare, lambda: throughput_summary(folder, gpu)),
         Part("host overhead", 0.06, host, lambda: json.loads((folder / "host_overhead.json").read_text())["target"]),
     ]
-    return [*found, Part("tuner", 0.22, tune, lambda: "")] if gpu else found
+    return [*found, Part("tuner", 0.28, tune, lambda: "")] if gpu else found
 
 
 def test_summary(path: Path) -> str:

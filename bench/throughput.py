@@ -184,14 +184,14 @@ class Attention(NamedTuple):
 @dataclass(frozen=True)
 class Method:
     """``squares``: N x N matrices per head held at once, forward and with backward, float32; ``compiled``: takes a
-    while to compile, and leaves the result in a cache on the disk.
+    while to compile, and leaves the result in a cache on the disk, "once" or "for each length".
     """
 
     prepare: Callable[[Inputs], Attention]
     squares: tuple[int, int] = (0, 0)
     devices: tuple[str, ...] = ("cuda", "cpu")
     cpu_backward: bool = True
-    compiled: bool = False
+    compiled: str | None = None
 
 
 METHODS: dict[str, Method] = {}  # the most telling first
@@ -216,12 +216,12 @@ def _log_attention(x: Inputs, preset: str, learnable: bool = True, backend: str 
     return Attention(run, [p for p in position.parameters() if p.requires_grad])
 
 
-@method("log-bias", compiled=True)
+@method("log-bias", compiled="once")
 def _log_bias(x: Inputs) -> Attention:
     return _log_attention(x, "log-bias")
 
 
-@method("none", compiled=True)
+@method("none", compiled="once")
 def _none(x: Inputs) -> Attention:
     return _log_attention(x, "none")
 
@@ -250,7 +250,7 @@ def _flex_attention(x: Inputs, learned: bool) -> Attention:
     return Attention(run, (power, rate) if learned else ())
 
 
-@method("flex", cpu_backward=False, compiled=True)
+@method("flex", cpu_backward=False, compiled="for each length")
 def _flex(x: Inputs) -> Attention:
     return _flex_attention(x, learned=False)
 
@@ -292,22 +292,22 @@ def _sdpa_cpu(x: Inputs) -> Attention:
     return _sdpa(x)
 
 
-@method("flex-learned", devices=("cuda",), compiled=True)
+@method("flex-learned", devices=("cuda",), compiled="for each length")
 def _flex_learned(x: Inputs) -> Attention:
     return _flex_attention(x, learned=True)
 
 
-@method("log-rotary-bias", compiled=True)
+@method("log-rotary-bias", compiled="once")
 def _log_rotary_bias(x: Inputs) -> Attention:
     return _log_attention(x, "log-rotary-bias")
 
 
-@method("log-invariant", compiled=True)
+@method("log-invariant", compiled="once")
 def _log_invariant(x: Inputs) -> Attention:
     return _log_attention(x, "log-invariant")
 
 
-@method("log-bias-frozen", compiled=True)
+@method("log-bias-frozen", compiled="once")
 def _log_bias_frozen(x: Inputs) -> Attention:
     return _log_attention(x, "log-bias", learnable=False)
 
@@ -532,7 +532,15 @@ def compile_all(workers: Sequence[Worker], cases: Iterable[Case], end: float) ->
                 worker.ask((case, False), min(left, REPEATS["cuda"].limit))
         idle.put(worker)
 
-    wanted = [case for case in cases if METHODS[case.method].compiled and case.direction in ("forward", "both")]
+    def compiles(case: Case) -> Case:
+        """Return a small case that compiles what this one needs; a backward pass compiles its forward pass, too."""
+        if case.direction == "backward":
+            case = replace(case, direction="both")
+        if METHODS[case.method].compiled == "once":
+            case = replace(case, length=min(case.length, 1024), batch=1)
+        return case
+
+    wanted = dict.fromkeys(compiles(case) for case in cases if METHODS[case.method].compiled)
     with ThreadPoolExecutor(len(workers)) as threads:
         try:
             list(threads.map(one, wanted))
@@ -851,7 +859,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         kv_groups=[1, 4],
         dtype="bfloat16",
         minutes=8.0,
-        jobs=max(1, min(8, (os.cpu_count() or 2) // 2)),
+        jobs=max(1, min(12, (os.cpu_count() or 2) - 2)),
     ),
     "cpu": dict(
         lengths=[2048, 512, 8192],

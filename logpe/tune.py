@@ -333,7 +333,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--minutes", type=float, default=30, help="stop after so long; default %(default)s")
     parser.add_argument("--out", type=Path, help="default: the file from which log_attention reads")
     parser.add_argument("--again", action="store_true", help="also measure what the file holds already")
-    parser.add_argument("--jobs", type=_count, help="compiling processes; default: by cores and memory, at most 8")
+    parser.add_argument("--jobs", type=_count, help="compiling processes; default: by cores and memory, at most 14")
 
 
 def _count(text: str) -> int:
@@ -358,9 +358,9 @@ def _device(text: str) -> torch.device:
 
 
 def _jobs(device: torch.device) -> int:
-    """A core each, and the half GiB of the GPU that a process takes before it does anything, eight times."""
+    """Return a core each, with half a GiB of the GPU, which a process takes before it does anything, eight times."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores - 1, torch.cuda.get_device_properties(device).total_memory // 2**32))
+    return max(1, min(14, cores - 1, torch.cuda.get_device_properties(device).total_memory // 2**32))
 
 
 def main(options: argparse.Namespace) -> int:

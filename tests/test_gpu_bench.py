@@ -101,7 +101,9 @@ def test_parts_are_bounded_commands_of_this_project(tmp_path):
     assert sum(part.share for part in gpu.parts(tmp_path, gpu=True)) == pytest.approx(1)
     commands = {part.name: part.command(120.0) for part in gpu.parts(tmp_path, gpu=True)}
     assert commands["tests"][:4] == ["-m", "pytest", "-m", "gpu"]
-    assert commands["tuner"] == ["-m", "logpe", "tune", "--minutes", "1.67", "--out", str(tmp_path / "tune.json")]
+    assert "--continue-on-collection-errors" in commands["tests"]
+    assert commands["tuner"][:3] == ["-m", "logpe", "tune"]
+    assert commands["tuner"][-4:] == ["--minutes", "1.67", "--out", str(tmp_path / "tune.json")]
     options = throughput.parse([*commands["throughput"][2:], "--device", "cuda"])
     assert options.resume
     assert options.out == tmp_path
