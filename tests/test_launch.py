@@ -192,16 +192,33 @@ def test_two_kernels_with_the_same_arguments(gpu: Driver) -> None:
     assert launched[0] == launched[2] != launched[1] == launched[3]
 
 
-def test_descriptors_go_to_triton(gpu: Driver) -> None:
+def test_descriptors(gpu: Driver) -> None:
+    """Another dtype or block is another kernel, another length is not."""
+
     def copy(x, y, BLOCK: tl.constexpr):
-        tl.store(y + tl.arange(0, BLOCK), x.load([0]))
+        tl.store(y + tl.arange(0, 16), tl.sum(x.load([0])))
+
+    def described(length: int, block: int, dtype: torch.dtype = torch.float32) -> TensorDescriptor:
+        return TensorDescriptor(torch.zeros(length, dtype=dtype), [length], [1], [block])
 
     kernel = JITFunction(copy)
-    descriptor = TensorDescriptor(torch.zeros(64), [64], [1], [CONSTANTS["BLOCK"]])
-    for _ in range(2):
+    calls = [described(64, 16), described(64, 32), described(64, 16, torch.float16)]
+    same_kernels = [described(96, 16), described(65, 32), described(1, 16, torch.float16)]
+    for x in calls:
+        kernel[(1,)](x, at(0), **CONSTANTS)
+    compiled = [launched[0] for launched in gpu.launches]
+    assert len({str(x) for x in compiled}) == 3
+    for x in calls:
+        launch(kernel, 1, (x, at(0)), (), CONSTANTS)
+    gpu.launches.clear()
+    for again in (calls, same_kernels):
         with asked() as run:
-            launch(kernel, 1, (descriptor, at(0)), (), CONSTANTS)
-        run.assert_called_once()
+            for x in again:
+                launch(kernel, 1, (x, at(0)), (), CONSTANTS)
+        run.assert_not_called()
+        assert [launched[0] for launched in gpu.launches] == compiled
+        assert [launched[3][0] for launched in gpu.launches] == again
+        gpu.launches.clear()
 
 
 def test_hooks_hear_of_every_launch(kernel: JITFunction, gpu: Driver) -> None:

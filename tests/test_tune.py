@@ -123,7 +123,8 @@ def test_descriptors_are_tried_where_the_target_has_them() -> None:
 
 def test_spilling_candidates_go_unless_all_spill() -> None:
     a, b, c = Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 16, 4, 2)
-    spilling = Resources(255, 12, 1024)
+    spilling = Resources(255, tune.FEW_SPILLS + 1, 1024)
+    assert tune.prune({a: FINE, b: Resources(255, tune.FEW_SPILLS, 1024)}) == [a, b]
     assert tune.prune({a: FINE, b: spilling, c: "OutOfResources"}) == [a]
     assert tune.prune({a: spilling, b: spilling, c: "OutOfResources"}) == [a, b]
     assert tune.prune({a: "OutOfResources"}) == tune.prune({}) == []

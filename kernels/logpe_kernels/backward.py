@@ -257,16 +257,10 @@ def dkdv_kernel(
     )
     for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
-        span = tl.cdiv(stop - start, BLOCK_M) * BLOCK_M
-        stop = stop if group_size == 1 else start + group_size * span
-        for y in tl.range(start, stop, BLOCK_M, num_stages=masked_stages(KIND, sequences.key_bias is not None)):
-            if group_size == 1:
-                x = y
-                h = first_head
-                head = first_parameters
-            else:
-                x = start + (y - start) % span
-                h = first_head + (y - start) // span
+        trips = group_size * tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+        x, h, head = start, first_head, first_parameters
+        for _ in tl.range(0, trips, num_stages=masked_stages(KIND, sequences.key_bias is not None)):
+            if group_size > 1:
                 head = Position(
                     None if position.power is None else tl.load(position.power + h),
                     None if position.rate is None else tl.load(position.rate + h),
@@ -307,6 +301,10 @@ def dkdv_kernel(
             dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
             ds = g * sharpening(distance, head) * gain_row[None, :]
             dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
+            x += BLOCK_M
+            if group_size > 1:
+                h = tl.where(x < stop, h, h + 1)
+                x = tl.where(x < stop, x, start)
 
     # A full tile is not masked, and may hold hidden keys at its end: their rows are formed, and dropped here.
     stored = tokens < keys.count

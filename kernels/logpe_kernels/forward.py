@@ -137,12 +137,11 @@ def forward(
         decode.decode(problem, v, out, lse)
         return out, lse
     config = configs.lookup("forward", sizes.traits)
+    k_tma, v_tma = problem.descriptors(config, config.BLOCK_N, problem.k, v)
     launch(
         forward_kernel, sizes.batch * sizes.heads * cdiv(sizes.num_queries, config.BLOCK_M),
-        (
-            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse,
-            *problem.tensors,
-        ),
-        (sizes.strides, *sizes.dropout, *problem.numbers), constants(sizes.head_dim, config), sizes.compiled_kind,
+        (problem.q, problem.k, v, k_tma, v_tma, out, lse, *problem.tensors),
+        (sizes.strides, *sizes.dropout, *problem.numbers), constants(sizes.head_dim, config),
+        (sizes.compiled_kind, k_tma is None, v_tma is None),
     )  # fmt: skip
     return out, lse

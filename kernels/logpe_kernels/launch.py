@@ -4,7 +4,7 @@ Triton looks at every argument to tell, which for these kernels takes 20 us of h
 dtypes of tensors, whether they start at a multiple of 16 bytes, and of an integer, whether it is 1, a multiple of 16 or
 longer than 32 bits: compiled kernels are kept under just that, for tensors that all start so, as torch allocates them.
 So a length that was never seen before asks Triton no more than one that was. Whatever else there is goes to Triton each
-time: other addresses, tensor descriptors, the interpreter, profilers, AMD, whose compiler looks at the sizes of
+time: other addresses, the interpreter, profilers, AMD, whose compiler looks at the sizes of
 tensors as well, and versions of Triton that this was not tried with. Triton's knobs count when a kernel is first
 launched.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16  # bytes
 KNOWN = torch.version.hip is None and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -109,13 +110,19 @@ def _addresses(tensors: tuple[Any, ...]) -> int:
             continue
         if isinstance(x, Tensor):
             result |= x.data_ptr()
-        elif isinstance(x, tuple):
-            result |= _addresses(x)
+        elif isinstance(x, TensorDescriptor):
+            result |= x.base.data_ptr()
         else:
-            result |= 1  # a tensor descriptor
+            result |= _addresses(x)
     return result
 
 
 def dtypes(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of tensors, in tuples like theirs; None where there is none."""
-    return tuple(x if x is None else x.dtype if isinstance(x, Tensor) else dtypes(x) for x in tensors)
+    """Return the dtypes of tensors, in tuples like theirs; of a descriptor also its block; None where there is none."""
+
+    def of(x: Any) -> Any:
+        if x is None or isinstance(x, Tensor):
+            return x if x is None else x.dtype
+        return (x.base.dtype, *x.block_shape) if isinstance(x, TensorDescriptor) else dtypes(x)
+
+    return tuple(map(of, tensors))
