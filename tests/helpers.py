@@ -137,10 +137,7 @@ def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str,
     if call.dlse is not None:
         results.append(lse)
         cotangents.append(call.dlse.to(lse.dtype))
-    if out.requires_grad:
-        gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, materialize_grads=True)
-    else:  # the reference, packed, without a single token
-        gradients = tuple(torch.zeros_like(x) for x in inputs.values())
+    gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, materialize_grads=True)
     outcome: dict[str, Tensor] = {"out": out.detach(), "lse": lse.detach()}
     outcome.update(zip(inputs, gradients, strict=True))
     return outcome
