@@ -382,6 +382,11 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = "triton" if q.is_cuda else "blocked"
+        if not q.is_cuda and q.device.type not in ("cpu", "meta"):
+            raise RuntimeError(
+                f'backend="auto" has nothing fast on {q.device}: "triton" runs on CUDA and ROCm GPUs, "blocked" on the '
+                'CPU. backend="reference" runs anywhere, in memory that grows with Nq * Nk'
+            )
     elif backend == "reference" and q.is_meta:  # the shapes are the same, and lengths need not be read
         backend = "blocked"
     if backend == "triton":
@@ -390,10 +395,7 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
         if q.dtype == torch.float64:
             raise TypeError('q must be float16, bfloat16 or float32 for backend="triton", got torch.float64')
     if backend == "blocked" and q.device.type not in ("cpu", "meta"):
-        raise RuntimeError(
-            f'backend must be "reference" on {q.device}: the fast ones run on CUDA and ROCm GPUs ("triton") and on the '
-            'CPU ("blocked"). "reference" runs anywhere, in memory that grows with Nq * Nk'
-        )
+        raise RuntimeError(f'backend="blocked" runs on the CPU, and q is on {q.device}; "reference" runs anywhere')
     return backend
 
 
