@@ -646,13 +646,13 @@ def test_gradients_of_parameters_have_their_dtype(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_are_no_plain_tensors(backend: str) -> None:
-    """A subclass, as a sharded parameter is one, may have no memory of its own. An equal plain call was there before."""
+    """A subclass, such as DTensor, may have no memory of its own. An equal call on plain ones was there before."""
     x, plain = tensors(), torch.rand(2, HEADS)
-    for backends_own in (plain, [TwoTensor(t, t) for t in plain]):
-        leaves = [t.detach().requires_grad_() for t in backends_own]
+    for parameters in (plain, [TwoTensor(t, t) for t in plain]):
+        leaves = [t.detach().requires_grad_() for t in parameters]
         out = log_attention(**x, position=PositionValues(*leaves), is_causal=True, backend=backend)
         results = out, *torch.autograd.grad(out.square().sum(), leaves)
-        if backends_own is plain:
+        if parameters is plain:
             expected = results
     for a, b in zip(results, expected, strict=True):
         assert isinstance(a, TwoTensor)

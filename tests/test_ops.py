@@ -16,7 +16,7 @@ import torch
 from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,12 +228,12 @@ def test_torchscript_is_refused() -> None:
     """A trace would keep the lengths of its example."""
     q = torch.randn(1, 2, 5, 8)
     for function in (log_attention, log_attention_varlen, rotate, merge_partials):
-        with pytest.raises(RuntimeError, match=f"{function.__name__} cannot be compiled by torch.jit.script: use torch"):
+        with pytest.raises(RuntimeError, match=f"{function.__name__} cannot be compiled by torch.jit.script"):
             torch.jit.script(function)
-    with pytest.raises(RuntimeError, match="log_attention cannot be compiled by torch.jit.script"):
+    with pytest.raises(RuntimeError, match="log_attention cannot be compiled by"):
         torch.jit.script(Attend())
     for function in (Attend(), lambda q: rotate(q, make_values(2, 8, "log-rotary"))):
-        with pytest.raises(RuntimeError, match="cannot be traced by torch.jit.trace.* use torch.export"):
+        with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit\.trace.* use torch\.export"):
             torch.jit.trace(function, q)
 
 
@@ -250,19 +250,37 @@ def test_symbolic_trace_says_how() -> None:
     assert torch.equal(torch.fx.symbolic_trace(scope["function"])(q), scope["function"](q))
 
 
+def indexed(x: Tensor, key: Any) -> Tensor:
+    """x[key] for numbers, None, : and ..., without the C++ that wants the device to be there."""
+    key = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in key:
+        place = key.index(Ellipsis)
+        key[place : place + 1] = [slice(None)] * (x.dim() - sum(k is not None for k in key) + 1)
+    dim = 0
+    for k in key:
+        assert k is None or isinstance(k, int) or k == slice(None)
+        x = x.unsqueeze(dim) if k is None else x.select(dim, k) if isinstance(k, int) else x
+        dim += not isinstance(k, int)
+    return x
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu"])
-def test_other_devices(device: str) -> None:
+def test_other_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the definition runs there, and only if it is asked for; it needs no float64, which mps has not."""
 
-    class NoDouble(TorchDispatchMode):
+    class NoDouble(FakeTensorMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
+            out = super().__torch_dispatch__(func, types, args, kwargs)
             for x in torch.utils._pytree.tree_leaves(out):
                 assert not isinstance(x, Tensor) or x.device.type == "cpu" or x.dtype != torch.float64
             return out
 
+    monkeypatch.setattr(FakeTensor, "__getitem__", indexed)
+    monkeypatch.setattr(FakeTensor, "__invert__", lambda x: torch.eq(x, 0))
     values = make_values(2, 8, "log-rotary-bias", query_gain=True)
-    with FakeTensorMode(), NoDouble():
+    with NoDouble():
+        with pytest.raises(AssertionError):
+            torch.empty(1, device=device, dtype=torch.float64)
         x = [torch.empty(1, 2, 5, 8, device=device) for _ in range(3)]
         theta = torch.empty(4, dtype=torch.float64)
         position = PositionValues(*(None if t is None else torch.empty(2, device=device) for t in values[:4]), theta)
@@ -291,7 +309,7 @@ def test_shapes_without_values() -> None:
             x = torch.empty(2, 4, 9, 8)
             out = log_attention(x, x, x, is_causal=True, dropout_p=0.1, backend=backend)
             assert out.shape == x.shape
-    with pytest.raises(RuntimeError, match='backend="triton" cannot run here.*meta'):
+    with pytest.raises(RuntimeError, match=r'backend="triton" cannot run here.*meta'):
         log_attention(*[torch.empty(1, 2, 3, 8, device="meta")] * 3, backend="triton")
 
 
@@ -301,7 +319,7 @@ def test_forward_mode_is_refused(grad: bool) -> None:
     q, tangent = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
         dual = forward_ad.make_dual(q, tangent)
-        with pytest.raises(NotImplementedError, match='jvp.*backend="reference"'):
+        with pytest.raises(NotImplementedError, match=r'jvp.*backend="reference"'):
             log_attention(dual, q, q)
 
 
