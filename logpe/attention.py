@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from logpe import ops, reference
@@ -73,7 +74,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             positions do not exist, which is how left padding is said: ``key_start = -padding``. At most 2^29.
         key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
         key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient. -inf hides;
-            values below -65504, the lowest of float16, count as -65504, so that any ``finfo.min`` means the same.
+            values beyond -65504 and 65504, the range of float16, count as these: every ``finfo.min`` means the same.
         block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
             page_size 16, 32, 64, 128 or 256, and key n of sequence b is row n % page_size of page
             block_table[b, n // page_size]; Nk is max_pages * page_size. An entry that is no page, such as -1,
@@ -111,6 +112,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             result = ops.run(q, k, v, given, known, "triton")
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = _check_tensors(4, q=q, k=k, v=v)
+    dropout_p = _check_number("dropout_p", dropout_p)
     _check_position(position, values, q, heads, head_dim)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
@@ -139,7 +141,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             context_length = ends + (key_starts if key_starts is not None else key_start)
         context_lengths = _per_batch("context_length", context_length, batch, q, validate)
     if key_mask is not None:
-        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q)
+        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q, validate)
     tensors = {
         "query_starts": query_starts,
         "key_starts": key_starts,
@@ -567,7 +569,7 @@ def _check_theta(theta: Tensor, x: Tensor) -> None:
         raise ValueError("position.theta must not require a gradient: it has none")
     # Some devices have no float64; there the angles are formed on the CPU.
     if theta.device != device and (theta.device.type != "cpu" or device.type in ("cuda", "meta")):
-        raise ValueError(f"position.theta must be on the device of q, {device}, got {theta.device}")
+        raise ValueError(f"position.theta must be on {device}, where the tokens are, got {theta.device}")
 
 
 def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
@@ -590,6 +592,8 @@ def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positi
         )
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
+    if block_table.dtype == torch.int64:  # what is no page must not become one
+        block_table = block_table.clamp(-1, k.shape[0])
     return block_table.to(torch.int32).contiguous()
 
 
@@ -610,7 +614,7 @@ def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | 
             raise TypeError(f"window must hold ints or None, got {window!r}")
         if side is not None and side < -1:
             raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
-    left, right = (None if side is None or side == -1 else _plain(side) for side in sides)
+    left, right = (None if side is None or side == -1 or side >= 2**31 else _plain(side) for side in sides)
     return left, 0 if is_causal else right
 
 
@@ -627,7 +631,10 @@ def _check_number(name: str, x: Any, instead: str = "") -> float:
         raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(x.shape)}{instead}")
     if isinstance(x, bool) or not isinstance(x, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {x!r}")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
 
 
 def _resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -647,14 +654,20 @@ def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[s
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is None:  # on the device: a CUDA graph draws a new one at each replay
         seed = torch.randint(2**62, (1,), device=q.device)
-    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+    elif (
+        not isinstance(seed, Tensor)
+        or (seed.dtype, seed.device, seed.layout) != (torch.int64, q.device, torch.strided)
+        or seed.numel() != 1
+    ):
         raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
     return dict(dropout_p=dropout_p, dropout_seed=seed)
 
 
 def _readable(x: Tensor, validate: bool) -> bool:
     """Whether to look at the values of x: reading a GPU tensor waits for the GPU, and a trace has none."""
-    return x.device.type != "meta" and not torch.compiler.is_compiling() and (validate or x.device.type == "cpu")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
+        return False
+    return x.device.type != "meta" and (validate or x.device.type == "cpu")
 
 
 def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tensor:
@@ -707,7 +720,7 @@ def _check_longest(name: str, x: int) -> int:
     return _plain(x)
 
 
-def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) -> Tensor:
+def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
     _check_dense("key_mask", key_mask, "a bool or floating tensor")
     if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
         raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
@@ -721,6 +734,8 @@ def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) ->
     if key_mask.dtype == torch.bool:
         hidden = torch.full((), -math.inf, device=q.device)
         return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
+    if _readable(key_mask, validate) and not (key_mask < math.inf).all():
+        raise ValueError("key_mask must not hold NaN or inf")
     return reference.bounded(key_mask.to(torch.promote_types(q.dtype, torch.float32)))
 
 

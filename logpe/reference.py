@@ -138,16 +138,16 @@ def dropout_keep(seed: Tensor, batch_head: Tensor, query_positions: Tensor, key_
 
 # --- masks --------------------------------------------------------------------------------------------------
 
-LOWEST = torch.finfo(torch.float16).min  # the weight of such a key beside any other is 0 in every precision
+FARTHEST = torch.finfo(torch.float16).max  # exp(-65504) is 0 in every precision
 
 
 def bounded(bias: Tensor) -> Tensor:
-    """A floating mask with finite values not below LOWEST; -inf stays.
+    """A floating mask whose finite values do not go beyond float16's; -inf stays.
 
-    Beyond it a row without another key would be a matter of rounding: float32's lowest value swallows every score,
+    Further out a row without another key would be a matter of rounding: float32's lowest value swallows every score,
     and is infinite as soon as anything is added to it.
     """
-    return bias.clamp(min=LOWEST).masked_fill(bias == -math.inf, -math.inf)
+    return bias.clamp(-FARTHEST, FARTHEST).masked_fill(bias == -math.inf, -math.inf)
 
 
 # --- attention ----------------------------------------------------------------------------------------------

@@ -155,6 +155,8 @@ REFUSED = [
     refused("key_mask must be a bool or floating tensor, got list", TypeError, key_mask=[True]),
     refused("key_mask must not require a gradient", key_mask=torch.ones(B, NK, requires_grad=True)),
     refused("key_mask must be on the device of q, cpu, got meta", key_mask=torch.ones(B, NK, device="meta")),
+    refused("key_mask must not hold NaN or inf", key_mask=torch.full((B, NK), math.nan)),
+    refused("key_mask must not hold NaN or inf", key_mask=torch.full((B, NK), INF)),
     refused("key_mask must be a dense tensor...sparse_coo", TypeError, key_mask=torch.ones(B, NK).to_sparse()),
     refused("key_lengths must be a dense tensor...sparse_coo", TypeError, key_lengths=torch.tensor([3, 2]).to_sparse()),
     refused("q must be a dense tensor (torch.strided), got torch.sparse_coo", TypeError, q=SPARSE),
@@ -171,6 +173,7 @@ REFUSED = [
     refused("window must hold ints or None, got (True, 1)", TypeError, window=(True, 1)),
     refused("window must be an int, (left, right) or None, got (1, 2, 3)", window=(1, 2, 3)),
     refused("scale must be finite, got nan", scale=math.nan),
+    refused("scale must be finite, got inf", scale=10**400),
     refused("scale must be a number, got a tensor of shape ()", TypeError, scale=torch.nn.Parameter(torch.tensor(0.1))),
     refused("scale must be a number...(4,)...multiply q by it and pass scale=1.0", TypeError, scale=torch.ones(HEADS)),
     refused("scale must be a number, got '0.1'", TypeError, scale="0.1"),
@@ -210,6 +213,7 @@ REFUSED = [
     refused("dropout_p must be in [0, 1), got 1.0", dropout_p=1.0),
     refused("dropout_p must be in [0, 1), got -0.1", dropout_p=-0.1),
     refused("dropout_p must be in [0, 1), got nan", dropout_p=math.nan),
+    refused("dropout_seed must be...tensor(indices", dropout_p=0.1, dropout_seed=torch.tensor([7]).to_sparse()),
     refused("dropout_seed must be an int64 tensor of one element on cpu, got 7", dropout_p=0.1, dropout_seed=7),
     refused("dropout_seed must be an int64 tensor", dropout_p=0.1, dropout_seed=torch.tensor([7], dtype=torch.int32)),
     refused("dropout_seed...tensor([7, 8])", dropout_p=0.1, dropout_seed=torch.tensor([7, 8])),
@@ -288,7 +292,7 @@ def test_triton_refuses_float64() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    """And a window may be a list."""
+    """A window may be a list, and as long as it likes."""
     np = pytest.importorskip("numpy")
     x = tensors()
     expected = log_attention(**x, position=VALUES, is_causal=True, query_start=3, key_start=1, window=(4, 0), scale=0.5)
@@ -298,6 +302,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
             key_start=integer(1), window=[integer(4), integer(0)], scale=np.float32(0.5), dropout_p=np.float64(0),
         )  # fmt: skip
         assert torch.equal(actual, expected)
+        wide = log_attention(**x, window=(2**70, 2**40), query_start=0)
+        assert torch.equal(wide, log_attention(**x))
         y = packed()
         longest = dict(max_seqlen_q=integer(5), max_seqlen_k=integer(6))
         assert torch.equal(log_attention_varlen(**y | longest), log_attention_varlen(**y))
@@ -669,6 +675,48 @@ def test_views_that_are_not_what_lies_in_memory() -> None:
     for _ in range(2):
         actual = log_attention(**x, position=VALUES, is_causal=True, backend="triton")
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_of_a_block_table_do_not_wrap_around(backend: str) -> None:
+    x = dict(q=normal(1, HEADS, 1, D), k=normal(2, KV, 16, D), v=normal(2, KV, 16, D), backend=backend)
+    with torch.no_grad():
+        actual = log_attention(**x, block_table=torch.tensor([[1, 2**32, -(2**32)]]), key_lengths=torch.tensor([40]))
+        expected = log_attention(**x, block_table=torch.tensor([[1]], dtype=torch.int32))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_rotate_checks_what_it_is_given() -> None:
+    values, x = make_values(HEADS, D, "log-rotary"), normal(B, HEADS, NQ, D)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+        (dict(x=x[0]), ValueError, r"x must have 4 dimensions.* got shape \(4, 5, 8\)"),
+        (dict(x=x.long()), TypeError, "x must be float16.* got torch.int64"),
+        (dict(x=x.mT.contiguous().mT), ValueError, "x must be contiguous in its last dimension"),
+        (dict(x=nested(torch.strided)), TypeError, "x must be a dense tensor, got a nested one"),
+        (dict(position="log-rotary"), TypeError, "position must be a LogPosition, PositionValues or None, got str"),
+        (dict(position=values._replace(theta=values.theta.to("meta"))), ValueError, "theta must be on cpu.* got meta"),
+        (dict(position=values._replace(theta=values.theta.float())), ValueError, "theta must be float64"),
+        (dict(position=values._replace(theta=values.theta.clone().requires_grad_())), ValueError, "not require a grad"),
+        (dict(position=values._replace(rotary_scale=torch.ones(()))), TypeError, "rotary_scale must be a number"),
+        (dict(start=True), TypeError, "start must be an int or an int tensor"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            logpe.rotate(**dict(x=x, position=values) | changes)
+
+
+def test_rotate_gives_zeros_where_no_token_is() -> None:
+    """As the kernel does, whatever such a row holds."""
+    values, x = make_values(HEADS, D, "log-rotary"), normal(B, HEADS, NQ, D)
+    x[0, :, :3] = math.nan
+    x.requires_grad_()
+    turned = logpe.rotate(x, values, torch.tensor([-3, 0]))
+    (dx,) = torch.autograd.grad(turned.sum(), x)
+    for t in (turned, dx):
+        assert (t[0, :, :3] == 0).all()
+        assert t.isfinite().all()
+    torch.testing.assert_close(turned[:1, :, 3:], logpe.rotate(x[:1, :, 3:].detach(), values))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------

@@ -207,13 +207,15 @@ def test_functional_transforms(transform: str) -> None:
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_vmap(backend: str) -> None:
     values = make_values(2, 8)
-    q, dropout = torch.randn(3, 1, 2, 5, 8), dict(dropout_p=0.3, dropout_seed=torch.tensor([7]))
+    q, key_mask, lengths = torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 5), torch.tensor([[5], [2], [4]])
 
-    def function(q: Tensor) -> Tensor:
-        return log_attention(q, q, q, values, is_causal=True, backend=backend, **dropout)
+    def function(q: Tensor, key_mask: Tensor, lengths: Tensor) -> Tensor:
+        options: dict[str, Any] = dict(key_mask=key_mask, key_lengths=lengths, query_start=0, backend=backend)
+        return log_attention(q, q, q, values, is_causal=True, dropout_p=0.3, dropout_seed=torch.tensor([7]), **options)
 
     results = []
-    for out in (torch.func.vmap(function)(q), torch.stack([function(x) for x in q])):
+    stacked = torch.stack([function(*x) for x in zip(q, key_mask, lengths, strict=True)])
+    for out in (torch.func.vmap(function)(q, key_mask, lengths), stacked):
         results.append((out, *torch.autograd.grad(out.square().sum(), values[:2])))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y)
@@ -307,7 +309,8 @@ def test_shapes_without_values() -> None:
         assert (out.shape, lse.shape, out.device.type) == (q.shape, (4, 9), "meta")
         with FakeTensorMode():
             x = torch.empty(2, 4, 9, 8)
-            out = log_attention(x, x, x, is_causal=True, dropout_p=0.1, backend=backend)
+            options = dict(key_lengths=torch.tensor([3, 9]), key_mask=torch.zeros(2, 9), query_start=0)
+            out = log_attention(x, x, x, is_causal=True, dropout_p=0.1, backend=backend, **options)
             assert out.shape == x.shape
     with pytest.raises(RuntimeError, match=r'backend="triton" cannot run here.*meta'):
         log_attention(*[torch.empty(1, 2, 3, 8, device="meta")] * 3, backend="triton")
