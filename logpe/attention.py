@@ -24,6 +24,7 @@ MOST_KNOWN = 1024  # kinds of calls
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
+_NO_POSITION = PositionValues()
 _TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
 _LENGTHS = ("rotary_scale", "gain_length")  # then these
 _INTEGERS = (int, torch.SymInt, Integral)  # a lookup: int | SymInt would be formed anew in each call
@@ -376,7 +377,7 @@ def _attend(
 
 def _given(values: PositionValues) -> dict[str, Tensor]:
     """The tensors of a position by name."""
-    return {name: x for name, x in zip(_TENSORS, values[:5], strict=True) if x is not None}
+    return {name: x for name in _TENSORS if (x := getattr(values, name)) is not None}
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
@@ -524,9 +525,15 @@ def _values_of(position: Position) -> PositionValues:
     if isinstance(position, LogPosition):
         return position()
     if position is None:
-        return PositionValues()
+        return _NO_POSITION
     if not isinstance(position, PositionValues):
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+    for x in position[:5]:
+        if x is not None and not (isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()):
+            break
+    else:
+        if type(position.rotary_scale) is type(position.gain_length) is float:
+            return position
     given: dict[str, Any] = {name: _check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
     for name, x in _given(position).items():
         _check_dense(f"position.{name}", x)
@@ -542,6 +549,7 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
     device = q.device
     for name, x in _given(values).items():
+        _check_dense(f"position.{name}", x)
         if name == "theta":
             _check_theta(x, q)
             continue
