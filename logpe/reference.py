@@ -199,8 +199,8 @@ def attention(
     """Attention with log positions, one eager step after the other.
 
     The products run in the dtype of the inputs (a half-precision score is rounded once, as ``q @ k.mT``
-    rounds it, and so are the weights before they meet v; float16 queries are scaled first); positions and
-    softmax in float32, or float64 for float64 inputs.
+    rounds it, and so are the weights before they meet v); positions and softmax in float32, or float64 for
+    float64 inputs. In float16 a product may go up to 4e6.
 
     Args:
         q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
@@ -263,8 +263,8 @@ def attention(
     def per_head(parameter: Tensor) -> Tensor:
         return parameter.to(compute)[:, None, None]
 
-    if q.dtype == torch.float16 and abs(scale) < 1:  # the product alone may be past 65504
-        q, scale = q * scale, 1.0
+    if q.dtype == torch.float16:  # products may be past 65504; powers of two cost no precision
+        q, k, scale = q / 8, k / 8, 64 * scale
     logit = (q @ k.mT).to(compute) * scale
     if values.alpha is not None:
         if context_lengths is not None:

@@ -164,7 +164,8 @@ class Reference:
       for dout = 0 and dlse = |dlse| + |dout| |v| / sqrt(D); in float32 that of the parameters too, where the
       errors of the rows add up as a random walk does.
     * Eager forms the weights once. The kernels form them again in the backward, from a float32 lse, with a
-      relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times.
+      relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times; in half precision, where it
+      shows if scores are in the thousands, 2 max |lse| times float32's eps is added to the eps of the dtype.
     * The gradient of a parameter is one number per head, and eager's may be right by luck. In half precision its
       error is the largest of four, at inputs that differ in the last bit.
     """
@@ -192,6 +193,8 @@ class Reference:
                 if parameter:
                     size = max(size, _largest(uncancelled[name]) / rows**0.5)
                 size *= 2 * (1 + largest_lse)
+            elif dtype in HALF:
+                size *= 1 + 2 * largest_lse * torch.finfo(torch.float32).eps / self.eps
             self.eager[name], self.size[name] = max(errors), size
 
     def check(self, actual: Mapping[str, Tensor]) -> None:
