@@ -529,7 +529,9 @@ def _values_of(position: Position) -> PositionValues:
     if not isinstance(position, PositionValues):
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
     for x in position[:5]:
-        if x is not None and not (isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
             break
     else:
         if type(position.rotary_scale) is type(position.gain_length) is float:
@@ -537,7 +539,7 @@ def _values_of(position: Position) -> PositionValues:
     given: dict[str, Any] = {name: _check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
     for name, x in _given(position).items():
         _check_dense(f"position.{name}", x)
-        given[name] = x.contiguous()
+        given[name] = x.resolve_neg().contiguous()
     return PositionValues(**given)
 
 

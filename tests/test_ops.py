@@ -455,6 +455,20 @@ def test_compiled_by_inductor_on_a_gpu() -> None:
     compiled_equals_eager(layer, [(torch.randn(2, n, 16, device="cuda"),) for n in LENGTHS], "inductor")
 
 
+def test_compiled_with_views() -> None:
+    """Parameters that are columns, and a mask that is a transpose."""
+    table = torch.rand(2, 2, requires_grad=True)
+
+    def function(q: Tensor, table: Tensor, key_mask: Tensor) -> Tensor:
+        values = PositionValues(power=table[:, 0], rate=table[:, 1])
+        return log_attention(q, q, q, values, is_causal=True, key_mask=key_mask.T)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    arguments = torch.randn(3, 2, 9, 8), table, torch.rand(9, 3) < 0.7
+    results = [(out, *torch.autograd.grad(out.sum(), table)) for out in (f(*arguments) for f in (function, compiled))]
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_compiled_decoding() -> None:
     """One query against a growing cache: the same graph at every step."""
     position = LogPosition(2, 8, "log-bias", query_gain=True)
