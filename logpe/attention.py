@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Proxy
 
 from logpe import ops, reference
 from logpe.position import LogPosition, PositionValues
@@ -21,8 +24,11 @@ MOST_KNOWN = 1024  # kinds of calls
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
 Position = LogPosition | PositionValues | None
+_NO_POSITION = PositionValues()
 _TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
-_INTEGERS = (int, torch.SymInt)  # a lookup: int | SymInt would be formed anew in each call
+_LENGTHS = ("rotary_scale", "gain_length")  # then these
+_INTEGERS = (int, torch.SymInt, Integral)  # a lookup: int | SymInt would be formed anew in each call
+_NUMBERS = (float, torch.SymFloat, *_INTEGERS, Real)
 
 
 @overload
@@ -68,7 +74,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             where that would be a guess: Nq != Nk without is_causal, or with key_lengths. Tokens at negative
             positions do not exist, which is how left padding is said: ``key_start = -padding``. At most 2^29.
         key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
-        key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient, -inf hides.
+        key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient. -inf hides;
+            values beyond -65504 and 65504, the range of float16, count as these: every ``finfo.min`` means the same.
         block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
             page_size 16, 32, 64, 128 or 256, and key n of sequence b is row n % page_size of page
             block_table[b, n // page_size]; Nk is max_pages * page_size. An entry that is no page, such as -1,
@@ -76,13 +83,14 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             position only :meth:`unrotated`, on queries and keys that :func:`rotate` has turned.
         window: (left, right): the query at i sees the keys from i - left to i + right. One int means both,
             None or -1 unlimited.
-        scale: of the scores, 1 / sqrt(D) by default.
+        scale: of the scores, a number; 1 / sqrt(D) by default. To learn one, or for one per head, multiply q by it.
         dropout_p: probability to drop a weight, in [0, 1).
         dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
         context_length: n of the query gain, int or int (B,). By default the query's position when causal (at
             most window[0]), else the number of keys: the position of the last one, plus 1.
         return_lse: also return the log of the sum of exponentials.
-        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU; "reference" is the eager definition.
+        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU; "reference" is the eager definition, which
+            holds the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
         validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
 
     Returns:
@@ -91,19 +99,21 @@ def log_attention(  # type: ignore[misc] # the options are listed once
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
-        RuntimeError: the asked backend cannot run here.
+        RuntimeError: the asked backend cannot run here; the call is being traced by ``torch.jit.trace``.
     """
     q, k, v = _autocast(q, k, v)
     values = _values_of(position)
     left, right = _resolve_window(window, is_causal)
     kind = None
-    if query_start is key_lengths is key_mask is block_table is context_length is None and dropout_p == 0:
+    plain = query_start is key_lengths is key_mask is block_table is context_length is None
+    if plain and type(dropout_p) in (float, int) and dropout_p == 0:
         given = _given(values)
         kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
         if kind is not None and (known := _known.get(kind)):
             result = ops.run(q, k, v, given, known, "triton")
             return result if return_lse else result[0]
-    (batch, heads, num_queries, head_dim), (pages, _, num_keys, _) = _check_tensors(q, k, v, rank=4)
+    (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = _check_tensors(4, q=q, k=k, v=v)
+    dropout_p = _check_number("dropout_p", dropout_p)
     _check_position(position, values, q, heads, head_dim)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
@@ -132,7 +142,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             context_length = ends + (key_starts if key_starts is not None else key_start)
         context_lengths = _per_batch("context_length", context_length, batch, q, validate)
     if key_mask is not None:
-        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q)
+        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q, validate)
     tensors = {
         "query_starts": query_starts,
         "key_starts": key_starts,
@@ -206,8 +216,10 @@ def log_attention_varlen(  # type: ignore[misc]
     """
     q, k, v = _autocast(q, k, v)
     values = _values_of(position)
-    (_, heads, head_dim), _ = _check_tensors(q, k, v, rank=3)
+    (_, heads, head_dim), *_ = _check_tensors(3, q=q, k=k, v=v)
     same_lengths = cu_seqlens_q is cu_seqlens_k
+    max_seqlen_q = _check_longest("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = _check_longest("max_seqlen_k", max_seqlen_k)
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
     batch = cu_seqlens_q.shape[0] - 1
@@ -272,12 +284,13 @@ def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
     """
-    if position is None or position.theta is None:
+    values = position if isinstance(position, LogPosition) else _values_of(position)  # no other part is asked for
+    if values.theta is None:
         return x
-    _check_tensors(x, x, x, rank=4)
+    _check_tensors(4, x=x)
     start, starts = _resolve_start("start", start, x.shape[0], x)
-    _check_theta(position.theta, x.shape[-1])
-    return torch.ops.logpe.rotate(x, position.theta, starts, start, position.rotary_scale, False)
+    _check_theta(values.theta, x)
+    return ops.rotate(x, values.theta, starts, start, values.rotary_scale)
 
 
 def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -292,30 +305,48 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         every chunk the same context_length; with dropout, the same dropout_seed.
 
     Raises:
-        ValueError: no parts, as many outs as lses not given, or shapes that do not belong together.
+        TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not belong
+            together.
     """
+    outs, lses = list(outs), list(lses)
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be of one length, at least 1, got {len(outs)} and {len(lses)}")
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for part in parts:
+            _check_dense(name, part)
+            if not part.is_floating_point() or part.dtype != parts[0].dtype or part.device != outs[0].device:
+                raise TypeError(
+                    f"{name} must be floating tensors of one dtype, all on one device, "
+                    f"got {part.dtype} on {part.device} beside {parts[0].dtype} on {outs[0].device}"
+                )
     packed = outs[0].dim() == 3
-    for out, part in zip(outs, lses, strict=True):
+    for out, lse in zip(outs, lses, strict=True):
         expected = out.shape[:-1] if not packed else (out.shape[1], out.shape[0])
-        if out.shape != outs[0].shape or part.shape != expected:
+        if out.dim() not in (3, 4) or out.shape != outs[0].shape or lse.shape != expected:
             raise ValueError(
                 f"outs and lses must have the shapes (B, H, N, D) and (B, H, N), or (total, H, D) and (H, total), "
-                f"the same in all parts, got {tuple(out.shape)} and {tuple(part.shape)}"
+                f"the same in all parts, got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
-    parts = torch.stack(list(lses))  # [chunks, ...]
-    peak = parts.detach().amax(0)
+    # The rows of an empty part weigh nothing, whatever they hold: 0 * NaN is NaN.
+    rows = torch.stack(lses)  # [chunks, ...]
+    peak = rows.detach().amax(0)
     empty = peak == -math.inf
     peak = peak.masked_fill(empty, 0)
-    weights = torch.exp(parts - peak)
+    weights = torch.exp(rows - peak)
     total = weights.sum(0)
     lse = (total.masked_fill(empty, 1).log() + peak).masked_fill(empty, -math.inf)
     weights = weights / total.masked_fill(empty, 1)
     if packed:
-        weights = weights.mT
-    merged = (weights[..., None] * torch.stack(list(outs)).to(weights.dtype)).sum(0)
-    return merged.to(outs[0].dtype), lse
+        weights, rows = weights.mT, rows.mT
+    values = torch.stack(outs).to(weights.dtype).masked_fill((rows == -math.inf)[..., None], 0)
+    return (weights[..., None] * values).sum(0).to(outs[0].dtype), lse
+
+
+for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
+    # What torch.jit.script raises, where it would complain of the first line that it does not understand.
+    _function.__dict__["__script_unsupported"] = (
+        f"{_function.__name__} cannot be compiled by torch.jit.script: use torch.compile or torch.export"
+    )
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -354,6 +385,13 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = "triton" if q.is_cuda else "blocked"
+        if not q.is_cuda and q.device.type not in ("cpu", "meta"):
+            raise RuntimeError(
+                f'backend="auto" has nothing fast on {q.device}: "triton" runs on CUDA and ROCm GPUs, "blocked" on the '
+                'CPU. backend="reference" runs anywhere, in memory that grows with Nq * Nk'
+            )
+    elif backend == "reference" and q.is_meta:  # the shapes are the same, and lengths need not be read
+        backend = "blocked"
     if backend == "triton":
         if reason := ops.why_not_triton(q.device):
             raise RuntimeError(f'backend="triton" cannot run here: {reason}')
@@ -387,22 +425,25 @@ def _kind_of(
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, given):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
-    return (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-        v.shape, v.stride(), v.dtype, v.device, bool(is_causal), key_start, window, scale,
-        *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
-        float(values.rotary_scale), float(values.gain_length),
-        (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
-    )  # fmt: skip
+    try:
+        return (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+            v.shape, v.stride(), v.dtype, v.device, is_causal, key_start, window, scale,
+            *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
+            values.rotary_scale, values.gain_length,
+            (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
+        )  # fmt: skip
+    except RuntimeError:  # nested and sparse tensors have no shape or no strides; the checks refuse them by name
+        return None
 
 
 def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> dict[str, Any]:
     """Returns all scalars, among them a kind for the kernels: a key that takes no time to look up."""
-    rest = dict(rotary_scale=float(values.rotary_scale), gain_length=float(values.gain_length), dropout_p=0.0)
+    rest = dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length, dropout_p=0.0)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _known[kind] = known = scalars | rest | dict(kind=object())
@@ -414,8 +455,8 @@ def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, Tensor))
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_dense(name, x)
     kind = "cuda" if q.is_cuda else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -423,42 +464,83 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, k, v
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[torch.Size, torch.Size]:
-    """Returns the shapes of q and k."""
-    dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
-    head_dim = q_shape[-1] if q_shape else 0
-    if dtype not in DTYPES:
-        raise TypeError(f"q must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
-    for name, x, shape in (("q", q, q_shape), ("k", k, k_shape), ("v", v, v_shape)):
-        if len(shape) != rank:
+def _check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
+    if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):
+            raise TypeError(
+                f"{name} must be a tensor, got a Proxy: torch.fx.symbolic_trace needs the function as a leaf, which "
+                'torch.fx.wrap("log_attention") at the top of the module that calls it declares'
+            )
+        raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: log_attention_varlen takes packed sequences, which are "
+            "values() and offsets() of a jagged one"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {x.layout}")
+
+
+def _check_tensors(rank: int, **tensors: Tensor) -> list[torch.Size]:
+    """Check q, k and v, or the first of them alone; returns their shapes."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "attention with log positions cannot be traced by torch.jit.trace, which would keep the lengths of the "
+            "example: use torch.export or torch.compile"
+        )
+    first, *_ = tensors
+    for name, x in tensors.items():
+        _check_dense(name, x)
+        if x.dim() != rank:
             layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
-            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(shape)}")
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+    shapes = [x.shape for x in tensors.values()]
+    dtype, device, head_dim = tensors[first].dtype, tensors[first].device, shapes[0][-1]
+    if dtype not in DTYPES:
+        raise TypeError(f"{first} must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
+    for (name, x), shape in zip(tensors.items(), shapes, strict=True):
         if x.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {x.dtype}")
+            raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {x.dtype}")
         if x.device != device:
-            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+            raise ValueError(f"{name} must be on the device of {first}, {device}, got {x.device}")
         if shape[-1] != head_dim:
-            raise ValueError(f"{name} must have the head_dim of q, {head_dim}, got {shape[-1]}")
+            raise ValueError(f"{name} must have the head_dim of {first}, {head_dim}, got {shape[-1]}")
         if head_dim > 1 and x.stride()[-1] != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of q must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"head_dim of {first} must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if len(shapes) == 1:
+        return shapes
+    q_shape, k_shape, v_shape = shapes
     if k_shape != v_shape:
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v_shape)}")
     heads, kv_heads = q_shape[1], k_shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")
-    return q_shape, k_shape
+    return shapes
 
 
 def _values_of(position: Position) -> PositionValues:
+    """The values of a position, contiguous, as the kernels read them, and with plain numbers."""
     if isinstance(position, LogPosition):
         return position()
-    if isinstance(position, PositionValues):
-        return position
     if position is None:
-        return PositionValues()
-    raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+        return _NO_POSITION
+    if not isinstance(position, PositionValues):
+        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+    for x in position[:5]:
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
+            break
+    else:
+        if type(position.rotary_scale) is type(position.gain_length) is float:
+            return position
+    given: dict[str, Any] = {name: _check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
+    for name, x in _given(position).items():
+        _check_dense(f"position.{name}", x)
+        given[name] = x.resolve_neg().contiguous()
+    return PositionValues(**given)
 
 
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
@@ -469,30 +551,41 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
     device = q.device
     for name, x in _given(values).items():
+        _check_dense(f"position.{name}", x)
         if name == "theta":
-            _check_theta(x, head_dim)
-        elif x.shape != (heads,):
+            _check_theta(x, q)
+            continue
+        if x.shape != (heads,):
             raise ValueError(f"position.{name} must have shape ({heads},), got {tuple(x.shape)}")
-        elif x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
+        if x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
             raise TypeError(f"position.{name} must be float32, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"position.{name} must be on the device of q, {device}, got {x.device}")
     if values.rate is None and (values.power is not None or values.sharpness is not None):
         raise ValueError("position.rate must be given where position.power or position.sharpness is")
+    for name in _LENGTHS:
+        if not getattr(values, name) > 0:
+            raise ValueError(f"position.{name} must be positive, got {getattr(values, name)}")
 
 
-def _check_theta(theta: Tensor, head_dim: int) -> None:
+def _check_theta(theta: Tensor, x: Tensor) -> None:
+    head_dim, device = x.shape[-1], x.device
     if theta.dim() != 1 or 2 * theta.shape[0] > head_dim or theta.dtype != torch.float64:
         raise ValueError(
             f"position.theta must be float64 (planes,) with 2 * planes at most head_dim {head_dim}, "
             f"got {theta.dtype} {tuple(theta.shape)}"
         )
+    if theta.requires_grad:
+        raise ValueError("position.theta must not require a gradient: it has none")
+    # Some devices have no float64; there the angles are formed on the CPU.
+    if theta.device != device and (theta.device.type != "cpu" or device.type in ("cuda", "meta")):
+        raise ValueError(f"position.theta must be on {device}, where the tokens are, got {theta.device}")
 
 
 def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
-    if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
-        kind = getattr(block_table, "dtype", type(block_table).__name__)
-        raise TypeError(f"block_table must be an int32 or int64 tensor, got {kind}")
+    _check_dense("block_table", block_table, "an int32 or int64 tensor")
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_table must be an int32 or int64 tensor, got {block_table.dtype}")
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         raise ValueError(f"block_table must have shape ({q.shape[0]}, max_pages), got {tuple(block_table.shape)}")
     if block_table.device != q.device:
@@ -509,6 +602,8 @@ def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positi
         )
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
+    if block_table.dtype == torch.int64:  # what is no page must not become one
+        block_table = block_table.clamp(-1, k.shape[0])
     return block_table.to(torch.int32).contiguous()
 
 
@@ -517,9 +612,11 @@ def _is_positional(values: PositionValues) -> bool:
 
 
 def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
+    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # or numpy's
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if window is None:
         return None, 0 if is_causal else None
-    sides = (window, window) if isinstance(window, int) else tuple(window)
+    sides = tuple(window) if isinstance(window, Sequence) else (window, window)
     if len(sides) != 2:
         raise ValueError(f"window must be an int, (left, right) or None, got {window!r}")
     for side in sides:
@@ -527,38 +624,66 @@ def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | 
             raise TypeError(f"window must hold ints or None, got {window!r}")
         if side is not None and side < -1:
             raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
-    left, right = (None if side == -1 else side for side in sides)
+    left, right = (None if side is None or side == -1 or side >= 2**31 else _plain(side) for side in sides)
     return left, 0 if is_causal else right
+
+
+def _plain(x: Any) -> Any:
+    """NumPy's integers become int; a compiler's symbols stay."""
+    return x if type(x) is torch.SymInt else int(x)
+
+
+def _check_number(name: str, x: Any, instead: str = "") -> float:
+    """A number as a float, or a TypeError: a tensor would be cut off from its gradient."""
+    if type(x) is float:
+        return x
+    if isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(x.shape)}{instead}")
+    if isinstance(x, bool) or not isinstance(x, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
 
 
 def _resolve_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
+    scale = _check_number("scale", scale, ": to learn it, or for one per head, multiply q by it and pass scale=1.0")
     if not abs(scale) < math.inf:  # nor NaN; math.isfinite would break the graph of a model whose scale is symbolic
         raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return scale
 
 
 def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
+    dropout_p = _check_number("dropout_p", dropout_p)
     if dropout_p == 0:
         return dict(dropout_p=0.0, dropout_seed=None)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is None:  # on the device: a CUDA graph draws a new one at each replay
         seed = torch.randint(2**62, (1,), device=q.device)
-    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+    elif (
+        not isinstance(seed, Tensor)
+        or (seed.dtype, seed.device, seed.layout) != (torch.int64, q.device, torch.strided)
+        or seed.numel() != 1
+    ):
         raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
-    return dict(dropout_p=float(dropout_p), dropout_seed=seed)
+    return dict(dropout_p=dropout_p, dropout_seed=seed)
 
 
 def _readable(x: Tensor, validate: bool) -> bool:
     """Whether to look at the values of x: reading a GPU tensor waits for the GPU, and a trace has none."""
-    return x.device.type != "meta" and not torch.compiler.is_compiling() and (validate or x.device.type == "cpu")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
+        return False
+    return x.device.type != "meta" and (validate or x.device.type == "cpu")
 
 
 def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    _check_dense(name, x, "an int32 or int64 tensor")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
     if x.dim() != 1 or (length is not None and x.shape[0] != length):
         shape = "(B + 1,)" if length is None else f"({length},)"
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -593,31 +718,39 @@ def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor, validate: bool
 def _check_integer(name: str, x: int, batch: int) -> int:
     if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
+    x = _plain(x)
     if isinstance(x, int) and not -MAX_POSITION <= x <= MAX_POSITION:
         raise ValueError(f"{name} must be from {-MAX_POSITION} to {MAX_POSITION}, got {x}")
     return x
 
 
-def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor) -> Tensor:
-    if not isinstance(key_mask, Tensor) or not (key_mask.dtype == torch.bool or key_mask.is_floating_point()):
-        kind = getattr(key_mask, "dtype", type(key_mask).__name__)
-        raise TypeError(f"key_mask must be a bool or floating tensor, got {kind}")
+def _check_longest(name: str, x: int) -> int:
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS) or x < 0:
+        raise ValueError(f"{name} must be an int of at least 0, got {x!r}")
+    return _plain(x)
+
+
+def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
+    _check_dense("key_mask", key_mask, "a bool or floating tensor")
+    if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
+        raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
     if key_mask.shape != (batch, num_keys):
         raise ValueError(f"key_mask must have shape ({batch}, {num_keys}), got {tuple(key_mask.shape)}")
     if key_mask.device != q.device:
         raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
     if key_mask.requires_grad:
         raise ValueError("key_mask must not require a gradient: it has none")
+    key_mask = key_mask.contiguous()  # as the kernels read it; what follows keeps strides
     if key_mask.dtype == torch.bool:
         hidden = torch.full((), -math.inf, device=q.device)
         return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
-    return key_mask.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    if _readable(key_mask, validate) and not (key_mask < math.inf).all():
+        raise ValueError("key_mask must not hold NaN or inf")
+    return reference.bounded(key_mask.to(torch.promote_types(q.dtype, torch.float32)))
 
 
 def _check_cu_seqlens(name: str, x: Tensor, tokens: Tensor, longest: int, longest_name: str, validate: bool) -> Tensor:
     x = _check_int_vector(name, x, None, tokens)
-    if isinstance(longest, Tensor) or longest < 0:
-        raise ValueError(f"{longest_name} must be an int of at least 0, got {longest!r}")
     if x.shape[0] < 1:
         raise ValueError(f"{name} must have at least one element, 0, got {tuple(x.shape)}")
     if _readable(x, validate):

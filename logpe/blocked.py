@@ -92,6 +92,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
         for tile in part.tiles():
             logits = part.logits(tile)[1]
             peak = logits.amax(-1)
+            if peak.isnan().any():
+                peak = part.hide(tile, logits).amax(-1)
             weights = part.softmax(tile, logits, out=logits)
             tile_lse = tile.by_head(peak - weights.amax(-1).log_())
             if part.dead is not None:
@@ -399,6 +401,10 @@ class _Part:
         if self.key_bias is not None:
             logits += self.key_bias[tile.heads, :, tile.columns]
         return scores, logits
+
+    def hide(self, tile: _Tile, logits: Tensor) -> Tensor:
+        """Logits -inf where the table says so, whatever the score: -inf + NaN, or + inf, is NaN."""
+        return tile.by_head(logits).masked_fill_(self.view("bias", tile) == -math.inf, -math.inf).flatten(1, 2)
 
     def softmax(self, tile: _Tile, logits: Tensor, out: Tensor) -> Tensor:
         """The weights P of a tile, zero in dead rows, in ``out``, which may be ``logits``."""

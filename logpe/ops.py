@@ -51,6 +51,10 @@ LEARNED = ("power", "rate", "sharpness", "alpha")  # the first of them
 _TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
 _PLAIN = (Tensor, torch.nn.Parameter)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
+_NO_TRANSFORM = (
+    "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
+    'they work with backend="reference"'
+)
 _SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 
@@ -100,20 +104,19 @@ def attention(
     In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
     C++ and back, twice, takes longer than all the rest of a call's host time.
     """
-    if direct(q, k, v):
+    if not q.is_meta and direct(q, k, v, tensors):
         return run(q, k, v, tensors, scalars, backend)
     return torch.ops.logpe.attention(q, k, v, *_in_order(tensors, scalars), backend)
 
 
-def direct(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these, which are on one device, hold values, are no subclasses, and nobody wants to see operators."""
-    return (
-        not _observed()
-        and type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and not (q.is_meta or _wrapped(q) or _wrapped(k) or _wrapped(v))
-    )
+def direct(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor]) -> bool:
+    """Whether these, which are on one device, are no subclasses or lazy views, and nobody wants to see operators."""
+    if _observed() or type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+        return False
+    for x in tensors.values():
+        if type(x) not in _PLAIN:
+            return False
+    return not (_wrapped(q) or _wrapped(k) or _wrapped(v) or q.is_neg() or k.is_neg() or v.is_neg())
 
 
 def run(
@@ -165,6 +168,11 @@ def _is_elsewhere(q: Tensor) -> bool:
     return q.is_cuda and q.get_device() != torch.cuda.current_device()
 
 
+def _check_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NO_TRANSFORM)
+
+
 def _below_autograd(
     q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -178,6 +186,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_transforms()
     *options, backend = rest
     tensors, scalars = _by_name(options)
     return _Attention.apply(q, k, v, tensors, scalars, backend, _below_autograd, *_learned(tensors))
@@ -194,14 +203,30 @@ def _backward(
         return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
 
 
+def rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float) -> Tensor:
+    """The operator; the eager definition where it has none of its own: other devices, torch.func."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if transformed or x.device.type not in ("cpu", "cuda", "meta"):
+        return _rotate_eagerly(x, theta, starts, start, rotary_scale)
+    return torch.ops.logpe.rotate(x, theta, starts, start, rotary_scale, False)
+
+
+def _rotate_eagerly(
+    x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float, inverse: bool = False
+) -> Tensor:
+    positions = reference.positions_of(x.shape[2], start, starts, x.device)[:, None]
+    x = x.where(positions[..., None] >= 0, 0)  # such tokens do not exist, and may hold anything
+    return reference.rotate(x, positions, theta, rotary_scale, inverse)
+
+
 def _rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float, inverse: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty_like(x)
     if x.device.type == "cpu":
-        positions = reference.positions_of(x.shape[2], start, starts, x.device)[:, None]
-        return out.copy_(reference.rotate(x, positions, theta, rotary_scale, inverse))
+        return out.copy_(_rotate_eagerly(x, theta, starts, start, rotary_scale, inverse))
     import logpe_kernels
 
+    theta = theta.contiguous()
     with torch.cuda.device_of(x):
         return logpe_kernels.rotate(x, out, theta, rotary_scale, None, starts, start, x.shape[2], inverse)
 
@@ -244,6 +269,10 @@ class _Attention(torch.autograd.Function):
         ctx.rest = [*tensors], scalars, backend
         ctx.set_materialize_grads(False)
         return out, lse
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_TRANSFORM)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:

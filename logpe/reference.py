@@ -90,12 +90,13 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
 
     x: (..., N, D), rotated in float32 at least, returned in its dtype. positions: broadcastable to
     x.shape[:-1]; those below 0 do not exist and turn by 0. theta: (planes,), 2 * planes <= D; later
-    dims stay as they are. The angles are formed in float64: c = inf at position 10^6 is still exact.
+    dims stay as they are. The angles are formed in float64: c = inf at position 10^6 is still exact. They are formed
+    where theta lies: on the CPU, if the device of x has no float64.
     """
     planes = theta.numel()
     compute = torch.promote_types(x.dtype, torch.float32)
-    angle = log_map(positions.clamp(min=0).double(), rotary_scale)[..., None] * theta
-    cos, sin = angle.cos().to(compute), angle.sin().to(compute)
+    angle = log_map(positions.clamp(min=0).to(theta.device).double(), rotary_scale)[..., None] * theta
+    cos, sin = (t.to(compute).to(x.device) for t in (angle.cos(), angle.sin()))
     if inverse:
         sin = -sin
     first, second, rest = x.to(compute).split((planes, planes, x.shape[-1] - 2 * planes), dim=-1)
@@ -105,7 +106,7 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
 # --- dropout ------------------------------------------------------------------------------------------------
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
     """First word of Philox-4x32-10 (Salmon et al., 2011) on counter (c0, c1, c2, 0), as int64 in [0, 2^32)."""
     word = 0xFFFFFFFF
 
@@ -132,7 +133,21 @@ def dropout_keep(seed: Tensor, batch_head: Tensor, query_positions: Tensor, key_
     A function of the position pair alone, so that partial results over key chunks drop the same weights.
     seed: an int64 tensor of one element.
     """
-    return philox(int(seed), key_positions, query_positions, batch_head) >= int(p * 2**32)
+    return philox(seed.reshape(()), key_positions, query_positions, batch_head) >= int(p * 2**32)
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+FARTHEST = torch.finfo(torch.float16).max  # exp(-65504) is 0 in every precision
+
+
+def bounded(bias: Tensor) -> Tensor:
+    """A floating mask whose finite values do not go beyond float16's; -inf stays.
+
+    Further out a row without another key would be a matter of rounding: float32's lowest value swallows every score,
+    and is infinite as soon as anything is added to it.
+    """
+    return bias.clamp(-FARTHEST, FARTHEST).masked_fill(bias == -math.inf, -math.inf)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -185,19 +200,19 @@ def attention(
 
     The products run in the dtype of the inputs (a half-precision score is rounded once, as ``q @ k.mT``
     rounds it, and so are the weights before they meet v); positions and softmax in float32, or float64 for
-    float64 inputs.
+    float64 inputs. In float16 a product may go up to 4e6.
 
     Args:
         q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
         values: the position; None for plain attention.
         query_start, key_start: position of the first query and key; the (B,) tensors overrule them.
         key_lengths: (B,), keys at and beyond it are hidden.
-        key_bias: (B, Nk), added to the logits; -inf hides a key.
+        key_bias: (B, Nk), added to the logits as :func:`bounded` returns it; -inf hides a key.
         block_table: (B, max_pages), of paged k and v, see :func:`gather_pages`.
         context_lengths: (B,), n of the query gain; None: the query's position, at most ``window_left``.
         window_left, window_right: keys i - left <= j <= i + right are visible; None is unlimited, causal is
             window_right = 0.
-        attn_mask: bool (True = visible) or additive, broadcastable to (B, Hq, Nq, Nk).
+        attn_mask: bool (True = visible) or additive, as key_bias, broadcastable to (B, Hq, Nq, Nk).
         return_weights: also return the weights (B, Hq, Nq, Nk), after dropout.
 
     Returns:
@@ -225,7 +240,10 @@ def attention(
     if key_lengths is not None:
         visible = visible & (key_index < key_lengths[:, None])[:, None, None]
     if key_bias is not None:
+        key_bias = bounded(key_bias.to(compute))
         visible = visible & (key_bias != -math.inf)[:, None, None]
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = bounded(attn_mask.to(compute))
     if attn_mask is not None:
         visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
 
@@ -245,6 +263,8 @@ def attention(
     def per_head(parameter: Tensor) -> Tensor:
         return parameter.to(compute)[:, None, None]
 
+    if q.dtype == torch.float16:  # products may be past 65504; powers of two cost no precision
+        q, k, scale = q / 8, k / 8, 64 * scale
     logit = (q @ k.mT).to(compute) * scale
     if values.alpha is not None:
         if context_lengths is not None:
@@ -259,9 +279,9 @@ def attention(
         if values.power is not None:
             logit = logit + distance_bias(l, per_head(values.power))
     if key_bias is not None:
-        logit = logit + key_bias.to(compute)[:, None, None]
+        logit = logit + key_bias[:, None, None]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        logit = logit + attn_mask.to(compute)
+        logit = logit + attn_mask
 
     # A row without a visible key: softmax of zeros, then dropped; no NaN on either way.
     logit = logit.masked_fill(~visible, -math.inf).masked_fill(~sees, 0)
@@ -299,8 +319,6 @@ def attention_varlen(
     index_k, lengths_k = _padded_index(cu_seqlens_k)
     out = torch.zeros_like(q)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    if index_q.numel() == 0:
-        return out, lse
     if len(k) == 0:
         k, v = (x.new_zeros((1, *x.shape[1:])) for x in (k, v))
     padded_out, padded_lse = attention(

@@ -137,10 +137,7 @@ def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str,
     if call.dlse is not None:
         results.append(lse)
         cotangents.append(call.dlse.to(lse.dtype))
-    if out.requires_grad:
-        gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, materialize_grads=True)
-    else:  # the reference, packed, without a single token
-        gradients = tuple(torch.zeros_like(x) for x in inputs.values())
+    gradients = torch.autograd.grad(results, list(inputs.values()), cotangents, materialize_grads=True)
     outcome: dict[str, Tensor] = {"out": out.detach(), "lse": lse.detach()}
     outcome.update(zip(inputs, gradients, strict=True))
     return outcome
@@ -167,7 +164,8 @@ class Reference:
       for dout = 0 and dlse = |dlse| + |dout| |v| / sqrt(D); in float32 that of the parameters too, where the
       errors of the rows add up as a random walk does.
     * Eager forms the weights once. The kernels form them again in the backward, from a float32 lse, with a
-      relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times.
+      relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times; in half precision, where it
+      shows if scores are in the thousands, 2 max |lse| times float32's eps is added to the eps of the dtype.
     * The gradient of a parameter is one number per head, and eager's may be right by luck. In half precision its
       error is the largest of four, at inputs that differ in the last bit.
     """
@@ -195,6 +193,8 @@ class Reference:
                 if parameter:
                     size = max(size, _largest(uncancelled[name]) / rows**0.5)
                 size *= 2 * (1 + largest_lse)
+            elif dtype in HALF:
+                size *= 1 + 2 * largest_lse * torch.finfo(torch.float32).eps / self.eps
             self.eager[name], self.size[name] = max(errors), size
 
     def check(self, actual: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.testing._internal.two_tensor import TwoTensor
 
 import logpe
 from logpe import LogPosition, PositionValues, log_attention, log_attention_varlen, merge_partials
 
 INF = math.inf
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+BACKENDS = ["blocked", "reference", pytest.param("triton", marks=interpreted)]
 B, HEADS, KV, NQ, NK, D = 2, 4, 2, 5, 7, 8
 
 
@@ -48,7 +52,14 @@ def refused(message: str, kind: type[Exception] = ValueError, **changes: Any) ->
     return pytest.param(changes, kind, re.escape(message).replace(r"\.\.\.", ".*"), id=message)
 
 
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        return torch.nested.as_nested_tensor([normal(2, HEADS, D), normal(3, HEADS, D)], layout=layout)
+
+
 F64 = torch.float64
+SPARSE = normal(B, HEADS, NQ, D).to_sparse()
 VALUES = PositionValues(power=torch.ones(HEADS), rate=torch.ones(HEADS))
 REFUSED = [
     refused("q must be a tensor, got list", TypeError, q=[1.0]),
@@ -144,16 +155,65 @@ REFUSED = [
     refused("key_mask must be a bool or floating tensor, got list", TypeError, key_mask=[True]),
     refused("key_mask must not require a gradient", key_mask=torch.ones(B, NK, requires_grad=True)),
     refused("key_mask must be on the device of q, cpu, got meta", key_mask=torch.ones(B, NK, device="meta")),
+    refused("key_mask must not hold NaN or inf", key_mask=torch.full((B, NK), math.nan)),
+    refused("key_mask must not hold NaN or inf", key_mask=torch.full((B, NK), INF)),
+    refused("key_mask must be a dense tensor...sparse_coo", TypeError, key_mask=torch.ones(B, NK).to_sparse()),
+    refused("key_lengths must be a dense tensor...sparse_coo", TypeError, key_lengths=torch.tensor([3, 2]).to_sparse()),
+    refused("q must be a dense tensor (torch.strided), got torch.sparse_coo", TypeError, q=SPARSE),
+    refused("k must be a dense tensor (torch.strided), got torch.sparse_coo", TypeError, k=SPARSE),
+    refused("q must be float16...got torch.complex64", TypeError, q=normal(B, HEADS, NQ, D, dtype=torch.complex64)),
+    *[
+        refused(f"{name} must be a dense tensor, got a nested one: log_attention_varlen", TypeError, **{name: x})
+        for name in "qkv"
+        for x in (nested(torch.strided), nested(torch.jagged).transpose(1, 2))
+    ],
     refused("window must be at least 0 on each side (None or -1: unlimited), got -2", window=-2),
     refused("window must be at least 0...got (3, -5)", window=(3, -5)),
     refused("window must hold ints or None, got (3, 1.5)", TypeError, window=(3, 1.5)),
     refused("window must hold ints or None, got (True, 1)", TypeError, window=(True, 1)),
     refused("window must be an int, (left, right) or None, got (1, 2, 3)", window=(1, 2, 3)),
     refused("scale must be finite, got nan", scale=math.nan),
+    refused("scale must be finite, got inf", scale=10**400),
+    refused("scale must be a number, got a tensor of shape ()", TypeError, scale=torch.nn.Parameter(torch.tensor(0.1))),
+    refused("scale must be a number...(4,)...multiply q by it and pass scale=1.0", TypeError, scale=torch.ones(HEADS)),
+    refused("scale must be a number, got '0.1'", TypeError, scale="0.1"),
+    refused("scale must be a number, got [0.1]", TypeError, scale=[0.1]),
+    refused("scale must be a number, got True", TypeError, scale=True),
+    refused("scale must be a number, got 1j", TypeError, scale=1j),
+    refused("dropout_p must be a number, got a tensor of shape ()", TypeError, dropout_p=torch.tensor(0.0)),
+    refused("dropout_p must be a number, got '0.1'", TypeError, dropout_p="0.1"),
+    refused("dropout_p must be a number, got None", TypeError, dropout_p=None),
+    refused("dropout_p must be a number, got False", TypeError, dropout_p=False),
+    refused("is_causal must be True or False, got tensor(True)", TypeError, is_causal=torch.tensor(True)),
+    refused("is_causal must be True or False, got 'no'", TypeError, is_causal="no"),
+    refused("is_causal must be True or False, got None", TypeError, is_causal=None),
+    refused("window must hold ints or None, got tensor(3)", TypeError, window=torch.tensor(3)),
+    refused("window must hold ints or None, got 3.0", TypeError, window=3.0),
+    refused("window must hold ints or None, got 'ab'", TypeError, window="ab"),
+    *[
+        refused(f"position.{name} must be a number, got a tensor of shape ()", TypeError, position=VALUES._replace(**x))
+        for name in ("rotary_scale", "gain_length")
+        for x in [{name: torch.tensor(2.0, requires_grad=True)}]
+    ],
+    refused("position.gain_length must be a number, got '512'", TypeError, position=VALUES._replace(gain_length="512")),
+    refused("position.rotary_scale must be positive, got 0.0", position=VALUES._replace(rotary_scale=0)),
+    refused("position.gain_length must be positive, got nan", position=VALUES._replace(gain_length=math.nan)),
+    refused("position.power must be a tensor, got float", TypeError, position=VALUES._replace(power=1.0)),
+    refused("position.power must be a tensor, got list", TypeError, position=VALUES._replace(power=[1.0] * HEADS)),
+    refused(
+        "position.power must be float32, got torch.int64",
+        TypeError,
+        position=VALUES._replace(power=torch.ones(HEADS).long()),
+    ),
+    refused(
+        "position.theta must not require a gradient",
+        position=PositionValues(theta=torch.ones(2, dtype=F64, requires_grad=True)),
+    ),
     refused("scale must be finite, got inf", scale=INF),
     refused("dropout_p must be in [0, 1), got 1.0", dropout_p=1.0),
     refused("dropout_p must be in [0, 1), got -0.1", dropout_p=-0.1),
     refused("dropout_p must be in [0, 1), got nan", dropout_p=math.nan),
+    refused("dropout_seed must be...tensor(indices", dropout_p=0.1, dropout_seed=torch.tensor([7]).to_sparse()),
     refused("dropout_seed must be an int64 tensor of one element on cpu, got 7", dropout_p=0.1, dropout_seed=7),
     refused("dropout_seed must be an int64 tensor", dropout_p=0.1, dropout_seed=torch.tensor([7], dtype=torch.int32)),
     refused("dropout_seed...tensor([7, 8])", dropout_p=0.1, dropout_seed=torch.tensor([7, 8])),
@@ -189,13 +249,20 @@ REFUSED_PACKED = [
     refused("window must be at least 0...got (-3, 0)", window=(-3, 0)),
     refused("position was built for num_heads 2, and q has 4 heads", position=LogPosition(2, D)),
     refused("dropout_p must be in [0, 1), got 2", dropout_p=2),
+    refused("max_seqlen_q must be an int of at least 0, got 5.0", max_seqlen_q=5.0),
+    refused("max_seqlen_k must be an int of at least 0, got '5'", max_seqlen_k="5"),
+    refused("scale must be a number, got a tensor", TypeError, scale=torch.tensor(1.0)),
+    refused("q must be a tensor, got list", TypeError, q=[1.0]),
 ]
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), REFUSED)
-def test_refused(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=interpreted)])
+def test_refused(changes: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    good = {**tensors(), "is_causal": True, "position": VALUES, "backend": backend}
+    log_attention(**good)  # known from now on
     with pytest.raises(kind, match=message):
-        log_attention(**{**tensors(), "is_causal": True, **changes})
+        log_attention(**{**good, **changes})
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), REFUSED_PACKED)
@@ -218,10 +285,28 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         log_attention(**tensors(), is_causal=True, backend="triton")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interpreted
 def test_triton_refuses_float64() -> None:
     with pytest.raises(TypeError, match=r"q must be float16, bfloat16 or float32 for backend=.*got torch\.float64"):
         log_attention(*(x.double() for x in tensors().values()), backend="triton")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A window may be a list, and as long as it likes."""
+    np = pytest.importorskip("numpy")
+    x = tensors()
+    expected = log_attention(**x, position=VALUES, is_causal=True, query_start=3, key_start=1, window=(4, 0), scale=0.5)
+    for integer in (np.int32, np.int64):
+        actual = log_attention(
+            **x, position=VALUES._replace(rotary_scale=integer(2)), is_causal=np.bool_(True), query_start=integer(3),
+            key_start=integer(1), window=[integer(4), integer(0)], scale=np.float32(0.5), dropout_p=np.float64(0),
+        )  # fmt: skip
+        assert torch.equal(actual, expected)
+        wide = log_attention(**x, window=(2**70, 2**40), query_start=0)
+        assert torch.equal(wide, log_attention(**x))
+        y = packed()
+        longest = dict(max_seqlen_q=integer(5), max_seqlen_k=integer(6))
+        assert torch.equal(log_attention_varlen(**y | longest), log_attention_varlen(**y))
 
 
 def test_query_start_is_not_required_where_it_does_not_matter() -> None:
@@ -398,7 +483,7 @@ def test_the_backends_agree(form: str) -> None:
     assert torch.equal(run(call, "auto")["out"], run(call, "blocked")["out"])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interpreted
 def test_repeated_calls_see_their_own_values() -> None:
     """What is remembered of a call is its layout: new values, positions, gradients and lengths count each time."""
     position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
@@ -429,6 +514,210 @@ def test_repeated_calls_see_their_own_values() -> None:
             with torch.no_grad():
                 assert torch.equal(log_attention(**x, position=where, **options, backend=backend), out)
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+
+def transposed(x: Tensor, rows: bool) -> Tensor:
+    a, b = (0, 1) if rows else (-1, -2)
+    return x.transpose(a, b).contiguous().transpose(a, b) if x.dim() > 1 else x
+
+
+def strided(x: Tensor, rows: bool) -> Tensor:
+    dim = x.dim() - 2 if rows else x.dim() - 1
+    return torch.stack((x, torch.full_like(x, 3)), dim + 1).select(dim + 1, 0)
+
+
+def shifted(x: Tensor, rows: bool) -> Tensor:
+    """One element into its storage: not aligned to 16 bytes."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def expanded(x: Tensor, rows: bool) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All the tensors that a public function takes, and the rest of its arguments."""
+    heads, kv_heads = 2, 1
+    if form == "rotate":
+        theta = make_values(heads, D, "log-rotary").theta
+        return dict(x=normal(B, heads, NQ, D), start=torch.tensor([3, -1]), theta=theta), {}
+    if form.startswith("merge"):
+        out, lse = ((B, heads, NQ, D), (B, heads, NQ)) if form == "merge" else ((NQ, heads, D), (heads, NQ))
+        return dict(out0=normal(*out), out1=normal(*out), lse0=normal(*lse), lse1=normal(*lse)), {}
+    values = make_values(heads, D, "log-invariant", query_gain=True)
+    x: dict[str, Any] = {name: t for name, t in values._asdict().items() if isinstance(t, Tensor)}
+    rest: dict[str, Any] = dict(is_causal=True, return_lse=True)
+    starts = dict(query_start=torch.tensor([2, 4]), key_start=torch.tensor([0, -1]))
+    starts |= dict(context_length=torch.tensor([9, 30]))
+    if form == "paged":
+        x |= dict(q=normal(B, heads, 1, D), k=normal(6, kv_heads, 16, D), v=normal(6, kv_heads, 16, D), **starts)
+        return x | dict(block_table=torch.randperm(6)[:4].view(2, 2), key_mask=torch.rand(B, 32) < 0.7), rest
+    x |= dict(theta=make_values(heads, D, "log-rotary").theta)
+    if form == "packed":
+        x |= dict(q=normal(8, heads, D), k=normal(8, kv_heads, D), v=normal(8, kv_heads, D), **starts)
+        x |= dict(cu_seqlens_q=torch.tensor([0, 3, 8]), cu_seqlens_k=torch.tensor([0, 4, 7], dtype=torch.int32))
+        return x | dict(dropout_seed=torch.tensor([5])), rest | dict(max_seqlen_q=5, max_seqlen_k=4, dropout_p=0.2)
+    num_queries, num_keys = (1, 513) if form == "decode" else (NQ, NK)
+    x |= dict(q=normal(B, heads, num_queries, D)) | {name: normal(B, kv_heads, num_keys, D) for name in "kv"}
+    if form == "decode":
+        return x | dict(key_mask=torch.rand(B, num_keys) < 0.7, **starts), rest
+    if form == "dense":
+        x |= dict(key_mask=normal(B, num_keys), key_lengths=torch.tensor([num_keys, 6]), **starts)
+        return x | dict(dropout_seed=torch.tensor([5])), rest | dict(dropout_p=0.2)
+    assert form == "plain"
+    return x, rest
+
+
+def results_of(
+    form: str, x: dict[str, Tensor], rest: dict[str, Any], layout: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """What a call returns, and the gradients of all that has one, from cotangents in this layout."""
+    leaves = () if form in ("paged", "decode") else ("q", "k", "v", "x", "out0", "out1", "lse0", "lse1", *PARAMETERS)
+    x = {name: t.detach().requires_grad_(name in leaves) for name, t in x.items()}
+    position = PositionValues(**{name: t for name, t in x.items() if name in PositionValues._fields})
+    others = {name: t for name, t in x.items() if name not in PositionValues._fields}
+    results: Any
+    if form.startswith("merge"):
+        results = merge_partials([x["out0"], x["out1"]], [x["lse0"], x["lse1"]])
+    elif form == "rotate":
+        results = (logpe.rotate(**others, position=position),)
+    else:
+        results = (log_attention_varlen if form == "packed" else log_attention)(**others, position=position, **rest)
+    inputs = [t for t in x.values() if t.requires_grad]
+    if not inputs:
+        return [*results]
+    torch.manual_seed(1)
+    return [*results, *torch.autograd.grad(results, inputs, [layout(normal(*t.shape)) for t in results])]
+
+
+FORMS = ("plain", "dense", "packed", "decode", "paged")
+
+
+@pytest.mark.parametrize(
+    ("form", "backend"),
+    [
+        *[pytest.param(f, b, marks=needs) for f in FORMS for b, needs in (("triton", interpreted), ("blocked", ()))],
+        *[(form, "reference") for form in (*FORMS, "rotate", "merge", "merge packed")],
+    ],
+)
+def test_layouts(form: str, backend: str) -> None:
+    """Every tensor argument, and the cotangents, in an odd layout at once: what contiguous copies give."""
+    tensors, rest = call_of(form)
+    options = rest | dict(backend=backend)
+    expected = results_of(form, tensors, options, lambda t: t)
+    for x, y in zip(expected, results_of(form, tensors, rest | dict(backend="reference"), lambda t: t), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    for layout in (transposed, strided, shifted, expanded):
+
+        def odd(t: Tensor, rows: bool = False, layout: Any = layout) -> Tensor:
+            return layout(t, rows)
+
+        changed = {name: odd(t, name in ("q", "k", "v", "x")) for name, t in tensors.items()}
+        if layout is expanded:
+            copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in changed.items()}
+            expected = results_of(
+                form, copies, options, lambda t: odd(t).clone(memory_format=torch.contiguous_format)
+            )
+        for x, y in zip(results_of(form, changed, options, odd), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, layout=layout: f"{layout}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_as_columns_of_a_table(backend: str) -> None:
+    """And their gradients arrive in the table; a call with the same layouts was there before."""
+    x = tensors()
+    table = torch.rand(HEADS, 2, requires_grad=True)
+    gradients = []
+    for power, rate in (table.detach().unbind(1), table.clone().mT.contiguous().unbind(0), table.unbind(1)):
+        values = PositionValues(power=power, rate=rate)
+        out = log_attention(**x, position=values, is_causal=True, backend=backend)
+        if out.requires_grad:
+            gradients.append((out, *torch.autograd.grad(out.square().sum(), table)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_gradients_of_parameters_have_their_dtype(backend: str) -> None:
+    x = {name: t.double() for name, t in tensors().items()}
+    power, rate = torch.rand(HEADS, dtype=F64, requires_grad=True), torch.rand(HEADS, requires_grad=True)
+    sharpness = torch.rand(HEADS)  # not learned
+    out = log_attention(**x, position=PositionValues(power, rate, sharpness), is_causal=True, backend=backend)
+    assert out.dtype == F64
+    assert [t.dtype for t in torch.autograd.grad(out.square().sum(), [power, rate])] == [F64, torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_are_no_plain_tensors(backend: str) -> None:
+    """A subclass, such as DTensor, may have no memory of its own. An equal call on plain ones was there before."""
+    x, plain = tensors(), torch.rand(2, HEADS)
+    for parameters in (plain, [TwoTensor(t, t) for t in plain]):
+        leaves = [t.detach().requires_grad_() for t in parameters]
+        out = log_attention(**x, position=PositionValues(*leaves), is_causal=True, backend=backend)
+        results = out, *torch.autograd.grad(out.square().sum(), leaves)
+        if parameters is plain:
+            expected = results
+    for a, b in zip(results, expected, strict=True):
+        assert isinstance(a, TwoTensor)
+        torch.testing.assert_close(a.a, b)
+
+
+@interpreted
+def test_views_that_are_not_what_lies_in_memory() -> None:
+    """torch.imag of a conjugate is a view whose sign is still to be changed."""
+    x = {name: torch.complex(t, t).conj().imag for name, t in tensors().items()}
+    x = {name: torch._neg_view(-t.resolve_neg()) for name, t in x.items()}
+    assert all(t.is_neg() for t in x.values())
+    values = PositionValues(*(torch._neg_view(-torch.rand(HEADS)) for _ in range(2)))
+    expected = log_attention(**x, position=values, is_causal=True, backend="reference")
+    for _ in range(2):
+        actual = log_attention(**x, position=values, is_causal=True, backend="triton")
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_of_a_block_table_do_not_wrap_around(backend: str) -> None:
+    x = dict(q=normal(1, HEADS, 1, D), k=normal(2, KV, 16, D), v=normal(2, KV, 16, D), backend=backend)
+    with torch.no_grad():
+        actual = log_attention(**x, block_table=torch.tensor([[1, 2**32, -(2**32)]]), key_lengths=torch.tensor([40]))
+        expected = log_attention(**x, block_table=torch.tensor([[1]], dtype=torch.int32))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_rotate_checks_what_it_is_given() -> None:
+    values, x = make_values(HEADS, D, "log-rotary"), normal(B, HEADS, NQ, D)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+        (dict(x=x[0]), ValueError, r"x must have 4 dimensions.* got shape \(4, 5, 8\)"),
+        (dict(x=x.long()), TypeError, "x must be float16.* got torch.int64"),
+        (dict(x=x.mT.contiguous().mT), ValueError, "x must be contiguous in its last dimension"),
+        (dict(x=nested(torch.strided)), TypeError, "x must be a dense tensor, got a nested one"),
+        (dict(position="log-rotary"), TypeError, "position must be a LogPosition, PositionValues or None, got str"),
+        (dict(position=values._replace(theta=values.theta.to("meta"))), ValueError, "theta must be on cpu.* got meta"),
+        (dict(position=values._replace(theta=values.theta.float())), ValueError, "theta must be float64"),
+        (dict(position=values._replace(theta=values.theta.clone().requires_grad_())), ValueError, "not require a grad"),
+        (dict(position=values._replace(rotary_scale=torch.ones(()))), TypeError, "rotary_scale must be a number"),
+        (dict(start=True), TypeError, "start must be an int or an int tensor"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            logpe.rotate(**dict(x=x, position=values) | changes)
+
+
+def test_rotate_gives_zeros_where_no_token_is() -> None:
+    """As the kernel does, whatever such a row holds."""
+    values, x = make_values(HEADS, D, "log-rotary"), normal(B, HEADS, NQ, D)
+    x[0, :, :3] = math.nan
+    x.requires_grad_()
+    turned = logpe.rotate(x, values, torch.tensor([-3, 0]))
+    (dx,) = torch.autograd.grad(turned.sum(), x)
+    for t in (turned, dx):
+        assert (t[0, :, :3] == 0).all()
+        assert t.isfinite().all()
+    torch.testing.assert_close(turned[:1, :, 3:], logpe.rotate(x[:1, :, 3:].detach(), values))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
@@ -527,6 +816,60 @@ def test_merge_refuses(outs: list[Any], lses: list[Any], message: str) -> None:
         merge_partials([torch.zeros(x) for x in outs], [torch.zeros(x) for x in lses])
 
 
+def test_merge_refuses_what_is_no_dense_floating_tensor() -> None:
+    out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    for outs, lses, message in (
+        ([out, None], [lse, lse], "outs must be a tensor, got NoneType"),
+        ([out.long()], [lse], "outs must be floating tensors of one dtype.* got torch.int64"),
+        ([out, out.half()], [lse, lse], "outs must be .* got torch.float16 on cpu beside torch.float32"),
+        ([out], [lse.to("meta")], "lses must be .* got torch.float32 on meta beside torch.float32 on cpu"),
+        ([out.to_sparse()], [lse], "outs must be a dense tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            merge_partials(outs, lses)
+
+
+def test_an_empty_part_may_hold_anything() -> None:
+    out, lse = log_attention(**tensors(), return_lse=True)
+    empty = torch.full_like(out, math.nan), torch.full_like(lse, -INF)
+    for x, y in zip(merge_partials([empty[0], out], [empty[1], lse]), (out, lse), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# --- magnitudes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores(backend: str, dtype: torch.dtype) -> None:
+    """Past the largest float16 before they are scaled."""
+    call = make_call(1, 2, 1, 20, 20, 64, dtype=dtype, preset="log-rotary-bias", is_causal=True)
+    call = call.replace(q=200 * call.q, k=200 * call.k)
+    assert (call.q.float() @ call.k.float().mT).abs().max() > 8 * 65504
+    check(call, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lowest_number_as_a_mask(backend: str, dtype: torch.dtype) -> None:
+    """Hides a key beside others; where nothing else is visible the scores decide, on every backend."""
+    hidden = torch.tensor([[True, True, True, False, True, False, False], [True] * NK])
+    for of in (torch.float16, torch.bfloat16, torch.float32):
+        mask = torch.zeros(B, NK).masked_fill(hidden, torch.finfo(of).min).to(of)
+        x = tensors() | dict(position=VALUES, is_causal=True, query_start=0, return_lse=True)
+        x |= {name: x[name].to(dtype).requires_grad_() for name in "qkv"}
+        out, lse = log_attention(**x, key_mask=mask, backend=backend)
+        gradients = torch.autograd.grad(out.float().sum(), [x[name] for name in "qkv"])
+        assert all(t.isfinite().all() for t in (out, lse, *gradients))
+        wide = {name: t.double() if name in "qkv" else t for name, t in x.items()}
+        alone = log_attention(**wide, backend="reference")[0]  # as if there were no mask
+        beside = log_attention(**wide, key_mask=~hidden, backend="reference")[0]
+        torch.testing.assert_close(out[1].double(), alone[1], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out[0, :, :3].double(), alone[0, :, :3], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out[0, :, 3:].double(), beside[0, :, 3:], rtol=0.02, atol=0.02)
+        assert (lse[1] < -60000).all()
+
+
 # --- the promise of no NaN --------------------------------------------------------------------------------------
 
 
@@ -577,17 +920,6 @@ def test_backends_on_a_gpu() -> None:
         log_attention(x["q"], x["k"].cpu(), x["v"])
     with pytest.raises(ValueError, match=r"position\.power must be on the device of q, cuda:0, got cpu"):
         log_attention(**x, position=LogPosition(HEADS, D), is_causal=True)
-
-
-def test_strided_starts(device: torch.device) -> None:
-    pytest.importorskip("triton")
-    x = {name: t.to(device) for name, t in tensors().items()}
-    pairs = torch.tensor([[4, -2], [7, 1]], dtype=torch.int32, device=device)
-    starts = dict(query_start=pairs[:, 0], key_start=pairs[:, 1])
-    values = PositionValues(power=torch.ones(HEADS, device=device), rate=torch.ones(HEADS, device=device))
-    expected = log_attention(**x, position=values, is_causal=True, **starts, backend="reference")
-    actual = log_attention(**x, position=values, is_causal=True, **starts, backend="triton")
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_public_names() -> None:

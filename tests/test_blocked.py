@@ -291,6 +291,28 @@ def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: 
     assert expected["dk"].masked_select(hidden).eq(0).all()
 
 
+@pytest.mark.parametrize("preset", ["none", "log-invariant", "log-rotary-bias"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(is_causal=True), dict(window=(3, 2)), dict(key_mask=torch.arange(40).view(2, 20) % 5 != 0, is_causal=True)],
+    ids=["causal", "window", "mask"],
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_key_reaches_only_those_who_see_it(options: dict[str, Any], preset: str) -> None:
+    """NaN or inf in it, as in the definition."""
+    call = make_call(2, 4, 2, 20, 20, 6, preset=preset, query_gain=True, **options)
+    for bad in (NAN, INF, -INF):
+        k = call.k.clone()
+        k[:, :, 9] = bad
+        actual, expected = (run(call.replace(k=k), backend) for backend in ("blocked", "reference"))
+        assert expected["out"][:, :, :6].isfinite().all()
+        for name in ("out", "lse"):
+            finite = expected[name].isfinite()
+            assert not finite.all()
+            assert torch.equal(actual[name].isfinite(), finite), name
+            torch.testing.assert_close(actual[name][finite], expected[name][finite])
+
+
 # --- precision, memory, repeatability -----------------------------------------------------------------------------
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +16,14 @@ import torch
 from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from logpe import LogPosition, log_attention, log_attention_varlen, ops
+from logpe import LogPosition, PositionValues, log_attention, log_attention_varlen, merge_partials, ops, rotate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -168,13 +169,160 @@ def test_other_dispatch_modes_may_be_about() -> None:
         assert torch.equal(actual[name], expected[name]), name
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda function, q: torch.func.grad(lambda q: function(q).square().sum())(q),
+    "vjp": lambda function, q: torch.func.vjp(function, q)[1](torch.ones_like(q))[0],
+    "jvp": lambda function, q: torch.func.jvp(function, (q,), (torch.ones_like(q),))[1],
+    "per sample": lambda function, q: torch.func.vmap(
+        torch.func.grad(lambda q: function(q[None]).square().sum()),
+    )(q),
+    "hessian": lambda function, q: torch.func.hessian(lambda q: function(q).square().sum())(q),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms(transform: str) -> None:
+    """Are refused, and work on the reference, as the message says."""
+    values = make_values(2, 8, "log-rotary-bias", query_gain=True)
+    q, k = torch.randn(2, 2, 3, 8, dtype=torch.float64), torch.randn(1, 2, 3, 8, dtype=torch.float64)
+
+    def function(q: Tensor, backend: str = "blocked") -> Tensor:
+        turned = rotate(q, values)
+        return log_attention(turned, *[k.expand_as(q)] * 2, values, is_causal=True, backend=backend)
+
+    with pytest.raises(RuntimeError, match=r'torch\.func.*backend="reference"'):
+        TRANSFORMS[transform](function, q)
+    result = TRANSFORMS[transform](functools.partial(function, backend="reference"), q)
+    assert result.isfinite().all()
+    if transform in ("grad", "per sample"):
+        leaf = q.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(leaf).square().sum(), leaf)
+        torch.testing.assert_close(result, expected)
+    if transform == "jvp":
+        moved = [function(q + step) for step in (1e-6, -1e-6)]
+        torch.testing.assert_close(result, (moved[0] - moved[1]) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_vmap(backend: str) -> None:
+    values = make_values(2, 8)
+    q, key_mask, lengths = torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 5), torch.tensor([[5], [2], [4]])
+
+    def function(q: Tensor, key_mask: Tensor, lengths: Tensor) -> Tensor:
+        options: dict[str, Any] = dict(key_mask=key_mask, key_lengths=lengths, query_start=0, backend=backend)
+        return log_attention(q, q, q, values, is_causal=True, dropout_p=0.3, dropout_seed=torch.tensor([7]), **options)
+
+    results = []
+    stacked = torch.stack([function(*x) for x in zip(q, key_mask, lengths, strict=True)])
+    for out in (torch.func.vmap(function)(q, key_mask, lengths), stacked):
+        results.append((out, *torch.autograd.grad(out.square().sum(), values[:2])))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return log_attention(q, q, q, is_causal=True)
+
+
+def test_torchscript_is_refused() -> None:
+    """A trace would keep the lengths of its example."""
+    q = torch.randn(1, 2, 5, 8)
+    for function in (log_attention, log_attention_varlen, rotate, merge_partials):
+        with pytest.raises(RuntimeError, match=f"{function.__name__} cannot be compiled by torch.jit.script"):
+            torch.jit.script(function)
+    with pytest.raises(RuntimeError, match="log_attention cannot be compiled by"):
+        torch.jit.script(Attend())
+    for function in (Attend(), lambda q: rotate(q, make_values(2, 8, "log-rotary"))):
+        with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit\.trace.* use torch\.export"):
+            torch.jit.trace(function, q)
+
+
+def test_symbolic_trace_says_how() -> None:
+    with pytest.raises(TypeError, match=r'q must be a tensor, got a Proxy.*torch\.fx\.wrap\("log_attention"\)'):
+        torch.fx.symbolic_trace(Attend())
+    scope: dict[str, Any] = {}
+    exec(  # a module that follows the advice
+        "import torch\nfrom logpe import log_attention\ntorch.fx.wrap('log_attention')\n"
+        "def function(q):\n    return log_attention(q, q, q, is_causal=True)",
+        scope,
+    )
+    q = torch.randn(1, 2, 5, 8)
+    assert torch.equal(torch.fx.symbolic_trace(scope["function"])(q), scope["function"](q))
+
+
+def indexed(x: Tensor, key: Any) -> Tensor:
+    """x[key] for numbers, None, : and ..., without the C++ that wants the device to be there."""
+    key = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in key:
+        place = key.index(Ellipsis)
+        key[place : place + 1] = [slice(None)] * (x.dim() - sum(k is not None for k in key) + 1)
+    dim = 0
+    for k in key:
+        assert k is None or isinstance(k, int) or k == slice(None)
+        x = x.unsqueeze(dim) if k is None else x.select(dim, k) if isinstance(k, int) else x
+        dim += not isinstance(k, int)
+    return x
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the definition runs there, and only if it is asked for; it needs no float64, which mps has not."""
+
+    class NoDouble(FakeTensorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            for x in torch.utils._pytree.tree_leaves(out):
+                assert not isinstance(x, Tensor) or x.device.type == "cpu" or x.dtype != torch.float64
+            return out
+
+    monkeypatch.setattr(FakeTensor, "__getitem__", indexed)
+    monkeypatch.setattr(FakeTensor, "__invert__", lambda x: torch.eq(x, 0))
+    values = make_values(2, 8, "log-rotary-bias", query_gain=True)
+    with NoDouble():
+        with pytest.raises(AssertionError):
+            torch.empty(1, device=device, dtype=torch.float64)
+        x = [torch.empty(1, 2, 5, 8, device=device) for _ in range(3)]
+        theta = torch.empty(4, dtype=torch.float64)
+        position = PositionValues(*(None if t is None else torch.empty(2, device=device) for t in values[:4]), theta)
+        with pytest.raises(RuntimeError, match=f'backend="auto" has nothing fast on {device}.*backend="reference"'):
+            log_attention(*x, position, is_causal=True)
+        for backend, message in ("triton", "need a GPU"), ("blocked", "runs on the CPU, and q is on"):
+            with pytest.raises(RuntimeError, match=f"{message}.*{device}"):
+                log_attention(*x, position, is_causal=True, backend=backend)
+        out = log_attention(*x, position, is_causal=True, backend="reference")
+        turned = rotate(x[0], position)
+        assert out.shape == turned.shape == x[0].shape
+        assert out.device.type == turned.device.type == device
+
+
+def test_shapes_without_values() -> None:
+    """Meta and fake tensors, on every backend that could run there."""
+    values = make_values(4, 8, "log-rotary-bias", device="meta")
+    bounds = torch.tensor([0, 4, 9], device="meta")
+    q = torch.empty(9, 4, 8, device="meta")
+    for backend in ("auto", "blocked", "reference"):
+        out, lse = log_attention_varlen(
+            q, q, q, values, bounds, bounds, 5, 5, is_causal=True, dropout_p=0.1, backend=backend, return_lse=True
+        )
+        assert (out.shape, lse.shape, out.device.type) == (q.shape, (4, 9), "meta")
+        with FakeTensorMode():
+            x = torch.empty(2, 4, 9, 8)
+            options = dict(key_lengths=torch.tensor([3, 9]), key_mask=torch.zeros(2, 9), query_start=0)
+            out = log_attention(x, x, x, is_causal=True, dropout_p=0.1, backend=backend, **options)
+            assert out.shape == x.shape
+    with pytest.raises(RuntimeError, match=r'backend="triton" cannot run here.*meta'):
+        log_attention(*[torch.empty(1, 2, 3, 8, device="meta")] * 3, backend="triton")
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode_is_refused(grad: bool) -> None:
     """Not dropped, as it would be past the dispatcher without gradients."""
     q, tangent = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
         dual = forward_ad.make_dual(q, tangent)
-        with pytest.raises(NotImplementedError, match="jvp"):
+        with pytest.raises(NotImplementedError, match=r'jvp.*backend="reference"'):
             log_attention(dual, q, q)
 
 
@@ -305,6 +453,20 @@ def test_compiled_by_inductor() -> None:
 def test_compiled_by_inductor_on_a_gpu() -> None:
     layer = Layer(is_causal=True).cuda()
     compiled_equals_eager(layer, [(torch.randn(2, n, 16, device="cuda"),) for n in LENGTHS], "inductor")
+
+
+def test_compiled_with_views() -> None:
+    """Parameters that are columns, and a mask that is a transpose."""
+    table = torch.rand(2, 2, requires_grad=True)
+
+    def function(q: Tensor, table: Tensor, key_mask: Tensor) -> Tensor:
+        values = PositionValues(power=table[:, 0], rate=table[:, 1])
+        return log_attention(q, q, q, values, is_causal=True, key_mask=key_mask.T)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    arguments = torch.randn(3, 2, 9, 8), table, torch.rand(9, 3) < 0.7
+    results = [(out, *torch.autograd.grad(out.sum(), table)) for out in (f(*arguments) for f in (function, compiled))]
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_compiled_decoding() -> None:

@@ -275,6 +275,33 @@ def test_half_precision_positions_stay_float32() -> None:
 # --- what nobody sees -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_products_do_not_overflow(dtype: torch.dtype) -> None:
+    """Past 65504 everything is finite, and lse is that of the same numbers in float64."""
+    q, k = 100 * normal(1, 2, 6, 64), 100 * normal(1, 2, 6, 64)
+    q, k, v = (x.to(dtype) for x in (q, k, normal(1, 2, 6, 64)))
+    assert (q.double() @ k.double().mT).abs().max() > 65504
+    results = []
+    for x in ((q, k, v), (q.double(), k.double(), v.double())):
+        leaves = [t.clone().requires_grad_() for t in x]
+        out, lse, weights = attention(*leaves, return_weights=True)
+        results.append([out, lse, weights, *torch.autograd.grad(out.double().sum(), leaves)])
+    assert all(x.isfinite().all() for x in results[0])
+    torch.testing.assert_close(results[0][1].double(), results[1][1], rtol=0.02, atol=1)  # lse
+
+
+def test_two_masks_of_the_lowest_number() -> None:
+    """Their sum is no number; a row that they cover is that of no mask at all."""
+    q, k, v = (normal(1, 2, 4, 8).float() for _ in range(3))
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.tensor([[0.0] * 4, [lowest] * 4, [0.0] * 4, [-INF] * 4])
+    out, lse = attention(q, k, v, key_bias=torch.full((1, 4), lowest), attn_mask=mask)
+    expected = attention(q, k, v)[0]
+    torch.testing.assert_close(out[:, :, :3], expected[:, :, :3], rtol=0.05, atol=0.05)
+    assert lse[:, :, :3].isfinite().all()
+    assert (lse[:, :, 3] == -INF).all()
+
+
 def test_hidden_rows_do_not_matter() -> None:
     q, k, v, dlse = (normal(2, 2, 5, 4) for _ in range(4))
     values = wide(make_values(2, 4, "log-rotary-bias", query_gain=True))
