@@ -94,7 +94,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         RuntimeError: the asked backend cannot run here.
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position)
+    values = _values_of(position, q)
     left, right = _resolve_window(window, is_causal)
     kind = None
     if query_start is key_lengths is key_mask is block_table is context_length is None and dropout_p == 0:
@@ -205,7 +205,7 @@ def log_attention_varlen(  # type: ignore[misc]
         out: (total_q, Hq, D). lse: (Hq, total_q).
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position)
+    values = _values_of(position, q)
     (_, heads, head_dim), _ = _check_tensors(q, k, v, rank=3)
     same_lengths = cu_seqlens_q is cu_seqlens_k
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
@@ -272,12 +272,13 @@ def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
     """
-    if position is None or position.theta is None:
+    values = _values_of(position, x)
+    if values.theta is None:
         return x
     _check_tensors(x, x, x, rank=4)
     start, starts = _resolve_start("start", start, x.shape[0], x)
-    _check_theta(position.theta, x.shape[-1])
-    return torch.ops.logpe.rotate(x, position.theta, starts, start, position.rotary_scale, False)
+    _check_theta(values.theta, x.shape[-1])
+    return torch.ops.logpe.rotate(x, values.theta, starts, start, values.rotary_scale, False)
 
 
 def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -451,9 +452,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[torch.Si
     return q_shape, k_shape
 
 
-def _values_of(position: Position) -> PositionValues:
+def _values_of(position: Position, q: Tensor) -> PositionValues:
     if isinstance(position, LogPosition):
-        return position()
+        return position(q.device)
     if isinstance(position, PositionValues):
         return position
     if position is None:

@@ -396,7 +396,7 @@ def test_training_moves_the_position() -> None:
         ((4, 8, "log-rotary"), dict(rotary_fraction=1.5), r"rotary_fraction must be in \(0, 1\], got 1.5"),
         ((4, 8, "log-rotary"), dict(rotary_fraction=0.1), r"rotary_fraction 0.1 of head_dim 8 leaves no plane"),
         ((4, 1, "log-rotary"), {}, r"head_dim 1 leaves no plane"),
-        ((4, 8), dict(learnable=("slope",)), r"learnable must name parts of .*, got \['slope'\]"),
+        ((4, 8), dict(learnable=("slope",)), r"learnable must be True, False, or name parts of .*, got \['slope'\]"),
         ((4, 8), dict(learnable="power"), r"learnable"),
     ],
 )
