@@ -449,7 +449,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two optimiser groups: everything with ``weight_decay``, the position parameters without.
 
     Decay would pull a raw parameter to 0, which is softplus(0) = 0.69 and not "off".
+
+    Raises ValueError where a sharder has flattened position parameters together with others.
     """
+    for name, module in model.named_modules():
+        if not isinstance(module, LogPosition) or next(module.parameters(), None) is not None:
+            continue
+        if set(module.parts) & set(LEARNABLE_PARTS):
+            raise ValueError(
+                f"the position parameters of {name or 'model'} are flattened together with others, which decay: shard "
+                "with use_orig_params=True, or with ignored_states=position_parameters(model)"
+            )
     positions = list(position_parameters(model))
     identities = {id(p) for p in positions}
     others = [p for p in model.parameters() if id(p) not in identities]
