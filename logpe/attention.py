@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logpe import ops, reference
 from logpe.position import LogPosition, PositionValues
@@ -459,6 +459,10 @@ def _values_of(position: Position, q: Tensor) -> PositionValues:
         return position
     if position is None:
         return PositionValues()
+    if isinstance(position, nn.Module):  # a LogPosition inside of FSDP, torch.compile, or an adapter of PEFT
+        values = position(q.device)
+        if isinstance(values, PositionValues):
+            return values
     raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
 
 

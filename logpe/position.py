@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,11 @@ def mapped(raw: Tensor | None) -> Tensor | None:
         return None
     # A sharding wrapper may hand out a half-precision copy of the parameter.
     return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """Raise RuntimeError: what torch.jit.script calls on a module first, as ``__prepare_scriptable__``."""
+    raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.compile or torch.export")
 
 
 # --- options as plain values, which every file format can hold ------------------------------------------------------
@@ -254,6 +259,8 @@ class LogPosition(nn.Module):
         self._mark()
         self.reset_parameters()
 
+    __prepare_scriptable__ = refuse_scripting
+
     def _mark(self) -> None:  # again wherever new Parameter objects may have taken the place of the marked ones
         for parameter in self.parameters():  # those of parametrizations too
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
@@ -286,9 +293,15 @@ class LogPosition(nn.Module):
             if raw is None:
                 continue
             if not isinstance(raw, nn.Parameter):
-                raise RuntimeError(f"raw_{name} cannot be reset: it is computed from other parameters, or sharded")
+                raise RuntimeError(f"raw_{name} cannot be reset: it is computed from another parameter")
+            values = inverse_softplus(initial[name]())
+            if hasattr(raw, "device_mesh"):  # sharded already: those that rank 0 draws, for all
+                from torch.distributed.tensor import DTensor, distribute_tensor
+
+                assert isinstance(raw, DTensor)
+                values = distribute_tensor(values, raw.device_mesh, raw.placements)
             with torch.no_grad():
-                raw.copy_(inverse_softplus(initial[name]()))
+                raw.copy_(values)
 
     # --- angles
 
@@ -420,6 +433,8 @@ class LogSinusoid(nn.Module):
         for name, value in (("scale", self.scale), ("base", self.base)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(
         self, positions: int | Tensor, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -114,9 +114,16 @@ def test_initialisation_and_names_are_torchs(variant: str) -> None:
     assert isinstance(ours, nn.MultiheadAttention)
     assert list(ours.state_dict()) == list(theirs)
     assert all(torch.equal(ours.state_dict()[name], theirs[name]) for name in theirs)
-    ours._reset_parameters()
+    assert ours._qkv_same_embed_dim == ("kdim" not in VARIANTS[variant])
+    before = copy.deepcopy(ours)
+    for p in ours.parameters():
+        nn.init.constant_(p, 0.5)
+    torch.manual_seed(3)
+    ours.out_proj.reset_parameters()  # the first that the constructor draws
+    ours.reset_parameters()
+    assert ours._qkv_same_embed_dim == before._qkv_same_embed_dim
+    assert all(torch.equal(before.state_dict()[name], x) for name, x in ours.state_dict().items())
     assert all(p.is_meta for p in LogAttention(EMBED, HEADS, qk_norm=True, device="meta").parameters())
-    assert not ours._qkv_same_embed_dim
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -493,7 +500,8 @@ def test_copies_and_pickles() -> None:
     buffer.seek(0)
     for twin in (copy.deepcopy(ours), torch.load(buffer, weights_only=False)):
         assert isinstance(twin, LogAttention)
-        assert twin._qkv_same_embed_dim is False
+        assert twin._qkv_same_embed_dim is True
+        assert len(twin._forward_pre_hooks) == 1
         assert torch.equal(twin(x, x, x, need_weights=False)[0], expected)
 
 
@@ -569,18 +577,31 @@ def test_encoder_eval_equals_train(heads: int, norm_first: bool, masks: str) -> 
             torch.testing.assert_close(encoder(x[1:, :5], **mask), evaluated[1:, :5])
 
 
-def test_encoder_built_around_a_swapped_layer() -> None:
-    layer = nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True)
-    assert replace_attention(layer) == 1
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_encoder_built_around_a_swapped_layer(by_hand: bool, norm_first: bool) -> None:
+    """Such an encoder makes nested tensors of a padded batch, and sets the padding to zero, as with torch's own."""
+    layer = nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True, norm_first=norm_first)
+    if by_hand:
+        layer.self_attn = LogAttention(EMBED, 2, batch_first=True)
+    else:
+        assert replace_attention(layer) == 1
     encoder = nn.TransformerEncoder(layer, 2)
-    x, padding = torch.randn(2, 9, EMBED), torch.arange(9).expand(2, 9) > 6
-    trained = encoder(x, src_key_padding_mask=padding)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(x, src_key_padding_mask=padding), trained)
-    # swapped by hand in an encoder that makes nested tensors: said, not computed wrongly
-    encoder.use_nested_tensor = True
-    with torch.no_grad(), pytest.raises(ValueError, match=r"nested.*enable_nested_tensor=False"):
-        encoder(x, src_key_padding_mask=padding)
+    assert encoder.use_nested_tensor != norm_first
+    x, padding = torch.randn(2, 9, EMBED), torch.arange(9).expand(2, 9) > torch.tensor([[8], [6]])
+    for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal_mask(9)}):
+        trained = encoder.train()(x, **options)
+        real = torch.ones_like(padding) if "mask" in options or not options else ~padding
+        encoder.eval()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                evaluated = encoder(x, **options)
+            torch.testing.assert_close(evaluated[real], trained[real])
+            if not real.all() and not norm_first:
+                assert (evaluated[~real] == 0).all()
+    layer.eval().self_attn._forward_pre_hooks.clear()  # as those do who remove hooks
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"set_fastpath_enabled\(False\)"):
+        layer(x)
 
 
 @pytest.mark.parametrize("cross", [None, "log-bias"])
@@ -828,7 +849,22 @@ def test_bad_inputs(options: dict[str, Any], error: Any, text: str) -> None:
             ours(**{"query": x, "key": x, "value": x, "need_weights": need_weights, **options})
 
 
-def test_nested_tensors_are_refused() -> None:
-    x = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)])
-    with pytest.raises(ValueError, match=r"query must not be a nested tensor.*key_padding_mask"):
-        LogAttention(EMBED, HEADS, batch_first=True)(x, x, x)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout: torch.layout) -> None:
+    """Right where nn.TransformerEncoder makes them: self-attention, strided; refused everywhere else."""
+    x = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)], layout=layout)
+    ours = LogAttention(EMBED, HEADS, batch_first=True)
+    bad: list[tuple[LogAttention, dict[str, Any]]] = [
+        (ours, {"key": x.clone()}),
+        (ours, {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}),
+        (LogAttention(EMBED, HEADS), {}),
+    ]
+    if layout == torch.strided:
+        options = dict(is_causal=True, need_weights=False, key_start=2)
+        for out, sequence in zip(ours(x, x, x, **options)[0].unbind(), x.unbind(), strict=True):
+            torch.testing.assert_close(out, ours(sequence, sequence, sequence, **options)[0])
+    else:
+        bad.append((ours, {}))
+    for module, options in bad:
+        with pytest.raises(ValueError, match=r"query must not be a nested tensor.*to_padded_tensor.*key_padding_mask"):
+            module(**{"query": x, "key": x, "value": x, **options})
