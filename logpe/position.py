@@ -441,6 +441,8 @@ class LogSinusoid(nn.Module):
     ) -> Tensor:
         """Encodings (..., dim) of ``positions``: a length (positions 0 to length - 1) or a tensor of them >= 0."""
         if not isinstance(positions, Tensor):
+            if isinstance(positions, bool) or not isinstance(positions, numbers.Integral | torch.SymInt):
+                raise TypeError(f"positions must be a length or a tensor of positions, got {positions!r}")
             if positions < 0:
                 raise ValueError(f"positions must be a length of at least 0, got {positions}")
             positions = torch.arange(positions, device=device)
