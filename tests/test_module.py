@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import logpe.module
@@ -171,6 +172,7 @@ def test_masks_mean_what_they_mean_to_torch(need_weights: bool) -> None:
         {"key_padding_mask": low.T.contiguous().T},
         {"key_padding_mask": torch.stack((low, low + 1), 2)[..., 0]},
         {"key_padding_mask": low[1:].expand(2, 7)},
+        {"key_padding_mask": torch.full((2, 7), lowest)},  # the same for all: hides nothing
         {"attn_mask": low_causal},
         {"attn_mask": low_causal.T.contiguous().T},
         {"attn_mask": low_causal, "key_padding_mask": low},
@@ -180,20 +182,12 @@ def test_masks_mean_what_they_mean_to_torch(need_weights: bool) -> None:
     ]
     for case in cases:
         options = case | {"need_weights": need_weights}
-        assert_same(outcome(ours, [x] * 3, **options), outcome(plain, [x] * 3, **options))
+        with sdpa_kernel(SDPBackend.MATH):  # torch's flash has wrong gradients where all keys have the lowest number
+            theirs = outcome(plain, [x] * 3, **options)
+        assert_same(outcome(ours, [x] * 3, **options), theirs)
     hidden = torch.full((7, 7), lowest)
-    options = {"key_padding_mask": hidden[:2], "need_weights": need_weights}  # the same for all: hides nothing
-    assert_same(list(ours(x, x, x, **options)), list(plain(x, x, x, **options)))
     out, _ = ours(x, x, x, attn_mask=hidden, key_padding_mask=hidden[:2], need_weights=need_weights)  # -inf in all
     torch.testing.assert_close(out, ours.out_proj.bias.expand(out.shape))
-
-
-@pytest.mark.xfail(reason="lse, -3e38 + log(7), has lost the logarithm, which the backward needs", strict=False)
-def test_gradients_where_all_keys_have_the_lowest_mask() -> None:
-    plain, ours = pair(batch_first=True)
-    x = torch.randn(2, 7, EMBED)
-    options = {"key_padding_mask": torch.full((2, 7), torch.finfo(torch.float32).min), "need_weights": False}
-    assert_same(outcome(ours, [x] * 3, **options), outcome(plain, [x] * 3, **options))
 
 
 @pytest.mark.xfail(reason="the reference scales after the product", strict=False)
