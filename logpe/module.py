@@ -471,7 +471,7 @@ def replace_attention(
 
     The parameters are the same objects as before (optimisers, tied and frozen weights go on), and so are dtype,
     device, dropout, mode and hooks. A module that the model holds twice is swapped once. Each
-    ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which have no positions.
+    ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which each layer would pad anew.
     Other subclasses of ``nn.MultiheadAttention``, quantised ones among them, have a forward of their own: they
     are left alone, with a warning.
 

@@ -369,7 +369,8 @@ class LogPosition(nn.Module):
         if theta is not None:
             if device is None:
                 device = next((x.device for x in (power, rate, sharpness, alpha) if x is not None), theta.device)
-            theta = self._angles_on(device)
+            if theta.device != device:
+                theta = self._angles_on(device)
         return PositionValues(
             mapped(power), mapped(rate), mapped(sharpness), mapped(alpha), theta, self.rotary_scale, self.gain_length
         )

@@ -320,7 +320,8 @@ def log_attention_forward(
             )
         query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
         starts = dict(query_start=query_start, key_start=key_start)
-    values: PositionValues = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
+    # Called as a module: wrappers of sharding and of PEFT see it.
+    values: PositionValues = owner.log_position(query.device)
     if owner is not module:  # one position for layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
