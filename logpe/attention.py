@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
@@ -102,7 +102,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         RuntimeError: the asked backend cannot run here; the call is being traced by ``torch.jit.trace``.
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position)
+    values = _values_of(position, q)
     left, right = _resolve_window(window, is_causal)
     kind = None
     plain = query_start is key_lengths is key_mask is block_table is context_length is None
@@ -215,7 +215,7 @@ def log_attention_varlen(  # type: ignore[misc]
         out: (total_q, Hq, D). lse: (Hq, total_q).
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position)
+    values = _values_of(position, q)
     (_, heads, head_dim), *_ = _check_tensors(3, q=q, k=k, v=v)
     same_lengths = cu_seqlens_q is cu_seqlens_k
     max_seqlen_q = _check_longest("max_seqlen_q", max_seqlen_q)
@@ -284,7 +284,7 @@ def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
     """
-    values = position if isinstance(position, LogPosition) else _values_of(position)  # no other part is asked for
+    values = _values_of(position, x)
     if values.theta is None:
         return x
     _check_tensors(4, x=x)
@@ -520,12 +520,14 @@ def _check_tensors(rank: int, **tensors: Tensor) -> list[torch.Size]:
     return shapes
 
 
-def _values_of(position: Position) -> PositionValues:
-    """The values of a position, contiguous, as the kernels read them, and with plain numbers."""
-    if isinstance(position, LogPosition):
-        return position()
+def _values_of(position: Position, q: Tensor) -> PositionValues:
+    """Return the values of a position for q, contiguous, as the kernels read them, and with plain numbers."""
     if position is None:
         return _NO_POSITION
+    if isinstance(position, LogPosition):
+        return position(q.device)
+    if isinstance(position, nn.Module):  # a LogPosition inside of FSDP, torch.compile, or an adapter of PEFT
+        position = position(q.device)
     if not isinstance(position, PositionValues):
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
     for x in position[:5]:

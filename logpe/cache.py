@@ -147,7 +147,7 @@ class KVCache:
         self._check_queries(q, k)
         held = self._lengths
         first = self.append(k, v, lengths)
-        values = self.position() if isinstance(self.position, LogPosition) else self.position
+        values = self.position(q.device) if isinstance(self.position, LogPosition) else self.position
         try:
             return log_attention(
                 rotate(q, values, first),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
 
 from logpe import reference
 from logpe.attention import _per_batch, _resolve_dropout, _resolve_start, log_attention
-from logpe.position import LogPosition
+from logpe.position import LogPosition, plain_bool, plain_float, plain_int, refuse_scripting
 
 _warned: set[str] = set()
 
@@ -87,17 +89,21 @@ class LogAttention(nn.MultiheadAttention):
         qk_norm: bool = False,
         position_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
-        if num_kv_heads is None:
-            num_kv_heads = num_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        embed_dim, num_heads = plain_int("embed_dim", embed_dim), plain_int("num_heads", num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        dropout = plain_float("dropout", dropout)
+        kdim = None if kdim is None else plain_int("kdim", kdim)
+        vdim = None if vdim is None else plain_int("vdim", vdim)
+        num_kv_heads = num_heads if num_kv_heads is None else plain_int("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must be a divisor of num_heads, {num_heads}, got {num_kv_heads}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         if num_kv_heads != num_heads:
             self._shrink_kv(num_kv_heads * self.head_dim)
+            self._qkv_same_embed_dim = False  # not as those who read it take it: 3 * embed_dim rows in one weight
         self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm)
 
     @classmethod
@@ -108,6 +114,8 @@ class LogAttention(nn.MultiheadAttention):
         for name in ("_parameters", "_buffers", "_modules"):
             attention.__dict__[name] = copy.copy(plain.__dict__[name])
         attention.__dict__.pop("_compiled_call_impl", None)
+        if not plain._forward_pre_hooks:  # or one more would keep ``plain`` from fused inference
+            attention._forward_pre_hooks = OrderedDict()
         attention._extend(plain.num_heads, position, qk_norm)
         return attention
 
@@ -125,14 +133,32 @@ class LogAttention(nn.MultiheadAttention):
         self.num_kv_heads = num_kv_heads
         self.position = position
         self.q_norm = self.k_norm = None
-        if qk_norm:
+        if plain_bool("qk_norm", qk_norm):
             self.q_norm, self.k_norm = (
                 HeadNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
             )
         self.query_start = None
-        # nn.TransformerEncoderLayer's fused inference would skip forward(), and with it the position; this flag
-        # is what it asks. Whether the projections are packed is told by in_proj_weight.
-        self._qkv_same_embed_dim = False
+        self._keep_forward()
+
+    def _keep_forward(self) -> None:
+        """Keep fused inference, which skips forward() and so the position, away: it leaves modules with hooks alone."""
+        if _nothing not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_nothing)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        same = self.kdim == self.vdim == self.embed_dim and self.num_kv_heads == self.num_heads
+        self._qkv_same_embed_dim = same  # pickled before, it was always False
+        self._keep_forward()
+
+    def merge_masks(self, *args: Any) -> NoReturn:
+        """Raise RuntimeError: only fused inference asks, and it would leave the position out."""
+        raise RuntimeError(
+            "fused inference would leave out the position of a LogAttention whose forward pre-hooks were cleared: call "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        )
+
+    __prepare_scriptable__ = refuse_scripting
 
     def _shrink_kv(self, kv_dim: int) -> None:
         def parameter(*shape: int) -> nn.Parameter:
@@ -149,11 +175,15 @@ class LogAttention(nn.MultiheadAttention):
             self.bias_k, self.bias_v = parameter(1, 1, kv_dim), parameter(1, 1, kv_dim)
         self._reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.MultiheadAttention`` does (called by deferred initialisation from the meta device)."""
+        self._reset_parameters()
+
     def _reset_parameters(self) -> None:
-        # The parent's asks _qkv_same_embed_dim, which does not tell here.
+        told = self._qkv_same_embed_dim  # from which the parent's concludes whether the weights are packed
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
-        self._qkv_same_embed_dim = False
+        self._qkv_same_embed_dim = told
 
     def forward(
         self,
@@ -193,6 +223,15 @@ class LogAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: a bad argument, named, with its value and what is allowed.
         """
+        for x in (query, key, value):
+            if isinstance(x, Proxy):
+                options = dict(key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+                               average_attn_weights=average_attn_weights, is_causal=is_causal,
+                               query_start=query_start, key_start=key_start)  # fmt: skip
+                return self._leaf(x, (query, key, value), options)
+        alone = query is key and key is value and attn_mask is None and key_padding_mask is None
+        if query.is_nested and alone and self.batch_first and query.layout == torch.strided:
+            return self._attend_nested(query, need_weights, average_attn_weights, is_causal, query_start, key_start)
         length, source, batch = self._check_inputs(query, key, value, key_padding_mask)
         q, k, v = self._project(query, key, value)
         if query.dim() == 2 and key_padding_mask is not None:
@@ -264,6 +303,33 @@ class LogAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1)
         return self.out_proj(out), weights
 
+    def _leaf(self, proxy: Proxy, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """One node in a graph of torch.fx, as ``nn.MultiheadAttention`` is, which torch.fx knows by its name."""
+        tracer: Any = proxy.tracer
+        if not (path := tracer.path_of_module(self)):
+            raise TraceError("torch.fx cannot trace LogAttention itself: trace a model that holds it")
+        return tracer.create_proxy("call_module", path, inputs, options)
+
+    def _attend_nested(self, x: Tensor, *options: Any) -> tuple[Tensor, Tensor | None]:
+        """Self-attention to a nested tensor, which nn.TransformerEncoder makes of a padded batch in evaluation."""
+        need_weights, average_attn_weights, is_causal, query_start, key_start = options
+        sequences = x.unbind()
+        padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=x.device)
+        out, weights = self.forward(
+            padded,
+            padded,
+            padded,
+            torch.arange(padded.shape[1], device=x.device) >= lengths[:, None],
+            need_weights,
+            None,
+            average_attn_weights,
+            is_causal,
+            query_start=query_start,
+            key_start=key_start,
+        )
+        return torch.nested.as_nested_tensor([o[: len(s)] for o, s in zip(out, sequences, strict=True)]), weights
+
     def _attend_slowly(
         self,
         q: Tensor,
@@ -286,11 +352,14 @@ class LogAttention(nn.MultiheadAttention):
             key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
+        elif attn_mask is not None and key_bias is not None:  # their sum may be -inf, as that of two finfo.min is
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            attn_mask, key_bias = attn_mask.to(dtype) + key_bias.to(dtype)[:, None, None], None
         out, _, weights = reference.attention(
             q,
             k,
             v,
-            None if self.position is None else self.position(),
+            None if self.position is None else self.position(q.device),
             query_start=query_start,
             query_starts=query_starts,
             key_start=key_start,
@@ -349,8 +418,8 @@ class LogAttention(nn.MultiheadAttention):
         for name, x, size in inputs:
             if x.is_nested:
                 raise ValueError(
-                    f"{name} must not be a nested tensor: pad it and give a key_padding_mask. Inside a "
-                    "nn.TransformerEncoder set enable_nested_tensor=False, as replace_attention does"
+                    f"{name} must not be a nested tensor, unless it is key and value too, strided, with batch_first "
+                    f"and without masks: pad it, {name}.to_padded_tensor(0.0), and give a key_padding_mask"
                 )
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(f"{name} must have 3 dimensions, or 2 like query, got shape {tuple(x.shape)}")
@@ -402,7 +471,7 @@ def replace_attention(
 
     The parameters are the same objects as before (optimisers, tied and frozen weights go on), and so are dtype,
     device, dropout, mode and hooks. A module that the model holds twice is swapped once. Each
-    ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which have no positions.
+    ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which each layer would pad anew.
     Other subclasses of ``nn.MultiheadAttention``, quantised ones among them, have a forward of their own: they
     are left alone, with a warning.
 
@@ -498,6 +567,10 @@ def _make_position(
     return position.to(device)
 
 
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """A hook that does nothing, see LogAttention._keep_forward."""
+
+
 def _shown(key_padding_mask: Tensor) -> Tensor:
     """Bool: the keys that the mask does not hide."""
     return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != -torch.inf
@@ -521,7 +594,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(
         f"LogAttention takes the slow path, exact but with O(L * S) memory: the kernel cannot serve {reason}. "
         "This is said once.",
-        stacklevel=5,  # the caller of the module
+        stacklevel=6,  # the caller of the module
     )
 
 

@@ -6,8 +6,10 @@ The formulas themselves live in :mod:`logpe.reference` (eager) and ``logpe_kerne
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,97 @@ def mapped(raw: Tensor | None) -> Tensor | None:
     return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
 
 
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """Raise RuntimeError: what torch.jit.script calls on a module first, as ``__prepare_scriptable__``."""
+    raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.compile or torch.export")
+
+
+# --- options as plain values, which every file format can hold ------------------------------------------------------
+
+
+def plain_int(name: str, value: Any) -> int:
+    """``value`` as an int of at least 1: an int, one of NumPy's, or a tensor of one.
+
+    Raises TypeError or ValueError by ``name``.
+    """
+    try:
+        boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+        plain = None if boolean else operator.index(value)
+    except TypeError:
+        plain = None
+    if plain is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if plain < 1:
+        raise ValueError(f"{name} must be at least 1, got {plain}")
+    return plain
+
+
+def plain_float(name: str, value: Any) -> float:
+    """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
+
+    Raises TypeError by ``name``.
+    """
+    plain = value
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
+    if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False):  # NumPy's, and tensors
+        plain = value.item()
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(plain)
+
+
+def plain_bool(name: str, value: Any) -> bool:
+    """``value`` as a bool: one, one of NumPy's, or a tensor of one. Raises TypeError by ``name``."""
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return plain
+
+
+def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if names is None or not all(name in LEARNABLE_PARTS for name in names):
+        raise ValueError(
+            f"learnable must be True, False, or name parts of {LEARNABLE_PARTS}, got {names if names else repr(value)}"
+        )
+    return tuple(str(name) for name in names)
+
+
+def plain_options(**options: Any) -> dict[str, Any]:
+    """The same options of a :class:`LogPosition`, as bool, int, float, str and tuple: JSON can hold them.
+
+    Raises TypeError or ValueError for one that is out of range, named. Options of another name stay as they are.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in ("num_heads", "head_dim"):
+            value = plain_int(name, value)
+        elif name == "preset":
+            if not isinstance(value, str) or value not in PRESET_PARTS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {value!r}")
+            value = str(value)
+        elif name == "query_gain":
+            value = plain_bool(name, value)
+        elif name == "learnable":
+            value = _plain_learnable(value)
+        elif name == "gain_length" or (name in ROTATION and value is not None):
+            value = plain_float(name, value)
+            if name == "rotary_fraction":
+                if not 0 < value <= 1:
+                    raise ValueError(f"rotary_fraction must be in (0, 1], got {value}")
+            elif not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+            elif name != "rotary_scale" and math.isinf(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        plain[name] = value
+    return plain
+
+
 class LogPosition(nn.Module):
     """The position of one attention layer (or of many that share it): per-head parameters and fixed angles.
 
@@ -101,11 +194,18 @@ class LogPosition(nn.Module):
     The parameters are stored unconstrained (``raw_power`` and so on, softplus maps them), stay float32 under
     ``.half()`` and ``.bfloat16()``, and carry ``_no_weight_decay = True``; see :func:`parameter_groups`.
 
+    The angles ``theta`` are no part of the state: they follow from the configuration, on the device of the
+    parameters, however the module came there (``to_empty``, a loader that assigns, a sharder).
+
     Raises:
-        ValueError: an argument out of range, named; loading a state whose values are not positive and finite.
+        TypeError, ValueError: an argument out of range, or of another type, named; loading a state whose values are
+            not positive and finite.
     """
 
-    theta: Tensor | None
+    raw_power: nn.Parameter | None
+    raw_rate: nn.Parameter | None
+    raw_sharpness: nn.Parameter | None
+    raw_alpha: nn.Parameter | None
 
     def __init__(
         self,
@@ -122,112 +222,157 @@ class LogPosition(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
-        if preset not in PRESET_PARTS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        given = dict(rotary_scale=rotary_scale, rotary_fraction=rotary_fraction, rotary_base=rotary_base)
-        rotation = ROTATION | PRESET_ROTATION.get(preset, {}) | {n: x for n, x in given.items() if x is not None}
-        for name, value in (*rotation.items(), ("gain_length", gain_length)):
-            if name == "rotary_fraction":
-                if not 0 < value <= 1:
-                    raise ValueError(f"rotary_fraction must be in (0, 1], got {value}")
-            elif not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if isinstance(learnable, bool):
-            learned = set(LEARNABLE_PARTS) if learnable else set()
-        else:
-            learned = set(learnable)
-            if unknown := learned - set(LEARNABLE_PARTS):
-                raise ValueError(f"learnable must name parts of {LEARNABLE_PARTS}, got {sorted(unknown)}")
-
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.preset = preset
-        self.rotary_scale, self.rotary_fraction, self.rotary_base = map(float, rotation.values())
-        self.gain_length = float(gain_length)
-        self.parts = PRESET_PARTS[preset] + (("alpha",) if query_gain else ())
+        options = plain_options(
+            num_heads=num_heads,
+            head_dim=head_dim,
+            preset=preset,
+            query_gain=query_gain,
+            learnable=learnable,
+            rotary_scale=rotary_scale,
+            rotary_fraction=rotary_fraction,
+            rotary_base=rotary_base,
+            gain_length=gain_length,
+        )
+        self.num_heads: int = options["num_heads"]
+        self.head_dim: int = options["head_dim"]
+        self.preset: str = options["preset"]
+        given = {name: options[name] for name in ROTATION if options[name] is not None}
+        rotation = ROTATION | PRESET_ROTATION.get(self.preset, {}) | given
+        self.rotary_scale, self.rotary_fraction, self.rotary_base = rotation.values()
+        self.gain_length: float = options["gain_length"]
+        self.parts = PRESET_PARTS[self.preset] + (("alpha",) if options["query_gain"] else ())
+        learned = options["learnable"]
         for name in LEARNABLE_PARTS:
             raw = None
             if name in self.parts:
-                raw = nn.Parameter(
-                    torch.empty(num_heads, device=device, dtype=torch.float32), requires_grad=name in learned
-                )
+                requires_grad = learned if isinstance(learned, bool) else name in learned
+                values = torch.empty(self.num_heads, device=device, dtype=torch.float32)
+                raw = nn.Parameter(values, requires_grad=requires_grad)
             self.register_parameter(f"raw_{name}", raw)
         # 2 * planes <= head_dim; a fraction that leaves no plane would be a silent "none".
-        self.planes = int(head_dim * self.rotary_fraction) // 2 if "rotary" in self.parts else 0
+        self.planes = int(self.head_dim * self.rotary_fraction) // 2 if "rotary" in self.parts else 0
         if "rotary" in self.parts and self.planes == 0:
-            raise ValueError(f"rotary_fraction {self.rotary_fraction} of head_dim {head_dim} leaves no plane to rotate")
-        theta = torch.empty(self.planes, device=device, dtype=torch.float64) if self.planes else None
-        self.register_buffer("theta", theta, persistent=False)
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} leaves no plane to rotate"
+            )
+        self._theta = self._angles(torch.empty(0, device=device).device)
         self._mark()
         self.reset_parameters()
 
+    __prepare_scriptable__ = refuse_scripting
+
     def _mark(self) -> None:  # again wherever new Parameter objects may have taken the place of the marked ones
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        for parameter in self.parameters():  # those of parametrizations too
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_theta" not in state:  # pickled when the angles were a buffer
+            self._theta = self._buffers.pop("theta", None)
+            self._non_persistent_buffers_set.discard("theta")
         self._mark()
 
     def reset_parameters(self) -> None:
-        """Set the initial values of the preset (also called by deferred initialisation from the meta device)."""
+        """Set the initial values of the preset (also called by deferred initialisation from the meta device).
+
+        The same for one seed, whatever the default device and dtype are.
+        """
+        like: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
         first, last = map(math.log2, INITIAL_POWERS.get(self.preset, (0.5, 4.0)))
         initial: dict[str, Callable[[], Tensor]] = {
-            "power": lambda: torch.logspace(first, last, self.num_heads, base=2),
+            "power": lambda: torch.logspace(first, last, self.num_heads, base=2, **like),
             # Bounded away from 0, where softplus leaves no gradient to speak of.
-            "rate": lambda: torch.empty(self.num_heads).uniform_(1e-2, 1.0),
-            "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length)),
+            "rate": lambda: torch.empty(self.num_heads, **like).uniform_(1e-2, 1.0),
+            "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length), **like),
         }
         if self.preset == "log-invariant":
-            initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0)
-            initial["rate"] = lambda: torch.full((self.num_heads,), 0.1)
+            initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0, **like)
+            initial["rate"] = lambda: torch.full((self.num_heads,), 0.1, **like)
         for name in LEARNABLE_PARTS:
-            raw = self._parameters[f"raw_{name}"]
-            if raw is not None:
-                with torch.no_grad():
-                    raw.copy_(inverse_softplus(initial[name]()))
-        if self.planes and self.theta is not None:
-            self.theta = inverse_frequencies(self.planes, self.rotary_base, device=self.theta.device)
+            raw = getattr(self, f"raw_{name}")
+            if raw is None:
+                continue
+            if not isinstance(raw, nn.Parameter):
+                raise RuntimeError(f"raw_{name} cannot be reset: it is computed from another parameter")
+            values = inverse_softplus(initial[name]())
+            if hasattr(raw, "device_mesh"):  # sharded already: those that rank 0 draws, for all
+                from torch.distributed.tensor import DTensor, distribute_tensor
 
-    def _value(self, name: str) -> Tensor | None:
-        return mapped(self._parameters[f"raw_{name}"])
+                assert isinstance(raw, DTensor)
+                values = distribute_tensor(values, raw.device_mesh, raw.placements)
+            with torch.no_grad():
+                raw.copy_(values)
+
+    # --- angles
+
+    def _angles(self, device: torch.device) -> Tensor | None:
+        """theta on ``device``, made anew; not an inference tensor, which autograd could not save later."""
+        if not self.planes:
+            return None
+        if torch.compiler.is_compiling():
+            return inverse_frequencies(self.planes, self.rotary_base, device)
+        with torch.inference_mode(False):
+            return inverse_frequencies(self.planes, self.rotary_base, device)
+
+    def _angles_on(self, device: torch.device) -> Tensor | None:
+        """theta on ``device``: the one at hand, or a new one where parameters were moved, but not by ``_apply``."""
+        if self._theta is None or self._theta.device == device:
+            return self._theta
+        theta = self._angles(device)
+        if not (
+            type(theta) is not Tensor  # a fake one
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        ):
+            self._theta = theta
+        return theta
+
+    @property
+    def theta(self) -> Tensor | None:
+        """float64 (planes,): the angle of each rotated plane per unit of f_c. None if absent."""
+        return self().theta
+
+    # --- values
 
     @property
     def power(self) -> Tensor | None:
         """(num_heads,): the weight of a key falls as its distance to this power. None if absent."""
-        return self._value("power")
+        return mapped(self.raw_power)
 
     @property
     def rate(self) -> Tensor | None:
         """(num_heads,), per token: distances below 1 / rate count as near. None if absent."""
-        return self._value("rate")
+        return mapped(self.raw_rate)
 
     @property
     def sharpness(self) -> Tensor | None:
         """(num_heads,): how fast the contrast of scores grows with the log distance. None if absent."""
-        return self._value("sharpness")
+        return mapped(self.raw_sharpness)
 
     @property
     def alpha(self) -> Tensor | None:
         """(num_heads,): how fast the query gain grows with the log length. None if absent."""
-        return self._value("alpha")
+        return mapped(self.raw_alpha)
 
-    def forward(self) -> PositionValues:
-        """The mapped values, differentiable in the raw parameters."""
+    def forward(self, device: torch.device | None = None) -> PositionValues:
+        """The mapped values, differentiable in the raw parameters.
+
+        device: of theta, by default that of the parameters.
+        """
         raw = self._parameters
+        try:  # the attributes take longer
+            power, rate, sharpness, alpha = raw["raw_power"], raw["raw_rate"], raw["raw_sharpness"], raw["raw_alpha"]
+        except KeyError:  # parametrizations, pruning, sharders and DataParallel keep them elsewhere
+            power, rate, sharpness, alpha = self.raw_power, self.raw_rate, self.raw_sharpness, self.raw_alpha
+        theta = self._theta
+        if theta is not None:
+            if device is None:
+                device = next((x.device for x in (power, rate, sharpness, alpha) if x is not None), theta.device)
+            if theta.device != device:
+                theta = self._angles_on(device)
         return PositionValues(
-            mapped(raw["raw_power"]),
-            mapped(raw["raw_rate"]),
-            mapped(raw["raw_sharpness"]),
-            mapped(raw["raw_alpha"]),
-            self._buffers["theta"],  # self.theta searches for it
-            self.rotary_scale,
-            self.gain_length,
+            mapped(power), mapped(rate), mapped(sharpness), mapped(alpha), theta, self.rotary_scale, self.gain_length
         )
 
     def extra_repr(self) -> str:
@@ -242,16 +387,21 @@ class LogPosition(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogPosition:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            lost = moved.dtype in (torch.float16, torch.bfloat16) or tensor is self.theta
-            return tensor.to(moved.device) if lost and moved.dtype != tensor.dtype else moved
+            lost = moved.dtype in (torch.float16, torch.bfloat16) and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if lost else moved
 
         super()._apply(keep_precision, recurse)
+        if self._theta is not None:  # an empty tensor shows where fn moves; there is nothing to move on meta
+            device = "cpu" if self._theta.is_meta else self._theta.device
+            self._theta = self._angles_on(fn(torch.empty(0, device=device)).device)
         self._mark()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in LEARNABLE_PARTS:
             raw = state_dict.get(f"{prefix}raw_{name}")
+            if isinstance(raw, Tensor) and raw.dtype in (torch.float16, torch.bfloat16):  # assigned, it would stay so
+                state_dict[f"{prefix}raw_{name}"] = raw = raw.detach().float()
             if isinstance(raw, Tensor) and not raw.is_meta:
                 value = F.softplus(raw.detach().float())
                 bad = ~(torch.isfinite(value) & (value > 0))
@@ -278,20 +428,22 @@ class LogSinusoid(nn.Module):
 
     def __init__(self, dim: int, scale: float = 1.0, base: float = 10000.0) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        for name, value in (("scale", scale), ("base", base)):
+        self.dim = plain_int("dim", dim)
+        self.scale = plain_float("scale", scale)
+        self.base = plain_float("base", base)
+        for name, value in (("scale", self.scale), ("base", self.base)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self.dim = dim
-        self.scale = float(scale)
-        self.base = float(base)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(
         self, positions: int | Tensor, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Encodings (..., dim) of ``positions``: a length (positions 0 to length - 1) or a tensor of them >= 0."""
         if not isinstance(positions, Tensor):
+            if isinstance(positions, bool) or not isinstance(positions, numbers.Integral | torch.SymInt):
+                raise TypeError(f"positions must be a length or a tensor of positions, got {positions!r}")
             if positions < 0:
                 raise ValueError(f"positions must be a length of at least 0, got {positions}")
             positions = torch.arange(positions, device=device)
@@ -305,7 +457,7 @@ def position_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, LogPosition):
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # those of its parametrizations are children's
                 if parameter not in seen:
                     seen.add(parameter)
                     yield parameter
@@ -315,7 +467,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two optimiser groups: everything with ``weight_decay``, the position parameters without.
 
     Decay would pull a raw parameter to 0, which is softplus(0) = 0.69 and not "off".
+
+    Raises ValueError where a sharder has flattened position parameters together with others.
     """
+    for name, module in model.named_modules():
+        if not isinstance(module, LogPosition) or next(module.parameters(), None) is not None:
+            continue
+        if set(module.parts) & set(LEARNABLE_PARTS):
+            raise ValueError(
+                f"the position parameters of {name or 'model'} are flattened together with others, which decay: shard "
+                "with use_orig_params=True, or with ignored_states=position_parameters(model)"
+            )
     positions = list(position_parameters(model))
     identities = {id(p) for p in positions}
     others = [p for p in model.parameters() if id(p) not in identities]

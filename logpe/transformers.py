@@ -58,7 +58,6 @@ from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import MAX_HEAD_DIM, log_attention
 from logpe.position import LEARNABLE_PARTS, PRESET_ROTATION, LogPosition, PositionValues
-from logpe.reference import inverse_frequencies
 
 #: Values of ``config.model_type`` that can be converted.
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
@@ -151,9 +150,7 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     learnable = config["log_position"].get("learnable", True)
     learned = LEARNABLE_PARTS if learnable is True else learnable or ()
     for position in (module for module in model.modules() if isinstance(module, LogPosition)):
-        # What the loader of Transformers does not know of: angles that are not saved, checks, marks, frozen parts.
-        if position.theta is not None:
-            position.theta = inverse_frequencies(position.planes, position.rotary_base, device=position.theta.device)
+        # What the loader of Transformers does not know of: checks, marks, frozen parts.
         position.load_state_dict(position.state_dict())
         for name, parameter in position.named_parameters():
             parameter.requires_grad_(name.removeprefix("raw_") in learned)
@@ -323,7 +320,8 @@ def log_attention_forward(
             )
         query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
         starts = dict(query_start=query_start, key_start=key_start)
-    values: PositionValues = owner.log_position()  # called as a module: wrappers of sharding and of PEFT see it
+    # Called as a module: wrappers of sharding and of PEFT see it.
+    values: PositionValues = owner.log_position(query.device)
     if owner is not module:  # one position for layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)

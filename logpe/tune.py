@@ -255,8 +255,9 @@ def tune(
     run = dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), command=command, **versions())
     runs = [*tuned.runs, run]
     done = len(wanted) - len(todo)
-    every = dict(miniters=0, mininterval=0.5, disable=None)  # without a terminal there is nothing to show
-    with tqdm(todo.items(), unit="shape", initial=done, total=len(wanted), **every) as progress:
+    with tqdm(
+        todo.items(), unit="shape", initial=done, total=len(wanted), miniters=0, mininterval=0.5, disable=None
+    ) as progress:
 
         def show(text: str) -> None:
             progress.set_postfix_str(text, refresh=False)

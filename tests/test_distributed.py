@@ -1,4 +1,4 @@
-"""Two processes on the CPU: data parallel training, and sharded half-precision models that keep their position."""
+"""Two processes on the CPU: data parallel training, and sharded models that keep their position."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_two_processes(tmp_path: Path) -> None:
         for rank in range(WORLD)
     ]
     try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -66,11 +67,35 @@ def make_model() -> nn.Module:
     return Model()
 
 
-def train(model: nn.Module, x: Tensor, after_backward: Callable[[], None] = lambda: None) -> None:
+def make_layers() -> nn.Module:
+    """LogAttention with every kind of parameter and of angles, the same on every rank."""
+    from logpe import LogAttention
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = LogAttention(32, 4, batch_first=True, qk_norm=True)
+            self.second = LogAttention(32, 4, batch_first=True, position="log-rotary", kdim=32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.first, self.second):
+                x = layer(x, x, x, need_weights=False, is_causal=True)[0]
+            return x
+
+    torch.manual_seed(0)
+    return Layers()
+
+
+def train(
+    model: nn.Module,
+    x: Tensor,
+    after_backward: Callable[[], None] = lambda: None,
+    groups: Any = None,
+) -> None:
     """Three steps of the position and of the rest towards a made-up target."""
     from logpe import parameter_groups
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.05)
+    optimizer = torch.optim.AdamW(groups or parameter_groups(model, 0.1), lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
         (model(x).float() - 1).square().mean().backward()
@@ -156,11 +181,71 @@ def sharded_mixed_precision(rank: int) -> None:
             assert ignore or all_equal(whole)
 
 
+def sharded_by_fsdp1(rank: int) -> None:
+    """FullyShardedDataParallel with its defaults, which flatten, and without: results are those of one process."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    import logpe
+
+    batch = torch.randn(2 * WORLD, 12, 32, generator=torch.Generator().manual_seed(1))
+    mine = slice(2 * rank, 2 * rank + 2)
+    cases: dict[str, dict[str, Any]] = {
+        "flat": {},
+        "original": dict(use_orig_params=True),
+        "units": dict(auto_wrap_policy=ModuleWrapPolicy({logpe.LogPosition})),
+    }
+    for make in (make_model, make_layers):
+        for name, options in cases.items():
+            alone = make()
+            model = FullyShardedDataParallel(make(), device_id=torch.device("cpu"), **options)
+            torch.testing.assert_close(model(batch[mine]), alone(batch[mine]))
+            groups = None
+            if name == "flat":  # nothing tells the positions from the rest
+                with pytest.raises(ValueError, match=r"position parameters of .*position are flattened"):
+                    logpe.parameter_groups(model, 0.1)
+                groups = [{"params": m.parameters(), "weight_decay": 0.0} for m in (model, alone)]
+            train(model, batch[mine], groups=groups and groups[:1])
+            train(alone, batch, groups=groups and groups[1:])
+            torch.testing.assert_close(model(batch[mine]), alone(batch[mine]), rtol=2e-3, atol=1e-3)
+
+
+def sharded_on_meta(rank: int) -> None:
+    """Models made without memory: both shardings initialise them late, or load them, and angles are there."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    x = torch.randn(2, 12, 32)
+    for make in (make_model, make_layers):
+        with torch.device("meta"):
+            first, second = make(), make()
+        sharded = FullyShardedDataParallel(first, device_id=torch.device("cpu"), use_orig_params=True)
+        assert torch.isfinite(sharded(x)).all()
+        fully_shard(second, mesh=init_device_mesh("cpu", (WORLD,)))
+        second.to_empty(device="cpu")
+        for module in second.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        alone = make()
+        for (name, p), expected in zip(second.named_parameters(), alone.parameters(), strict=True):
+            if "raw_" in name and "rate" not in name:  # which is drawn
+                torch.testing.assert_close(p.full_tensor(), expected)
+        assert torch.isfinite(second(x)).all()
+        second.reshard()
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(second, alone.state_dict(), options=whole)
+        torch.testing.assert_close(second(x), alone(x))
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            sharded.module.load_state_dict(alone.state_dict())
+        torch.testing.assert_close(sharded(x), alone(x))
+
+
 if __name__ == "__main__":
     rank, rendezvous = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    for case in (data_parallel, sharded_bfloat16, sharded_mixed_precision):
+    for case in (data_parallel, sharded_bfloat16, sharded_mixed_precision, sharded_by_fsdp1, sharded_on_meta):
         print(case.__name__, flush=True)
         case(rank)
     dist.destroy_process_group()

@@ -6,13 +6,17 @@ import copy
 import inspect
 import io
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import logpe.module
 from logpe import LogAttention, LogPosition, log_attention, replace_attention
@@ -114,9 +118,16 @@ def test_initialisation_and_names_are_torchs(variant: str) -> None:
     assert isinstance(ours, nn.MultiheadAttention)
     assert list(ours.state_dict()) == list(theirs)
     assert all(torch.equal(ours.state_dict()[name], theirs[name]) for name in theirs)
-    ours._reset_parameters()
+    assert ours._qkv_same_embed_dim == ("kdim" not in VARIANTS[variant])
+    before = copy.deepcopy(ours)
+    for p in ours.parameters():
+        nn.init.constant_(p, 0.5)
+    torch.manual_seed(3)
+    ours.out_proj.reset_parameters()  # the first that the constructor draws
+    ours.reset_parameters()
+    assert ours._qkv_same_embed_dim == before._qkv_same_embed_dim
+    assert all(torch.equal(before.state_dict()[name], x) for name, x in ours.state_dict().items())
     assert all(p.is_meta for p in LogAttention(EMBED, HEADS, qk_norm=True, device="meta").parameters())
-    assert not ours._qkv_same_embed_dim
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -145,6 +156,56 @@ def test_equals_torch(variant: str, need_weights: bool) -> None:
         assert_same(outcome(ours, tensors, **case), outcome(plain, tensors, **case))
     per_head = {"need_weights": need_weights, "average_attn_weights": False}
     assert_same(outcome(ours, tensors, **per_head), outcome(plain, tensors, **per_head))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masks_mean_what_they_mean_to_torch(need_weights: bool) -> None:
+    """Strided in any way, bool or floating, -inf or the lowest finite number."""
+    plain, ours = pair(batch_first=True)
+    x = torch.randn(2, 7, EMBED)
+    padding = torch.arange(7) > torch.tensor([[6], [3]])
+    lowest = torch.finfo(torch.float32).min
+    low = torch.zeros(2, 7).masked_fill(padding, lowest)
+    low_causal = torch.zeros(7, 7).masked_fill(causal_mask(7), lowest)
+    cases: list[dict[str, Any]] = [
+        {"key_padding_mask": padding.T.contiguous().T},
+        {"key_padding_mask": low.T.contiguous().T},
+        {"key_padding_mask": torch.stack((low, low + 1), 2)[..., 0]},
+        {"key_padding_mask": low[1:].expand(2, 7)},
+        {"key_padding_mask": torch.full((2, 7), lowest)},  # the same for all: hides nothing
+        {"attn_mask": low_causal},
+        {"attn_mask": low_causal.T.contiguous().T},
+        {"attn_mask": low_causal, "key_padding_mask": low},
+        {"attn_mask": low_causal, "key_padding_mask": low.flip(1)},
+        {"attn_mask": low_causal, "key_padding_mask": padding},
+        {"attn_mask": low_causal.expand(2 * HEADS, 7, 7)},
+    ]
+    for case in cases:
+        options = case | {"need_weights": need_weights}
+        with sdpa_kernel(SDPBackend.MATH):  # torch's flash has wrong gradients where all keys have the lowest number
+            theirs = outcome(plain, [x] * 3, **options)
+        assert_same(outcome(ours, [x] * 3, **options), theirs)
+    hidden = torch.full((7, 7), lowest)
+    out, _ = ours(x, x, x, attn_mask=hidden, key_padding_mask=hidden[:2], need_weights=need_weights)  # -inf in all
+    torch.testing.assert_close(out, ours.out_proj.bias.expand(out.shape))
+
+
+@pytest.mark.parametrize("position", ["none", "log-bias-rope"])
+def test_scores_beyond_the_range_of_half_precision(position: str) -> None:
+    """Two paths, one result: scores past 65,504 before scaling and below it after, in float16 and bfloat16."""
+    for dtype in (torch.float16, torch.bfloat16):
+        ours = LogAttention(64, 2, batch_first=True, position=position)
+        with torch.no_grad():
+            ours.in_proj_weight[:128] = 60 * torch.eye(64).repeat(2, 1)
+        ours, exact = ours.to(dtype), copy.deepcopy(ours).double()
+        x = torch.randn(2, 9, 64, dtype=dtype)
+        exact.load_state_dict({name: w.double() for name, w in ours.state_dict().items()})
+        expected, expected_weights = exact(x.double(), x.double(), x.double())
+        fast, _ = ours(x, x, x, need_weights=False)
+        slow, weights = ours(x, x, x)
+        for out in (fast, slow):
+            torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(weights.double(), expected_weights, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -493,7 +554,8 @@ def test_copies_and_pickles() -> None:
     buffer.seek(0)
     for twin in (copy.deepcopy(ours), torch.load(buffer, weights_only=False)):
         assert isinstance(twin, LogAttention)
-        assert twin._qkv_same_embed_dim is False
+        assert twin._qkv_same_embed_dim is True
+        assert len(twin._forward_pre_hooks) == 1
         assert torch.equal(twin(x, x, x, need_weights=False)[0], expected)
 
 
@@ -569,18 +631,31 @@ def test_encoder_eval_equals_train(heads: int, norm_first: bool, masks: str) -> 
             torch.testing.assert_close(encoder(x[1:, :5], **mask), evaluated[1:, :5])
 
 
-def test_encoder_built_around_a_swapped_layer() -> None:
-    layer = nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True)
-    assert replace_attention(layer) == 1
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_encoder_built_around_a_swapped_layer(by_hand: bool, norm_first: bool) -> None:
+    """Such an encoder makes nested tensors of a padded batch, and sets the padding to zero, as with torch's own."""
+    layer = nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True, norm_first=norm_first)
+    if by_hand:
+        layer.self_attn = LogAttention(EMBED, 2, batch_first=True)
+    else:
+        assert replace_attention(layer) == 1
     encoder = nn.TransformerEncoder(layer, 2)
-    x, padding = torch.randn(2, 9, EMBED), torch.arange(9).expand(2, 9) > 6
-    trained = encoder(x, src_key_padding_mask=padding)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(x, src_key_padding_mask=padding), trained)
-    # swapped by hand in an encoder that makes nested tensors: said, not computed wrongly
-    encoder.use_nested_tensor = True
-    with torch.no_grad(), pytest.raises(ValueError, match=r"nested.*enable_nested_tensor=False"):
-        encoder(x, src_key_padding_mask=padding)
+    assert encoder.use_nested_tensor != norm_first
+    x, padding = torch.randn(2, 9, EMBED), torch.arange(9).expand(2, 9) > torch.tensor([[8], [6]])
+    for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal_mask(9)}):
+        trained = encoder.train()(x, **options)
+        real = torch.ones_like(padding) if "mask" in options or not options else ~padding
+        encoder.eval()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                evaluated = encoder(x, **options)
+            torch.testing.assert_close(evaluated[real], trained[real])
+            if not real.all() and not norm_first:
+                assert (evaluated[~real] == 0).all()
+    layer.eval().self_attn._forward_pre_hooks.clear()  # as those do who remove hooks
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"set_fastpath_enabled\(False\)"):
+        layer(x)
 
 
 @pytest.mark.parametrize("cross", [None, "log-bias"])
@@ -720,6 +795,188 @@ def test_what_cannot_be_swapped() -> None:
     assert replace_attention(model, None) == 2
 
 
+# --- what torch and others do to modules ----------------------------------------------------------------------
+
+
+def pruned(module: nn.Module) -> None:
+    torch.manual_seed(5)
+    prune.random_unstructured(module, "in_proj_weight", amount=0.3)
+
+
+COMPUTED: dict[str, Any] = {
+    "identity": lambda m: parametrize.register_parametrization(m, "in_proj_weight", nn.Identity()),
+    "orthogonal": lambda m: parametrizations.orthogonal(m, "in_proj_weight"),
+    "weight_norm": lambda m: parametrizations.weight_norm(m, "in_proj_bias", dim=None),
+    "old weight_norm": lambda m: nn.utils.weight_norm(m, "in_proj_weight"),
+    "pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("change", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+def test_computed_weights_equal_torchs(change: str) -> None:
+    plain, ours = pair(batch_first=True)
+    with torch.no_grad():
+        ours.in_proj_bias.add_(0.1)
+        plain.in_proj_bias.add_(0.1)
+    for module in (plain, ours):
+        torch.manual_seed(5)
+        COMPUTED[change](module)
+    x = torch.randn(2, 7, EMBED)
+    assert_same(outcome(ours, [x] * 3, need_weights=False), outcome(plain, [x] * 3, need_weights=False))
+    assert ours._qkv_same_embed_dim
+    if change in ("old weight_norm", "pruned"):  # the others make it another class, which is left alone
+        model = nn.ModuleList([plain])
+        assert replace_attention(model, "none") == 1
+        assert_same(outcome(model[0], [x] * 3), outcome(plain, [x] * 3))
+
+
+@pytest.mark.parametrize("alive", ["to_empty", "assign", "skip_init"])
+def test_modules_made_without_memory(alive: str) -> None:
+    options: dict[str, Any] = dict(batch_first=True, qk_norm=True)
+    source = LogAttention(EMBED, HEADS, **options)
+    if alive == "skip_init":
+        ours = nn.utils.skip_init(LogAttention, EMBED, HEADS, **options)
+    else:
+        with torch.device("meta"):
+            ours = LogAttention(EMBED, HEADS, **options)
+    if alive == "to_empty":
+        ours.to_empty(device="cpu")
+        for module in ours.modules():  # as those do who initialise late
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert all(torch.isfinite(p).all() for p in ours.parameters())
+    ours.load_state_dict(source.state_dict(), assign=alive == "assign")
+    x = torch.randn(2, 7, EMBED)
+    for need_weights in (False, True):
+        assert torch.equal(ours(x, x, x, need_weights=need_weights)[0], source(x, x, x, need_weights=need_weights)[0])
+
+
+class Attending(nn.Module):
+    """Something that holds an attention module."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention, self.linear = attention, nn.Linear(EMBED, EMBED)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        out, _ = self.attention(self.linear(x), x, x, key_padding_mask=padding, need_weights=False)
+        return out + x
+
+
+@pytest.mark.parametrize("position", ["none", "log-bias-rope"])
+def test_lora_of_peft(position: str) -> None:
+    """As with nn.MultiheadAttention: it trains, merges, is taken back, saved and loaded."""
+    peft = pytest.importorskip("peft")
+    plain, ours = pair(position, batch_first=True)
+    models = [Attending(ours), Attending(plain)]
+    models[1].linear = copy.deepcopy(models[0].linear)
+    x, results = torch.randn(2, 7, EMBED), []
+    for model in models[: 2 if position == "none" else 1]:
+        base = model(x)
+        fresh = copy.deepcopy(model)
+        torch.manual_seed(3)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attention"], r=3))
+        torch.testing.assert_close(adapted(x), base)
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (adapted(x) - 1).square().mean().backward()
+            optimizer.step()
+        out = adapted.eval()(x)
+        assert (out - base).abs().max() > 1e-3
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(x), base, rtol=1e-4, atol=1e-4)
+        adapted.merge_adapter()
+        torch.testing.assert_close(adapted(x), out, rtol=1e-4, atol=1e-4)
+        adapted.unmerge_adapter()
+        again = peft.get_peft_model(fresh, peft.LoraConfig(target_modules=["attention"], r=3))
+        peft.set_peft_model_state_dict(again, peft.get_peft_model_state_dict(adapted))
+        torch.testing.assert_close(again(x), out, rtol=1e-4, atol=1e-4)
+        merged = adapted.merge_and_unload()
+        assert type(merged.attention) is type(fresh.attention.base_layer)
+        torch.testing.assert_close(merged(x), out, rtol=1e-4, atol=1e-4)
+        results.append([out, *trained])
+    if position == "none":
+        assert_same(*results)
+
+
+def test_lora_of_peft_in_an_encoder_and_what_it_refuses() -> None:
+    """Neither the position nor the adapter is lost in evaluation, where torch has a path that skips both."""
+    peft = pytest.importorskip("peft")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True), 2)
+    assert replace_attention(encoder) == 2
+    x, padding = torch.randn(2, 7, EMBED), torch.arange(7) > torch.tensor([[6], [3]])
+    base = encoder(x)
+    config = peft.LoraConfig(target_modules=["self_attn"], init_lora_weights=False)
+    adapted = peft.get_peft_model(encoder, config)
+    for options in ({}, {"src_key_padding_mask": padding}):
+        trained = adapted.train()(x, **options)
+        assert (trained - base).abs().max() > 1e-2
+        with torch.no_grad():
+            torch.testing.assert_close(adapted.eval()(x, **options), trained)
+    for options in ({"num_kv_heads": 1}, {"kdim": 8, "vdim": 8}):  # whose projections are not 3 * embed_dim rows
+        module = LogAttention(EMBED, HEADS, **options)
+        assert not module._qkv_same_embed_dim
+        with pytest.raises(ValueError, match="Only same"):
+            peft.get_peft_model(Attending(module), peft.LoraConfig(target_modules=["attention"]))
+
+
+def test_is_a_leaf_of_fx() -> None:
+    """As nn.MultiheadAttention is; unlike it, a graph of itself is refused in words."""
+    for attention in pair(batch_first=True)[::-1]:
+        model = Attending(attention)
+        graph = torch.fx.symbolic_trace(model)
+        assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["linear", "attention"]
+        for length in (5, 9):
+            x, padding = torch.randn(2, length, EMBED), torch.arange(length).expand(2, length) > 3
+            assert torch.equal(graph(x, padding), model(x, padding))
+    with pytest.raises(torch.fx.proxy.TraceError, match="trace a model that holds it"):
+        torch.fx.symbolic_trace(LogAttention(EMBED, HEADS))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripting_is_refused() -> None:
+    layer = nn.TransformerEncoderLayer(EMBED, 2, 32)
+    assert replace_attention(layer) == 1
+    for module in (layer, layer.self_attn):
+        with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile LogAttention: use torch.compile"):
+            torch.jit.script(module)
+
+
+def test_the_replaced_module_keeps_its_own_fused_inference() -> None:
+    layer = nn.TransformerEncoderLayer(EMBED, 2, 32)
+    plain = layer.self_attn
+    assert replace_attention(layer) == 1
+    assert not plain._forward_pre_hooks
+    assert len(layer.self_attn._forward_pre_hooks) == 1
+    for twin in (copy.deepcopy(layer.self_attn), copy.copy(layer.self_attn)):
+        assert len(twin._forward_pre_hooks) == 1
+
+
+def test_pickled_before_the_flag_told_the_truth() -> None:
+    for options, told in (({}, True), ({"kdim": 8}, False), ({"num_kv_heads": 1}, False)):
+        ours = LogAttention(EMBED, HEADS, position=None, **options)
+        assert ours._qkv_same_embed_dim == told
+        state = dict(vars(ours), _qkv_same_embed_dim=False, _forward_pre_hooks=OrderedDict())
+        old = LogAttention.__new__(LogAttention)
+        old.__setstate__(state)
+        assert old._qkv_same_embed_dim == told
+        assert len(old._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_sizes_become_plain_numbers(integer: Any) -> None:
+    ours = LogAttention(
+        integer(EMBED), integer(HEADS), np.float32(0.5), kdim=integer(8), vdim=integer(9), num_kv_heads=integer(1)
+    )
+    for name in ("embed_dim", "num_heads", "kdim", "vdim", "num_kv_heads", "head_dim"):
+        assert type(getattr(ours, name)) is int
+    assert type(ours.dropout) is float
+    assert type(ours.position.num_heads) is int
+
+
 # --- precision, compilation -----------------------------------------------------------------------------------
 
 
@@ -773,6 +1030,17 @@ def test_compiles_into_one_graph(preset: str) -> None:
     ("options", "error", "text"),
     [
         ({"embed_dim": 25}, ValueError, "embed_dim.*25 and 3"),
+        ({"embed_dim": "24"}, TypeError, "embed_dim must be an integer, got '24'"),
+        ({"num_heads": True}, TypeError, "num_heads must be an integer, got True"),
+        ({"num_heads": 3.0}, TypeError, "num_heads must be an integer, got 3.0"),
+        ({"num_kv_heads": "1"}, TypeError, "num_kv_heads must be an integer, got '1'"),
+        ({"kdim": 8.5}, TypeError, "kdim must be an integer, got 8.5"),
+        ({"vdim": 0}, ValueError, "vdim must be at least 1, got 0"),
+        ({"dropout": True}, TypeError, "dropout must be a number, got True"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got '0.1'"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
+        ({"qk_norm": "false"}, TypeError, "qk_norm must be True or False, got 'false'"),
+        ({"position_options": {"gain_length": "9"}}, TypeError, "gain_length must be a number, got '9'"),
         ({"num_heads": 0}, ValueError, "num_heads"),
         ({"num_kv_heads": 2}, ValueError, "num_kv_heads must be a divisor of num_heads, 3, got 2"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads"),
@@ -828,7 +1096,22 @@ def test_bad_inputs(options: dict[str, Any], error: Any, text: str) -> None:
             ours(**{"query": x, "key": x, "value": x, "need_weights": need_weights, **options})
 
 
-def test_nested_tensors_are_refused() -> None:
-    x = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)])
-    with pytest.raises(ValueError, match=r"query must not be a nested tensor.*key_padding_mask"):
-        LogAttention(EMBED, HEADS, batch_first=True)(x, x, x)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout: torch.layout) -> None:
+    """Right where nn.TransformerEncoder makes them: self-attention, strided; refused everywhere else."""
+    x = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)], layout=layout)
+    ours = LogAttention(EMBED, HEADS, batch_first=True)
+    bad: list[tuple[LogAttention, dict[str, Any]]] = [
+        (ours, {"key": x.clone()}),
+        (ours, {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}),
+        (LogAttention(EMBED, HEADS), {}),
+    ]
+    if layout == torch.strided:
+        options = dict(is_causal=True, need_weights=False, key_start=2)
+        for out, sequence in zip(ours(x, x, x, **options)[0].unbind(), x.unbind(), strict=True):
+            torch.testing.assert_close(out, ours(sequence, sequence, sequence, **options)[0])
+    else:
+        bad.append((ours, {}))
+    for module, options in bad:
+        with pytest.raises(ValueError, match=r"query must not be a nested tensor.*to_padded_tensor.*key_padding_mask"):
+            module(**{"query": x, "key": x, "value": x, **options})

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import json
 import math
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import logpe
-from logpe import LogPosition, PositionValues, log_attention, parameter_groups, position_parameters
+from logpe import LogPosition, LogSinusoid, PositionValues, log_attention, parameter_groups, position_parameters
 
 PARTS = {
     "none": (),
@@ -222,6 +228,209 @@ def test_half_precision_parameters_of_a_sharder_give_float32_values() -> None:
     assert position().power.dtype == torch.float32
 
 
+# --- however it comes to life -----------------------------------------------------------------------------------
+
+LIVES = ["log-bias-rope", "log-rotary", "log-invariant"]  # with parameters and angles, or one of the two
+
+
+def attended(position: Any, q: Tensor) -> Tensor:
+    return log_attention(q, q, q, position, is_causal=True)
+
+
+def assert_alike(position: Any, expected: LogPosition) -> None:
+    """Same results and the same angles, and both can be trained."""
+    q = torch.randn(1, 4, 7, 16, requires_grad=True)
+    torch.testing.assert_close(attended(position, q), attended(expected, q), rtol=0, atol=0)
+    attended(position, q).sum().backward()
+    theta = position().theta
+    assert (theta is None) == (expected.theta is None)
+    if theta is not None:
+        assert type(theta) is Tensor
+        assert theta.dtype == torch.float64
+        steps = torch.arange(expected.planes, dtype=torch.float64) / expected.planes
+        torch.testing.assert_close(theta, expected.rotary_base**-steps, rtol=1e-15, atol=0)
+        assert not theta.is_inference()
+
+
+def made_on_meta(preset: str) -> LogPosition:
+    with torch.device("meta"):
+        return LogPosition(4, 16, preset)
+
+
+def emptied(preset: str, source: LogPosition) -> LogPosition:
+    position = made_on_meta(preset).to_empty(device="cpu")
+    position.load_state_dict(source.state_dict())
+    return position
+
+
+def assigned(preset: str, source: LogPosition) -> LogPosition:
+    position = made_on_meta(preset)
+    position.load_state_dict(source.state_dict(), assign=True)
+    return position
+
+
+def skipped(preset: str, source: LogPosition) -> LogPosition:
+    position = nn.utils.skip_init(LogPosition, 4, 16, preset)
+    position.load_state_dict(source.state_dict())
+    return position
+
+
+def swapped(preset: str, source: LogPosition) -> LogPosition:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        position = emptied(preset, source).half().double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return position
+
+
+def used_in_inference_first(preset: str, source: LogPosition) -> LogPosition:
+    position = assigned(preset, source)
+    with torch.inference_mode():
+        attended(position, torch.randn(1, 4, 7, 16))
+    return position
+
+
+def used_under_a_transform_first(preset: str, source: LogPosition) -> LogPosition:
+    position = assigned(preset, source)
+    q = torch.randn(1, 4, 7, 16)
+    torch.func.grad(lambda q: log_attention(q, q, q, position, is_causal=True, backend="reference").sum())(q)
+    return position
+
+
+def used_with_fake_tensors_first(preset: str, source: LogPosition) -> LogPosition:
+    position = assigned(preset, source)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        attended(position, torch.randn(1, 4, 7, 16))
+    return position
+
+
+def saved_whole(preset: str, source: LogPosition) -> LogPosition:
+    file = io.BytesIO()
+    torch.save(source, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled_with_a_buffer(preset: str, source: LogPosition) -> LogPosition:
+    """As before the angles were derived."""
+    state = copy.deepcopy(vars(source))
+    state["_buffers"], state["_non_persistent_buffers_set"] = {"theta": state.pop("_theta")}, {"theta"}
+    position = LogPosition.__new__(LogPosition)
+    position.__setstate__(state)
+    assert dict(position.named_buffers()) == {}
+    return position.half()
+
+
+def averaged(preset: str, source: LogPosition) -> nn.Module:
+    average = torch.optim.swa_utils.AveragedModel(source, use_buffers=True)
+    average.update_parameters(source)
+    return average.module
+
+
+def shared_memory(preset: str, source: LogPosition) -> nn.Module:
+    return copy.deepcopy(source).share_memory()
+
+
+def dispatched(preset: str, source: LogPosition) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights(include_buffers=True):
+        position = LogPosition(4, 16, preset)
+    for name, x in source.state_dict().items():
+        accelerate.utils.set_module_tensor_to_device(position, name, "cpu", x)
+    return accelerate.dispatch_model(position, {"": "cpu"}, force_hooks=True)
+
+
+@pytest.mark.parametrize("preset", LIVES)
+@pytest.mark.parametrize(
+    "alive",
+    [
+        emptied, assigned, skipped, swapped, used_in_inference_first, used_under_a_transform_first,
+        used_with_fake_tensors_first, saved_whole, pickled_with_a_buffer, averaged, shared_memory, dispatched,
+    ],
+)  # fmt: skip
+def test_angles_follow_from_the_configuration(alive: Callable[..., Any], preset: str) -> None:
+    source = LogPosition(4, 16, preset)
+    position = alive(preset, source)
+    assert_alike(position, source)
+    assert all(p.dtype == torch.float32 for p in position.parameters())
+    if alive is not dispatched:  # accelerate makes parameters of its own, without hooks to mark them
+        assert all(p._no_weight_decay for p in position.parameters())
+        assert_alike(copy.deepcopy(position).half(), source)
+
+
+@pytest.mark.parametrize("preset", LIVES)
+def test_initial_values_do_not_depend_on_defaults(preset: str) -> None:
+    torch.manual_seed(7)
+    expected = LogPosition(4, 16, preset, query_gain=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        for device in (torch.device("meta"), contextlib.nullcontext()):
+            torch.manual_seed(7)
+            torch.set_default_dtype(dtype)
+            try:
+                with device:
+                    position = LogPosition(4, 16, preset, query_gain=True, device="cpu")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for x, y in zip(position.parameters(), expected.parameters(), strict=True):
+                assert x.dtype == torch.float32
+                assert torch.equal(x, y)
+            assert_alike(position, expected)
+
+
+@pytest.mark.parametrize("preset", ["log-bias-rope", "log-rotary"])
+def test_a_checkpoint_dispatched_by_accelerate(preset: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position, self.linear = LogPosition(4, 16, preset), nn.Linear(16, 16)
+
+        def forward(self, q: Tensor) -> Tensor:
+            return attended(self.position, self.linear(q))
+
+    source = Model()
+    safetensors.save_file(source.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    q = torch.randn(1, 4, 7, 16)
+    for include_buffers in (False, True):
+        for device_map in ({"": "cpu"}, {"position": "cpu", "linear": "disk"}, {"position": "disk", "linear": "cpu"}):
+            if device_map.get("position") == "disk" and not list(source.position.parameters()):
+                continue  # accelerate finds nothing to put there
+            with accelerate.init_empty_weights(include_buffers=include_buffers):
+                model = Model()
+            model = accelerate.load_checkpoint_and_dispatch(
+                model, str(tmp_path / "model.safetensors"), device_map=device_map, offload_folder=str(tmp_path)
+            )
+            assert torch.equal(model(q), source(q))
+
+
+@pytest.mark.parametrize(
+    ("preset", "at_hand", "backend"), [("log-bias-rope", True, "eager"), ("log-rotary", False, "aot_eager")]
+)
+def test_angles_in_compiled_and_exported_graphs(preset: str, at_hand: bool, backend: str) -> None:
+    class Model(nn.Module):
+        def __init__(self, position: LogPosition) -> None:
+            super().__init__()
+            self.position = position
+
+        def forward(self, q: Tensor) -> Tensor:
+            return attended(self.position, q)
+
+    source = LogPosition(4, 16, preset)
+    position = source if at_hand else assigned(preset, source)
+    model = Model(position)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for length in (7, 9):
+        q = torch.randn(1, 4, length, 16)
+        torch.testing.assert_close(compiled(q), attended(source, q))
+    program = torch.export.export(model, (q,), strict=at_hand)
+    torch.testing.assert_close(program.module()(q), attended(source, q))
+    assert_alike(position, source)
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         position = LogPosition(4, 8, "log-rotary-bias", query_gain=True)
@@ -229,6 +438,10 @@ def test_meta_device() -> None:
     position = LogPosition(4, 8, "log-rotary-bias", query_gain=True, device="meta")
     assert all(p.is_meta for p in position.parameters())
     assert position.theta.is_meta
+    q = torch.randn(1, 4, 5, 8)
+    with pytest.raises(ValueError, match=r"position.power must be on the device of q, cpu, got meta"):
+        attended(position, q)
+    assert attended(position, q.to("meta")).is_meta
     position.to_empty(device="cpu")
     position.reset_parameters()
     torch.testing.assert_close(position.alpha.detach(), torch.full((4,), 1 / math.log(513)))
@@ -237,11 +450,143 @@ def test_meta_device() -> None:
     torch.testing.assert_close(position.theta, LogPosition(4, 8, "log-rotary").theta)
 
 
-def test_meta_then_assigned_state() -> None:
-    position = LogPosition(4, 8, "log-bias", device="meta")
-    loaded = LogPosition(4, 8, "log-bias")
-    position.load_state_dict(loaded.state_dict(), assign=True)
-    assert torch.equal(position.raw_power, loaded.raw_power)
+def test_angles_are_no_state() -> None:
+    position = LogPosition(4, 8)
+    assert dict(position.named_buffers()) == {}
+    assert position(torch.device("meta")).theta.is_meta
+    assert position().theta is position().theta  # the same again, on the device of the parameters
+    with pytest.raises(AttributeError):
+        position.theta = torch.ones(2, dtype=torch.float64)
+    assert "theta" not in " ".join(position.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_assigned_half_precision_values_become_float32(dtype: torch.dtype) -> None:
+    source = LogPosition(4, 16)
+    position = LogPosition(4, 16, device="meta")
+    position.load_state_dict({name: x.to(dtype) for name, x in source.state_dict().items()}, assign=True)
+    for x, y in zip(position.parameters(), source.parameters(), strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.to(dtype).float())
+
+
+# --- parameters that torch keeps elsewhere ----------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def pruned(position: LogPosition) -> None:
+    prune.random_unstructured(position, "raw_power", amount=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "exact"),
+    [
+        (lambda p: parametrize.register_parametrization(p, "raw_power", nn.Identity()), 2, True),
+        (lambda p: parametrize.register_parametrization(p, "raw_rate", Doubled()), 2, True),
+        (lambda p: parametrizations.weight_norm(p, "raw_power", dim=None), 3, True),
+        (lambda p: nn.utils.weight_norm(p, "raw_power", dim=None), 3, True),
+        (pruned, 2, False),
+    ],
+    ids=["identity", "doubled", "weight_norm", "old weight_norm", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+def test_parameters_that_torch_computes(change: Callable[[LogPosition], Any], count: int, exact: bool) -> None:
+    """They are found, trained, not decayed, converted, saved and loaded as those of any module."""
+    model = Layer(LogPosition(4, 16))
+    expected = copy.deepcopy(model.position)
+    change(model.position)
+    if exact:
+        q = torch.randn(1, 4, 7, 16)
+        torch.testing.assert_close(attended(model.position, q), attended(expected, q))
+    else:
+        assert (model.position().power == math.log(2)).sum() == 1  # softplus(0)
+        assert (model.position.power == math.log(2)).sum() == 1
+    positions = list(position_parameters(model))
+    assert len(positions) == count
+    others, undecayed = parameter_groups(model, 0.5)
+    assert undecayed["params"] == positions
+    assert len(others["params"]) == 2
+    before = [p.detach().clone() for p in positions]
+    attended(model.position, torch.randn(1, 4, 7, 16)).square().sum().backward()
+    torch.optim.SGD([others, undecayed], lr=0.1).step()
+    assert all(p.grad is not None for p in positions)
+    assert not all(torch.equal(p, x) for p, x in zip(positions, before, strict=True))
+    state = copy.deepcopy(model.state_dict())
+    out = attended(model.position, q := torch.randn(1, 4, 7, 16))
+    model.half()
+    assert all(p.dtype == torch.float32 for p in position_parameters(model))
+    model.float()
+    model.load_state_dict(state)
+    torch.testing.assert_close(attended(model.position, q), out)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: attended(model.position, q), backend="eager")
+    torch.testing.assert_close(compiled(q), out)
+
+
+def test_computed_parameters_are_not_reset_without_a_word() -> None:
+    position = LogPosition(4, 16)
+    parametrize.register_parametrization(position, "raw_power", nn.Identity())
+    position.reset_parameters()  # the parameter itself
+    torch.testing.assert_close(position.power.detach(), 4 ** torch.linspace(0, 1, 4))
+    parametrize.register_parametrization(position, "raw_rate", Doubled())
+    with pytest.raises(RuntimeError, match=r"raw_rate cannot be reset: it is computed"):
+        position.reset_parameters()
+
+
+def test_a_replica_of_data_parallel() -> None:
+    """What torch.nn.parallel.replicate makes: plain tensors, and no parameters."""
+    position = LogPosition(4, 16, "log-invariant", query_gain=True)
+    replica = position._replicate_for_data_parallel()
+    for name, parameter in position._parameters.items():
+        assert parameter is not None
+        setattr(replica, name, parameter * 1)
+    assert not list(replica.parameters())
+    q = torch.randn(1, 4, 7, 16)
+    torch.testing.assert_close(attended(replica, q), attended(position, q))
+    torch.testing.assert_close(replica.power, position.power)
+    attended(replica, q).sum().backward()
+    assert all(p.grad is not None for p in position.parameters())
+    with pytest.raises(ValueError, match=r"position parameters of 0 are flattened.*use_orig_params=True"):
+        parameter_groups(nn.Sequential(replica), 0.1)  # nothing there to leave undecayed
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_functional_call(parametrized: bool) -> None:
+    position = LogPosition(4, 16)
+    if parametrized:
+        parametrize.register_parametrization(position, "raw_power", nn.Identity())
+    state = {name: (x.detach() + 0.5).requires_grad_() for name, x in position.named_parameters()}
+    values = torch.func.functional_call(position, state, ())
+    raws = [x for _, x in sorted(state.items(), key=lambda item: "rate" in item[0])]
+    for value, raw in zip((values.power, values.rate), raws, strict=True):
+        assert torch.equal(value, nn.functional.softplus(raw))
+    assert not torch.equal(values.power, position().power)
+
+
+def test_tied_parameters_stay_tied() -> None:
+    model = nn.Sequential(Layer(LogPosition(4, 16)), Layer(LogPosition(4, 16)))
+    model[1].position.raw_power = model[0].position.raw_power
+    for change in (lambda: model.double(), lambda: model.half(), lambda: model.to("cpu"), lambda: copy.deepcopy(model)):
+        again = change() or model
+        assert again[1].position.raw_power is again[0].position.raw_power
+        assert len(list(position_parameters(again))) == 3
+        assert len(parameter_groups(again, 0.1)[1]["params"]) == 3
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda p: torch.compile(p, backend="eager")], ids=["dp", "compile"])
+def test_a_wrapped_position_is_a_position(wrap: Any) -> None:
+    position = LogPosition(4, 16)
+    q = torch.randn(1, 4, 7, 16)
+    torch.testing.assert_close(attended(wrap(position), q), attended(position, q))
+    with pytest.raises(TypeError, match="position must be a LogPosition"):
+        attended(nn.Identity(), q)
 
 
 def test_the_mark_against_weight_decay_survives_new_parameters() -> None:
@@ -382,6 +727,46 @@ def test_training_moves_the_position() -> None:
 # --- what it refuses --------------------------------------------------------------------------------------------
 
 
+NUMBERS = [
+    ("num_heads", 4, int), ("head_dim", 16, int), ("rotary_scale", 512, float), ("rotary_fraction", 0.5, float),
+    ("rotary_base", 100, float), ("gain_length", 64, float),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "number", "kind"), NUMBERS)
+def test_options_become_plain_numbers(name: str, number: float, kind: type) -> None:
+    """Such as JSON holds; what is no number is refused by name."""
+    arguments: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "query_gain": True}
+    as_int = [np.int64(number), np.uint8(number) if number < 256 else np.int16(number), torch.tensor(int(number))]
+    as_float = [np.float32(number), np.float64(number), torch.tensor(number, dtype=torch.float16), np.array(number)]
+    for value in [number, *(as_int if number >= 1 else []), *(as_float if kind is float else [np.array(number)])]:
+        position = LogPosition(**(arguments | {name: value}))
+        assert type(getattr(position, name)) is kind
+        assert getattr(position, name) == number
+        plain = logpe.position.plain_options(**(arguments | {name: value}))
+        assert json.loads(json.dumps(plain)) == arguments | {name: number}
+    wrong = [True, np.True_, torch.tensor(True), str(number), [number], 1j, torch.ones(2), object()]
+    wrong += [None] if name in ("num_heads", "head_dim", "gain_length") else []
+    wrong += [4.0, np.float32(4)] if kind is int else [torch.tensor(4.0, requires_grad=True)]
+    wrong += [torch.tensor(4.0, device="meta")]
+    for value in wrong:
+        with pytest.raises(TypeError, match=f"{name} must be a"):
+            LogPosition(**(arguments | {name: value}))
+
+
+@pytest.mark.parametrize("value", [np.False_, False, torch.tensor(False)])
+def test_flags_become_plain(value: Any) -> None:
+    plain = logpe.position.plain_options(query_gain=value, learnable=value, preset=np.str_("log-bias"))
+    assert plain == {"query_gain": False, "learnable": False, "preset": "log-bias"}
+    assert [type(x) for x in plain.values()] == [bool, bool, str]
+    position = LogPosition(4, 16, query_gain=value, learnable=value)
+    assert "alpha" not in position.parts
+    assert not any(p.requires_grad for p in position.parameters())
+    names = logpe.position.plain_options(learnable=np.array(["power", "rate"]))["learnable"]
+    assert names == ("power", "rate")
+    assert {type(name) for name in names} == {str}
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -396,10 +781,51 @@ def test_training_moves_the_position() -> None:
         ((4, 8, "log-rotary"), dict(rotary_fraction=1.5), r"rotary_fraction must be in \(0, 1\], got 1.5"),
         ((4, 8, "log-rotary"), dict(rotary_fraction=0.1), r"rotary_fraction 0.1 of head_dim 8 leaves no plane"),
         ((4, 1, "log-rotary"), {}, r"head_dim 1 leaves no plane"),
-        ((4, 8), dict(learnable=("slope",)), r"learnable must name parts of .*, got \['slope'\]"),
-        ((4, 8), dict(learnable="power"), r"learnable"),
+        ((4, 8), dict(learnable=("slope",)), r"learnable must be True, False, or name parts of .*, got \['slope'\]"),
+        ((4, 8), dict(learnable="power"), r"learnable must be True, False, or name parts of .*, got 'power'"),
+        ((4, 8), dict(learnable=""), r"learnable must be .*, got ''"),
+        ((4, 8), dict(learnable=None), r"learnable must be .*, got None"),
+        ((4, 8), dict(learnable=1), r"learnable must be .*, got 1"),
+        ((4, 8, ["log-bias"]), {}, r"preset must be one of none, log-bias, .*, got \['log-bias'\]"),
+        ((4, 8), dict(gain_length=math.nan), r"gain_length must be positive, got nan"),
+        ((4, 8), dict(gain_length=math.inf), r"gain_length must be finite, got inf"),
+        ((4, 8), dict(rotary_base=math.inf), r"rotary_base must be finite, got inf"),
+        ((4, 8), dict(rotary_fraction=np.float32(math.nan)), r"rotary_fraction must be in \(0, 1\], got nan"),
+        ((-(2**70), 8), {}, r"num_heads must be at least 1"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LogPosition(*arguments, **options)
+
+
+@pytest.mark.parametrize("value", ["false", 1, None, np.array([True])])
+def test_query_gain_is_a_bool(value: Any) -> None:
+    with pytest.raises(TypeError, match="query_gain must be True or False"):
+        LogPosition(4, 8, query_gain=value)
+
+
+def test_the_sinusoid_takes_plain_numbers() -> None:
+    expected = LogSinusoid(6, 3.0, 100.0)(5)
+    for as_number in (np.int64, np.array, torch.tensor):
+        sinusoid = LogSinusoid(as_number(6), as_number(3), as_number(100))
+        assert [type(x) for x in (sinusoid.dim, sinusoid.scale, sinusoid.base)] == [int, float, float]
+        assert torch.equal(sinusoid(np.int64(5)), expected)
+    with torch.device("meta"):
+        sinusoid = LogSinusoid(6, 3.0, 100.0)
+    assert torch.equal(sinusoid.to_empty(device="cpu").half()(5), expected)
+    for name in ("dim", "scale", "base"):
+        for value in (True, "3", [3], None):
+            with pytest.raises(TypeError, match=f"{name} must be a"):
+                LogSinusoid(**({"dim": 6} | {name: value}))
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got nan"):
+            LogSinusoid(**({"dim": 6} | {name: math.nan}))
+    for positions in (2.5, True, "3", -1):
+        with pytest.raises((TypeError, ValueError), match="positions must be"):
+            LogSinusoid(6)(positions)
+
+
+@pytest.mark.parametrize("module", [LogPosition(4, 8), LogSinusoid(8), nn.Sequential(LogPosition(4, 8))])
+def test_scripting_is_refused(module: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile Log\w+: use torch.compile"):
+        torch.jit.script(module)
