@@ -168,10 +168,14 @@ def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, 
         raise ValueError(f"{directory} lacks the position parameters {', '.join(sorted(missing))}")
     learnable = model.config.log_position.get("learnable", True)
     learned = LEARNABLE_PARTS if learnable is True else learnable or ()
-    for position in (module for module in model.modules() if isinstance(module, LogPosition)):
+    owners = [module for module in model.modules() if isinstance(getattr(module, "log_position", None), LogPosition)]
+    for owner in owners:
         # What the loader of Transformers does not know of: angles that are not saved, checks, marks, frozen parts.
+        position, device = owner.log_position, next(owner.parameters()).device
         if (theta := position._buffers.get("theta")) is not None:
             position.theta = inverse_frequencies(position.planes, position.rotary_base, device=theta.device)
+        if device.type != "meta":  # where weights that are offloaded lie
+            position.to(device)
         position.load_state_dict(position.state_dict())
         for name, parameter in position.named_parameters():
             parameter.requires_grad_(name.removeprefix("raw_") in learned)
@@ -310,8 +314,8 @@ def _check_call(
     visible = None if padding_mask is None else padding_mask.to(torch.bool, copy=True)
     padding = _left_padding(visible, conditions)
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
-    if mask is None and cache is None and tokens:
-        # Nothing is hidden; without this, Transformers would look for packed sequences once more.
+    if mask is None and cache is None and position_ids is not None and tokens:
+        # Nothing is hidden; without this, Transformers would look at position_ids once more.
         visible = torch.ones_like(tokens[0][..., 0] if tokens[0].is_floating_point() else tokens[0], dtype=torch.bool)
     if visible is not None and not is_tracing(visible):
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask, which need not look again

@@ -532,4 +532,10 @@ def test_cuda_graph(device: torch.device) -> None:
                 static_input.copy_(t[:, :, n : n + 1])
             graph.replay()
             torch.testing.assert_close(out, expected[:, :, n : n + 1], rtol=2e-3, atol=2e-3)
-    assert cache.lengths.tolist() == [700, 700]
+        assert cache.lengths.tolist() == [700, 700]
+        cache.crop(650)  # the replays are counted
+        torch.testing.assert_close(
+            generate(cache, x, [slice(650, 700)]), expected[:, :, 650:700], rtol=2e-3, atol=2e-3
+        )
+        with pytest.raises(ValueError, match="the cache is full: 1050 tokens"):
+            cache.append(*(t[:, :, :350] for t in x[1:]))
