@@ -21,6 +21,10 @@ from logpe.attention import PAGE_SIZES, Position, log_attention, rotate
 from logpe.position import LogPosition, PositionValues
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class KVCache:
     """A preallocated cache of ``capacity`` tokens for each sequence.
 
@@ -41,9 +45,9 @@ class KVCache:
             exist, which is how left padding is said: ``-padding``.
         dtype, device: of the keys and values; torch's defaults.
 
-    Attributes:
+    Attributes (no attribute can be assigned: append, crop, reset and reorder change what a cache holds):
         k, v: (B, Hkv, capacity, D), the keys turned.
-        lengths: int32 (B,), tokens appended to each sequence.
+        lengths: int32 (B,), tokens appended to each sequence; a copy.
 
     Raises:
         TypeError, ValueError: a bad argument, named.
@@ -64,9 +68,9 @@ class KVCache:
     ) -> None:
         sizes = dict(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not _is_int(size) or size < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
-        if window is not None and (not isinstance(window, int) or window < 0):
+        if window is not None and (not _is_int(window) or window < 0):
             raise ValueError(f"window must be an int of at least 0 or None, got {window!r}")
         if position is not None and not isinstance(position, LogPosition | PositionValues):
             raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
@@ -79,11 +83,24 @@ class KVCache:
                 )
         self.batch_size, self.num_kv_heads, self.capacity, self.head_dim = sizes.values()
         self.position, self.window = position, window
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.key_start = torch.zeros_like(self.lengths)
+        self._lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._key_start = torch.zeros_like(self._lengths)
         self._set_start(key_start)
-        self._lengths = [0] * batch_size
+        self._host_lengths = [0] * batch_size
         self._allocate(dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and hasattr(self, name):
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} cannot be assigned: append, crop, reset and reorder change what it "
+                "holds, and everything else needs a new one"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens appended to each sequence, int32 (B,): a copy."""
+        return self._lengths.clone()
 
     def append(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
         """Add the next tokens of each sequence, and return the position of the first of them, int32 (B,).
@@ -97,9 +114,9 @@ class KVCache:
             TypeError, ValueError: a bad argument, or no room; the cache is left as it was.
         """
         counts = self._check_tokens(k, v, lengths)
-        ends = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        ends = [length + count for length, count in zip(self._host_lengths, counts, strict=True)]
         with torch.no_grad():
-            first = self.key_start + self.lengths
+            first = self._key_start + self._lengths
             k = rotate(k, self.position, first)
             self._reserve(ends)
             if lengths is None:
@@ -110,11 +127,11 @@ class KVCache:
                 pairs = [(b, n) for b, count in enumerate(counts) for n in range(count)]
                 b, token = torch.tensor(pairs, dtype=torch.int64, device=k.device).view(-1, 2).T
                 added = torch.tensor(counts, dtype=torch.int32, device=k.device)
-            page, row = self._locate(b, self.lengths[b] + token)
+            page, row = self._locate(b, self._lengths[b] + token)
             self.k[page, :, row] = k[b, :, token]
             self.v[page, :, row] = v[b, :, token]
-            self.lengths += added
-        self._lengths = ends
+            self._lengths += added
+        self._host_lengths = ends
         return first
 
     def attend(
@@ -145,7 +162,7 @@ class KVCache:
             TypeError, ValueError: a bad tensor, or no room; the cache is left as it was.
         """
         self._check_queries(q, k)
-        held = self._lengths
+        held = self._host_lengths
         first = self.append(k, v, lengths)
         values = self.position(q.device) if isinstance(self.position, LogPosition) else self.position
         try:
@@ -166,15 +183,40 @@ class KVCache:
                 **self._keys(),
             )
         except Exception:  # a bad option: the tokens count as not given
-            self._lengths = held
-            self.lengths.copy_(torch.tensor(held))
+            self._crop(held)
             raise
+
+    def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Go back to these lengths: forget all tokens after the first ``lengths`` of each sequence.
+
+        What follows is as if the tokens had never come, as after a draft of which a speculative decoder rejects the
+        end. ``cache.crop(cache.lengths - rejected)`` drops ``rejected`` tokens, one number or one per sequence.
+
+        Args:
+            lengths: of all sequences, or B ints, or an int tensor (B,) (one on a GPU is read back), each from 0 to
+                the present length. A negative number does not count from the end, as it does in Transformers'
+                ``DynamicCache.crop``: there 0 keeps everything, here nothing.
+
+        Raises:
+            ValueError: bad lengths, or a window that has let go of tokens that they need. What came before the last
+                append is always there. The cache is left as it was.
+        """
+        present = self._lengths.tolist()  # not the host's count, which a CUDA graph leaves behind
+        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        ends: Any = [given] * self.batch_size if _is_int(given) else given
+        good = isinstance(ends, Sequence) and len(ends) == self.batch_size and all(map(_is_int, ends))
+        if not good or any(not 0 <= end <= length for end, length in zip(ends, present, strict=True)):
+            raise ValueError(
+                f"lengths must be an int or {self.batch_size} ints from 0 to the present lengths, {present}, "
+                f"got {given}"
+            )
+        self._crop(list(ends))
 
     def reset(self, key_start: int | Tensor = 0) -> None:
         """Forget all tokens; key_start is that of the next ones."""
         self._set_start(key_start)
-        self.lengths.zero_()
-        self._lengths = [0] * self.batch_size
+        self._lengths.zero_()
+        self._host_lengths = [0] * self.batch_size
 
     def reorder(self, beam_idx: Sequence[int] | Tensor) -> None:
         """Let sequence b go on from what sequence beam_idx[b] holds: B ints, read back if they are on a GPU."""
@@ -185,7 +227,7 @@ class KVCache:
         if any(not 0 <= beam < self.batch_size for beam in beams):
             raise ValueError(f"beam_idx must be from 0 to {self.batch_size - 1}, got {beams}")
         self._share(beams)
-        beam_idx = beam_idx.to(self.lengths.device)
+        beam_idx = beam_idx.to(self._lengths.device)
         for x in self._per_sequence():
             x.copy_(x[beam_idx])
 
@@ -193,7 +235,7 @@ class KVCache:
 
     def _allocate(self, dtype: torch.dtype | None) -> None:
         shape = (self.batch_size, self.num_kv_heads, self.capacity, self.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=self.lengths.device)
+        self.k = torch.empty(shape, dtype=dtype, device=self._lengths.device)
         self.v = torch.empty_like(self.k)
 
     def _reserve(self, ends: list[int]) -> None:
@@ -201,27 +243,32 @@ class KVCache:
         if max(ends) > self.capacity:
             raise ValueError(f"the cache is full: {max(ends)} tokens, and its capacity is {self.capacity}")
 
+    def _crop(self, ends: list[int]) -> None:
+        """Forget what comes after these lengths, or raise and change nothing."""
+        self._host_lengths = ends
+        self._lengths.copy_(torch.tensor(ends, dtype=torch.int32))
+
     def _locate(self, b: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """First index and row, in k and v, of tokens of sequences b."""
         return b, token
 
     def _keys(self) -> dict[str, Any]:
         """What :func:`log_attention` has to know about k and v."""
-        return dict(key_start=self.key_start, key_lengths=self.lengths)
+        return dict(key_start=self._key_start, key_lengths=self._lengths)
 
     def _per_sequence(self) -> tuple[Tensor, ...]:
         """Tensors whose first dimension is the batch."""
-        return self.k, self.v, self.lengths, self.key_start
+        return self.k, self.v, self._lengths, self._key_start
 
     def _share(self, beams: list[int]) -> None:
         """:meth:`reorder`, on the host."""
-        self._lengths = [self._lengths[beam] for beam in beams]
+        self._host_lengths = [self._host_lengths[beam] for beam in beams]
 
     # Checks.
 
     def _set_start(self, key_start: int | Tensor) -> None:
-        if isinstance(key_start, int):
-            self.key_start.fill_(key_start)
+        if _is_int(key_start):
+            self._key_start.fill_(key_start)
         elif not isinstance(key_start, Tensor):
             raise TypeError(f"key_start must be an int or an int tensor ({self.batch_size},), got {key_start!r}")
         elif key_start.shape != (self.batch_size,) or key_start.dtype not in (torch.int32, torch.int64):
@@ -229,7 +276,7 @@ class KVCache:
                 f"key_start must be an int or int ({self.batch_size},), got {key_start.dtype} {tuple(key_start.shape)}"
             )
         else:
-            self.key_start.copy_(key_start)
+            self._key_start.copy_(key_start)
 
     def _check_tokens(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
         """The number of new tokens of each sequence."""
@@ -243,7 +290,7 @@ class KVCache:
             return [k.shape[2]] * self.batch_size
         counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         good = isinstance(counts, Sequence) and len(counts) == self.batch_size
-        if not good or any(not isinstance(n, int) or not 0 <= n <= k.shape[2] for n in counts):
+        if not good or any(not _is_int(n) or not 0 <= n <= k.shape[2] for n in counts):
             raise ValueError(f"lengths must be {self.batch_size} ints from 0 to {k.shape[2]}, got {counts}")
         return list(counts)
 
@@ -270,45 +317,49 @@ class PagedKVCache(KVCache):
 
     The others are those of :class:`KVCache`. Pages are dealt out on the host: append outside of a compiled region.
 
-    Attributes:
+    Attributes (no attribute can be assigned):
         k, v: (num_pages, Hkv, page_size, D), the keys turned.
-        lengths: int32 (B,), tokens appended to each sequence, those included whose pages went back.
-        block_table: int32 (B, max_pages), the pages of each sequence in order, then -1.
+        lengths: int32 (B,), tokens appended to each sequence, those included whose pages went back; a copy.
+        block_table: int32 (B, max_pages), the pages of each sequence in order, then -1; a copy.
     """
 
     def __init__(self, *args: Any, page_size: int = 64, num_pages: int | None = None, **options: Any) -> None:
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size}")
-        if num_pages is not None and num_pages < 1:
-            raise ValueError(f"num_pages must be at least 1, got {num_pages}")
-        self.page_size, self.num_pages = page_size, num_pages
+        if not _is_int(page_size) or page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}")
+        if num_pages is not None and (not _is_int(num_pages) or num_pages < 1):
+            raise ValueError(f"num_pages must be an int of at least 1 or None, got {num_pages!r}")
+        self.page_size, self._num_pages = page_size, num_pages
         super().__init__(*args, **options)
+
+    @property
+    def block_table(self) -> Tensor:
+        """The pages of each sequence in order, then -1, int32 (B, max_pages): a copy."""
+        return self._block_table.clone()
 
     def _allocate(self, dtype: torch.dtype | None) -> None:
         if self.window is not None and self.window >= self.capacity:
             raise ValueError(f"capacity must be above the window, {self.window}, got {self.capacity}")
         # The oldest page of a window may be seen by its last token alone.
         max_pages = -(-self.capacity // self.page_size) + (self.window is not None)
-        if self.num_pages is None:
-            self.num_pages = self.batch_size * max_pages
-        device = self.lengths.device
+        self.num_pages = self._num_pages or self.batch_size * max_pages
+        device = self._lengths.device
         shape = (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
-        self.block_table = torch.full((self.batch_size, max_pages), -1, dtype=torch.int32, device=device)
-        self.dropped = torch.zeros_like(self.lengths)  # tokens whose pages went back
+        self._block_table = torch.full((self.batch_size, max_pages), -1, dtype=torch.int32, device=device)
+        self._dropped = torch.zeros_like(self._lengths)  # tokens whose pages went back
         self._forget()
 
     def _forget(self) -> None:
-        self._dropped = [0] * self.batch_size
+        self._host_dropped = [0] * self.batch_size
         self._pages: list[list[int]] = [[] for _ in range(self.batch_size)]
         self._holders = [0] * self.k.shape[0]  # sequences that have each page
 
     def _reserve(self, ends: list[int]) -> None:
         size = self.page_size
         changes: list[tuple[int, int, int, bool]] = []  # sequence, pages to give back, pages to take, last one shared
-        for b, (begin, end) in enumerate(zip(self._lengths, ends, strict=True)):
-            seen = 0 if self.window is None else max(0, begin - self.window)  # the first token that a new query sees
+        for b, (begin, end) in enumerate(zip(self._host_lengths, ends, strict=True)):
+            seen = self._seen(begin)
             if end - seen > self.capacity:
                 raise ValueError(
                     f"the cache is full: {end - seen} tokens"
@@ -316,7 +367,8 @@ class PagedKVCache(KVCache):
                     f"and its capacity is {self.capacity}"
                 )
             if end > begin:
-                unseen, begin, end = (seen - self._dropped[b]) // size, begin - self._dropped[b], end - self._dropped[b]
+                dropped_here = self._host_dropped[b]
+                unseen, begin, end = (seen - dropped_here) // size, begin - dropped_here, end - dropped_here
                 missing = -(-end // size) - len(self._pages[b])
                 shared = begin % size > 0 and self._holders[self._pages[b][-1]] > 1
                 if unseen or missing or shared:
@@ -325,7 +377,7 @@ class PagedKVCache(KVCache):
             return
 
         # On copies: there may be too few pages yet.
-        pages, dropped, holders = list(self._pages), list(self._dropped), list(self._holders)
+        pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)
         for b, unseen, _, _ in changes:
             for page in pages[b][:unseen]:
                 holders[page] -= 1
@@ -346,30 +398,56 @@ class PagedKVCache(KVCache):
                 holders[page] = 1
         for before, after in copies:
             self.k[after], self.v[after] = self.k[before], self.v[before]
-        for b, *_ in changes:
-            row = pages[b] + [-1] * (self.block_table.shape[1] - len(pages[b]))
-            self.block_table[b] = torch.tensor(row, dtype=torch.int32)
-            self.dropped[b] = dropped[b]
-        self._pages, self._dropped, self._holders = pages, dropped, holders
+        self._deal([b for b, *_ in changes], pages, dropped, holders)
+
+    def _seen(self, begin: int) -> int:
+        """The first token that a query at begin sees."""
+        return 0 if self.window is None else max(0, begin - self.window)
+
+    def _deal(self, changed: list[int], pages: list[list[int]], dropped: list[int], holders: list[int]) -> None:
+        """Let the sequences have these pages; those that are named have others than before."""
+        for b in changed:
+            row = pages[b] + [-1] * (self._block_table.shape[1] - len(pages[b]))
+            self._block_table[b] = torch.tensor(row, dtype=torch.int32)
+            self._dropped[b] = dropped[b]
+        self._pages, self._host_dropped, self._holders = pages, dropped, holders
+
+    def _crop(self, ends: list[int]) -> None:
+        pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)
+        for b, end in enumerate(ends):
+            if end == 0:
+                dropped[b] = 0  # a new start
+            elif self._seen(end) < dropped[b]:
+                raise ValueError(
+                    f"lengths must be at least {dropped[b] + (self.window or 0)} or 0 for sequence {b}, got {end}: the "
+                    f"window of {self.window} tokens has let go of the first {dropped[b]}"
+                )
+            kept = -(-(end - dropped[b]) // self.page_size)
+            for page in pages[b][kept:]:
+                holders[page] -= 1
+            pages[b] = pages[b][:kept]
+        changed = [b for b in range(len(ends)) if (pages[b], dropped[b]) != (self._pages[b], self._host_dropped[b])]
+        self._deal(changed, pages, dropped, holders)
+        super()._crop(ends)
 
     def _locate(self, b: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        token = token - self.dropped[b]
-        return self.block_table[b, token // self.page_size], token % self.page_size
+        token = token - self._dropped[b]
+        return self._block_table[b, token // self.page_size], token % self.page_size
 
     def _keys(self) -> dict[str, Any]:
         return dict(
-            key_start=self.key_start + self.dropped,
-            key_lengths=self.lengths - self.dropped,
-            block_table=self.block_table,
+            key_start=self._key_start + self._dropped,
+            key_lengths=self._lengths - self._dropped,
+            block_table=self._block_table,
         )
 
     def _per_sequence(self) -> tuple[Tensor, ...]:
-        return self.lengths, self.key_start, self.dropped, self.block_table
+        return self._lengths, self._key_start, self._dropped, self._block_table
 
     def _share(self, beams: list[int]) -> None:
         super()._share(beams)
         self._pages = [list(self._pages[beam]) for beam in beams]
-        self._dropped = [self._dropped[beam] for beam in beams]
+        self._host_dropped = [self._host_dropped[beam] for beam in beams]
         self._holders = [0] * self.k.shape[0]
         for page in itertools.chain(*self._pages):
             self._holders[page] += 1
@@ -377,6 +455,6 @@ class PagedKVCache(KVCache):
     def reset(self, key_start: int | Tensor = 0) -> None:
         """Forget all tokens and give their pages back; key_start is that of the next ones."""
         super().reset(key_start)
-        self.block_table.fill_(-1)
-        self.dropped.zero_()
+        self._block_table.fill_(-1)
+        self._dropped.zero_()
         self._forget()

@@ -7,7 +7,7 @@
     logpe.transformers.use_log_position(model)                         # in place; the weights are kept
     model.generate(**inputs)                                           # any decoding, any cache; Trainer, PEFT, ...
     model.save_pretrained("out")
-    model = logpe.transformers.from_pretrained("out")                  # not AutoModel, see below
+    model = AutoModelForCausalLM.from_pretrained("out")                # any AutoModel: a classifier, too; or pipeline()
 
 The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and
 masks; no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves
@@ -15,15 +15,18 @@ them in), and each attention gets a :class:`logpe.LogPosition` as its submodule 
 others, float32 in a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay
 off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
 
-AutoModel does not know the positions, and what it loads raises when it is run, if not before. But do not ask it for
-another ``attn_implementation``: then its report of unexpected weights is all that tells.
+AutoModel and ``pipeline`` load a converted model once this module is imported; before that they raise, unless they are
+asked for another ``attn_implementation``: then their report of unexpected weights is all that tells. A class called by
+its name, such as ``LlamaForCausalLM.from_pretrained``, does not know the positions: its model raises when it is run.
+:func:`from_pretrained` takes the class from the config. No code from a folder is run.
 
 Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so
 that a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps.
 Keys are cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by
-name: masks that are not causal, tokens hidden between others, packed sequences, attention weights, softcapping (load a
-Gemma 2 with ``attn_logit_softcapping=None``, and train on). Continuous batching (``generate_batch``) is refused by
-Transformers, which has it for attentions of its own.
+name: masks that are not causal, tokens hidden between others, packed sequences (``position_ids`` that start again,
+``DataCollatorWithFlattening``, padding-free training), attention weights, softcapping (load a Gemma 2 with
+``attn_logit_softcapping=None``, and train on). Continuous batching (``generate_batch``) is refused by Transformers,
+which has it for attentions of its own.
 
 Continuing a model that was trained with RoPE
 ---------------------------------------------
@@ -45,6 +48,9 @@ Continuing a model that was trained with RoPE
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -54,15 +60,30 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import MAX_HEAD_DIM, log_attention
-from logpe.position import LEARNABLE_PARTS, PRESET_ROTATION, LogPosition, PositionValues
+from logpe.position import (
+    LEARNABLE_PARTS,
+    PRESET_ROTATION,
+    LogPosition,
+    PositionValues,
+    plain_bool,
+    plain_options,
+)
 
 #: Values of ``config.model_type`` that can be converted.
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 #: The name of the attention implementation, and of the masks that go with it.
 IMPLEMENTATION = "logpe"
+#: How callers say that a row of the batch holds several sequences, other than by position_ids that start again.
+PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PACKED = (
+    "log positions do not serve packed sequences: pad the sequences, with an attention_mask, and leave "
+    "DataCollatorWithFlattening and padding-free training off"
+)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -78,7 +99,8 @@ def use_log_position(
     """Turn ``model`` into a log-position model, in place; the weights are kept.
 
     Args:
-        model: a Llama, Qwen2, Qwen3, Mistral, Gemma (1, 2, 3: text), GPT-2 or GPT-NeoX model, with any head.
+        model: a Llama, Qwen2, Qwen3, Mistral, Gemma (1, 2, 3: text), GPT-2 or GPT-NeoX model, with any head. Give
+            the whole model, not a part of it: it gets a config of its own, which others made from the same do not see.
         preset: see :class:`logpe.LogPosition`. ``log-invariant`` assumes logits of unit variance: of these models,
             Qwen3 and Gemma 3 normalise queries and keys.
         share_position: one LogPosition for all layers, not one for each. It is ``log_position`` of the base model.
@@ -105,9 +127,6 @@ def use_log_position(
     for name in ("num_heads", "head_dim", "device"):
         if name in position_options:
             raise ValueError(f"position_options must not hold {name}: a position has that of its layer")
-    learnable = position_options.get("learnable", True)
-    if not isinstance(learnable, bool):
-        position_options["learnable"] = sorted(learnable)
     settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions)
     _install(model, settings | position_options)
     return model
@@ -126,9 +145,9 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         ValueError: no converted model, or one whose position parameters are missing or not positive and finite.
     """
-    implementation = options.pop("attn_implementation", IMPLEMENTATION)
-    if implementation != IMPLEMENTATION:
-        raise ValueError(f'attn_implementation must be "{IMPLEMENTATION}" or left out, got {implementation!r}')
+    if options.pop("trust_remote_code", None):
+        raise ValueError("trust_remote_code must be False: no code from a folder is run")
+    _check_implementation(options.pop("attn_implementation", IMPLEMENTATION), ValueError)
     config, _ = transformers.PreTrainedConfig.get_config_dict(directory, **options)
     if not config:
         raise ValueError(f"{directory} holds no config.json")
@@ -137,20 +156,30 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
             f"{directory} holds a {config.get('model_type')} model without log positions: load it with Transformers, "
             "and convert it with use_log_position"
         )
-    architectures = config.get("architectures") or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
-        raise ValueError(f"architectures in the config of {directory} must name a class of Transformers first, "
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"architectures in the config of {directory} must name a model class of Transformers first, "
                          f"got {architectures}")  # fmt: skip
+    return _load(model_class, directory, **options)
+
+
+def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+    """A converted model of ``model_class``, which need not be the class that was saved: other heads are new."""
     wants_info = options.pop("output_loading_info", False)
-    model, info = _converting(model_class).from_pretrained(directory, output_loading_info=True, **options)
-    model.__class__ = model_class
+    options = dict(use_safetensors=True) | options | dict(output_loading_info=True, trust_remote_code=False)
+    model, info = _converting(model_class).from_pretrained(directory, *arguments, **options)
     if missing := [name for name in info["missing_keys"] if "log_position." in name]:
         raise ValueError(f"{directory} lacks the position parameters {', '.join(sorted(missing))}")
-    learnable = config["log_position"].get("learnable", True)
+    learnable = model.config.log_position.get("learnable", True)
     learned = LEARNABLE_PARTS if learnable is True else learnable or ()
-    for position in (module for module in model.modules() if isinstance(module, LogPosition)):
-        # What the loader of Transformers does not know of: checks, marks, frozen parts.
+    owners = [module for module in model.modules() if isinstance(getattr(module, "log_position", None), LogPosition)]
+    for owner in owners:
+        # What the loader of Transformers does not know of: where angles lie, checks, marks, frozen parts.
+        position, device = owner.log_position, next(owner.parameters()).device
+        if device.type != "meta":  # where weights that are offloaded lie
+            position.to(device)
         position.load_state_dict(position.state_dict())
         for name, parameter in position.named_parameters():
             parameter.requires_grad_(name.removeprefix("raw_") in learned)
@@ -164,7 +193,12 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Convert ``model``, which may lie on the meta device, by settings that stand in its config afterwards."""
     config, base = model.config, model.base_model
     _check_supported(model)
-    options = dict(settings)
+    # The config can be saved: it keeps plain values, whatever was accepted.
+    plain = plain_options(**settings)
+    plain |= {name: plain_bool(name, plain[name]) for name in ("share_position", "keep_positions")}
+    if not isinstance(plain.get("learnable", True), bool):
+        plain["learnable"] = sorted(plain["learnable"])  # JSON has no tuples
+    options = dict(plain)
     preset, share, keep = (options.pop(name) for name in ("preset", "share_position", "keep_positions"))
     attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
     num_heads = config.num_attention_heads
@@ -184,7 +218,14 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         if share and "rotary_base" not in options and rotary.count(rotary[0]) < len(rotary):
             raise ValueError("rotary_base must be given with share_position: the layers of this model differ in it")
 
+    names = tuple(inspect.signature(base.forward).parameters)
+    own_config = copy.deepcopy(config)
+
     # From here on nothing fails.
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is config:
+                setattr(module, name, own_config)
     if share:
         base.log_position = positions[0]
         for attention in attentions:  # not as a submodule: the position is the base model's
@@ -197,11 +238,11 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             base.wpe = _NoEmbedding()
         else:
             base.rotary_emb = _NoRotation(int(head_dim * _rotary_options(config, attentions[0])["rotary_fraction"]))
-    base.register_forward_pre_hook(_check_implementation)
-    config.log_position = settings
-    config._attn_implementation = IMPLEMENTATION
+    base.register_forward_pre_hook(functools.partial(_check_call, names), with_kwargs=True)
+    own_config.log_position = plain
+    own_config._attn_implementation = IMPLEMENTATION
     # Saved under this name, it makes every other way of loading the model an error, not a model without positions.
-    config.attn_implementation = IMPLEMENTATION
+    own_config.attn_implementation = IMPLEMENTATION
 
 
 def _check_supported(model: PreTrainedModel) -> None:
@@ -236,13 +277,87 @@ def _rotary_options(config: Any, attention: nn.Module) -> dict[str, float]:
     )
 
 
-def _check_implementation(base: nn.Module, _: Any) -> None:
-    """Before each forward of the base model: another attention would leave the positions out, without a word."""
-    implementation = base.config._attn_implementation  # type: ignore[union-attr]
+def _check_implementation(implementation: Any, error: type[Exception]) -> None:
+    """Another attention would leave the positions out, without a word."""
     if implementation != IMPLEMENTATION:
-        raise RuntimeError(
-            f'the attention of a model with log positions must be "{IMPLEMENTATION}", and was set to {implementation!r}'
+        raise error(
+            f'attn_implementation must be "{IMPLEMENTATION}" or left out for a model with log positions, '
+            f"got {implementation!r}"
         )
+
+
+def _check_call(
+    names: tuple[str, ...], base: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before each forward of the base model: refuse what the attention cannot see, or would wait for once more.
+
+    Args:
+        names: those of the forward's arguments.
+    """
+    _check_implementation(base.config._attn_implementation, RuntimeError)
+    given = dict(zip(names, arguments, strict=False)) | options
+    for name in PACKING_OPTIONS:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} is not supported: {PACKED}")
+    mask, position_ids, cache = (given.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+    padding_mask = mask if isinstance(mask, Tensor) and mask.dim() < 4 else None
+    conditions = {}
+    if padding_mask is not None and padding_mask.dtype != torch.bool:
+        conditions[f"attention_mask must hold 0 and 1; if it numbers packed sequences: {PACKED}"] = (
+            (padding_mask == 0) | (padding_mask == 1)
+        ).all()
+    if position_ids is not None and position_ids.shape[-1] > 1:
+        steps = position_ids.diff() == 1
+        if (shown := _shown(mask, cache, position_ids.shape[-1])) is not None:
+            steps = steps | ~(shown[..., 1:] & shown[..., :-1]).to(steps.device)
+        conditions[f"position_ids hold packed sequences, or do not count up by one: {PACKED}"] = steps.all()
+    visible = None if padding_mask is None else padding_mask.to(torch.bool, copy=True)
+    padding = _left_padding(visible, conditions)
+    tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+    if mask is None and cache is None and position_ids is not None and tokens:
+        # Nothing is hidden; without this, Transformers would look at position_ids once more.
+        visible = torch.ones_like(tokens[0][..., 0] if tokens[0].is_floating_point() else tokens[0], dtype=torch.bool)
+    if visible is not None and not is_tracing(visible):
+        visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask, which need not look again
+        given["attention_mask"] = visible
+    return (), given
+
+
+def _shown(mask: Any, cache: Any, length: int) -> Tensor | None:
+    """Which of the next ``length`` tokens are real, (B, length); None if all are, or the mask is refused later."""
+    if isinstance(mask, dict):  # by type of layer
+        mask = next((x for x in mask.values() if x is not None), None)
+    if mask is None:
+        return None
+    index = torch.arange(length, device=mask.device)
+    if mask.dim() < 4:
+        index = index + (0 if cache is None else cache.get_seq_length())
+        return mask.bool()[..., index.clamp(max=mask.shape[-1] - 1)]
+    return mask[:, 0, 0, :1] + index >= 0 if mask.dtype == torch.int32 else None
+
+
+def _left_padding(visible: Tensor | None, conditions: dict[str, Tensor]) -> int | Tensor:
+    """Hidden tokens before the first visible one, int32 (B,), or 0 for none anywhere; the one look at the GPU.
+
+    Args:
+        visible: bool (B, N), True for a real token; None if all are.
+        conditions: messages, and bool tensors () that must be True.
+
+    Raises:
+        ValueError: a condition that is not, or tokens hidden between visible ones.
+    """
+    if visible is None:
+        _require(conditions)
+        return 0
+    runs = visible[..., :1].sum(-1) + (visible[..., 1:] & ~visible[..., :-1]).sum(-1)
+    one_run = {
+        "attention_mask hides tokens between visible ones: their positions are undefined. Pad on the left (or, where "
+        "nothing follows, on the right)": (runs <= 1).all()
+    }
+    if _require(conditions | one_run, visible.all()):
+        return 0
+    # Right padding needs nothing: no real query comes after it.
+    return (visible.cumsum(-1) == 0).sum(-1, dtype=torch.int32).flatten()
 
 
 class _NoRotation(nn.Module):
@@ -264,14 +379,46 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=position_ids.device)
 
 
+@functools.cache
 def _converting(model_class: Any) -> Any:
-    """``model_class`` whose instances are converted as soon as they exist, before weights are loaded into them."""
+    """``model_class``, but where its config has log positions, models get them before weights are loaded into them."""
 
     def init(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
+        settings = getattr(config, "log_position", None)
+        if settings is not None:
+            _check_implementation(config._attn_implementation, ValueError)
         model_class.__init__(self, config, *arguments, **options)
-        _install(self, config.log_position)
+        self.__class__ = model_class
+        if settings is None:
+            return
+        try:
+            _install(self, settings)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the config has log_position={settings!r}, which does not serve: {error!r}") from error
 
     return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+
+
+def _register() -> None:
+    """Let AutoModel and its like load converted models. What they load otherwise is what it was."""
+
+    def register(auto: Any, config_class: Any, model_class: Any) -> None:
+        @classmethod  # type: ignore[misc]
+        def from_pretrained(cls: Any, directory: Any, *arguments: Any, config: Any = None, **options: Any) -> Any:
+            converted = getattr(config, "log_position", None) is not None
+            load = functools.partial(_load, model_class) if converted else model_class.from_pretrained
+            return load(directory, *arguments, config=config, **options)
+
+        converting = _converting(model_class)
+        members = {"from_pretrained": from_pretrained, "__module__": model_class.__module__, "registered_by": __name__}
+        auto.register(config_class, type(model_class.__name__, (converting,), members), exist_ok=True)
+
+    for auto in list(vars(modeling_auto).values()):
+        mapping: Any = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        for config_class in map(CONFIG_MAPPING.__getitem__, SUPPORTED if mapping is not None else ()):
+            model_class = mapping.get(config_class, None)
+            if getattr(model_class, "config_class", None) is config_class and not hasattr(model_class, "registered_by"):
+                register(auto, config_class, model_class)
 
 
 # --- attention and its masks, as Transformers calls them ----------------------------------------------------
@@ -373,9 +520,8 @@ def log_position_mask(
         plain = ~mask_function(batch, 0, index, index + 1)
         if local_size is None or local_size > 1:
             plain = plain & mask_function(batch, 0, index + 1, index)
-        _require(plain.all(), "position_ids hold packed sequences, or the mask is not causal: log positions serve "
-                 "neither. Pad the sequences, with an attention_mask")  # fmt: skip
-    padding: int | Tensor = 0
+        _require({f"position_ids hold packed sequences, or the mask is not causal: {PACKED}": plain.all()})
+    padding: Any = 0
     if attention_mask is not None:
         if attention_mask.shape[0] != batch_size:
             raise ValueError(f"attention_mask must have the batch size, {batch_size}, got {attention_mask.shape[0]}")
@@ -384,12 +530,13 @@ def log_position_mask(
                 f"attention_mask must cover all tokens so far, {q_offset + q_length}, got shape "
                 f"{tuple(attention_mask.shape)}"
             )
-        if is_tracing(attention_mask) or not attention_mask.all():  # the one look at the GPU in a forward
-            runs = attention_mask[:, 0] + (attention_mask[:, 1:] & ~attention_mask[:, :-1]).sum(-1)
-            _require((runs <= 1).all(), "attention_mask hides tokens between visible ones: their positions are "
-                     "undefined. Pad on the left (or, where nothing follows, on the right)")  # fmt: skip
-            # Right padding needs nothing: no real query comes after it.
-            padding = (attention_mask.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
+        if not is_tracing(attention_mask):
+            seen = attention_mask if attention_mask._base is None else attention_mask._base  # GPT-2 takes a view
+            padding = getattr(seen, "left_padding", None)
+        else:
+            padding = None
+        if padding is None:
+            padding = _left_padding(attention_mask, {})
     static = not isinstance(padding, Tensor) and not isinstance(q_offset, Tensor) and allow_is_causal_skip
     if static and kv_offset == 0 and q_offset + q_length == kv_length:
         return None
@@ -398,13 +545,25 @@ def log_position_mask(
     return starts.T[:, None, None]
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise ValueError unless ``condition``, a bool tensor (); a trace has no values yet, and asserts it when run."""
-    if is_tracing(condition):
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
+def _require(conditions: dict[str, Tensor], also: Tensor | None = None) -> bool:
+    """Raise ValueError unless the conditions, bool tensors () by message, hold; return the value of ``also``.
+
+    All are read from the GPU at once. A trace has no values yet: it asserts the conditions when run, and gets False.
+    """
+    tensors = [*conditions.values(), *([] if also is None else [also])]
+    if not tensors:
+        return False
+    if is_tracing(tensors[0]):
+        for message, condition in conditions.items():
+            torch._assert_async(condition, message)
+        return False
+    values = torch.stack([x.to(tensors[0].device) for x in tensors]).tolist()
+    for message, value in zip(conditions, values, strict=False):
+        if not value:
+            raise ValueError(message)
+    return also is not None and values[-1]
 
 
 AttentionInterface.register(IMPLEMENTATION, log_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, log_position_mask)
+_register()

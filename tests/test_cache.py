@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -155,6 +156,137 @@ def test_reset(make: Callable[..., KVCache]) -> None:
     torch.testing.assert_close(generate(cache, x, steps(0, N, 9)), whole(x, position))
 
 
+@CACHES
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("preset", ["none", "log-invariant", "log-rotary-bias"])
+def test_crop(make: Callable[..., KVCache], window: int | None, preset: str, backend: str) -> None:
+    """A random life of steps, ragged or not, of drafts that are dropped and of beams: as if they had never been."""
+    values, batch = make_values(HEADS, D, preset, query_gain=True, gain_length=20), 3
+    cache = make(values, window, batch=batch)
+    x = tokens(batch, 0)  # what should be in the cache, right-aligned behind what has never been
+    held = [tuple(t[b : b + 1] for t in x) for b in range(batch)]
+    for _ in range(12):
+        before = cache.lengths.tolist()
+        room = min(10, N - max(before))
+        fresh = tokens(batch, room)
+        counts = [random.randint(0, room) for _ in range(batch)]
+        out = generate(cache, fresh, [slice(None)], lengths=counts, backend=backend)
+        for b, count in enumerate(counts):
+            held[b] = tuple(
+                torch.cat((old, new[b : b + 1, :, :count]), 2) for old, new in zip(held[b], fresh, strict=True)
+            )
+            expected = whole(held[b], values, window, backend=backend)[0, :, before[b] :]
+            torch.testing.assert_close(out[b, :, :count], expected)
+        if random.random() < 0.3:
+            beams = torch.randint(batch, (batch,))
+            cache.reorder(beams)
+            held, before = [held[b] for b in beams], [before[b] for b in beams]
+        deepest = 0 if window else 15
+        ends = [random.randint(max(0, n - deepest), t[0].shape[2]) for n, t in zip(before, held, strict=True)]
+        if random.random() < 0.1:
+            ends[random.randrange(batch)] = 0
+        cache.crop(random.choice([ends, torch.tensor(ends), torch.tensor(ends, dtype=torch.int32)]))
+        held = [tuple(t[:, :, :end] for t in kept) for kept, end in zip(held, ends, strict=True)]
+        assert cache.lengths.tolist() == ends
+        if isinstance(cache, PagedKVCache):
+            taken = {page for pages in cache._pages for page in pages}
+            assert taken == {page for page, holders in enumerate(cache._holders) if holders}
+            used = [-(-(n - gone) // 16) for n, gone in zip(ends, cache._host_dropped, strict=True)]
+            assert [len(pages) for pages in cache._pages] == used == (cache.block_table >= 0).sum(1).tolist()
+
+
+@CACHES
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_crop_leaves_nothing_behind(make: Callable[..., KVCache], backend: str) -> None:
+    """Of rejected tokens, not even NaN."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    gpu = backend == "triton" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True, device=device)
+    x = tokens(length=20, device=device)
+    draft = tuple(torch.full_like(t, float("nan")) for t in x)
+    cache = make(position, device=device)
+    outs = []
+    for piece in (slice(0, 14), slice(14, 15), slice(15, 20)):
+        outs.append(generate(cache, x, [piece], backend=backend))
+        generate(cache, draft, [slice(0, 4)], backend=backend)
+        cache.crop(piece.stop)
+    torch.testing.assert_close(torch.cat(outs, 2), whole(x, position, backend="reference"), rtol=1e-4, atol=1e-5)
+
+
+@CACHES
+def test_crop_refuses(make: Callable[..., KVCache]) -> None:
+    x = tokens()
+    cache = make(LogPosition(HEADS, D), WINDOW)
+    generate(cache, x, steps(0, 48, 8))
+    before = state(cache)
+    for lengths in (49, -1, True, 2.0, [48], [48, 49], [-1, 48], [48.0, 48.0], None, torch.tensor([1.0, 2.0]), "ab"):
+        with pytest.raises(ValueError, match=r"lengths must be an int or 2 ints from 0 to .* \[48, 48\], got"):
+            cache.crop(lengths)  # type: ignore[arg-type]
+    if isinstance(cache, PagedKVCache):  # whose window at 40 has let go of a page
+        with pytest.raises(ValueError, match=r"at least 36 or 0 for sequence 1, got 35: .* let go of the first 16"):
+            cache.crop([36, 35])
+    assert state(cache) == before
+    cache.crop(cache.lengths - torch.tensor([0, 12]))
+    cache.crop(0)
+    if isinstance(cache, PagedKVCache):
+        assert not any(cache._holders)
+        assert (cache.block_table == -1).all()
+    torch.testing.assert_close(generate(cache, x, steps(0, N, 9)), whole(x, cache.position, WINDOW))
+
+
+@CACHES
+def test_what_cannot_be_assigned(make: Callable[..., KVCache]) -> None:
+    cache = make(LogPosition(HEADS, D))
+    generate(cache, tokens(), [slice(0, 20)])
+    before = state(cache)
+    names = ["lengths", "k", "v", "capacity", "window", "position", "batch_size", "num_kv_heads", "head_dim"]
+    for name in names + ["block_table", "page_size"] * isinstance(cache, PagedKVCache):
+        with pytest.raises(AttributeError, match=f"{name} of a .*KVCache cannot be assigned: append, crop, reset"):
+            setattr(cache, name, getattr(cache, name))
+    with pytest.raises(AttributeError, match="lengths of a"):
+        cache.lengths -= 3
+    cache.lengths.sub_(3)  # a copy
+    assert state(cache) == before
+
+
+@CACHES
+@pytest.mark.parametrize("values", [False, True])
+def test_copies(make: Callable[..., KVCache], values: bool) -> None:
+    """A deep copy goes its own way."""
+    position: Any = LogPosition(HEADS, D, "log-rotary-bias")
+    if values:
+        with torch.no_grad():
+            position = position()
+    x = tokens()
+    cache = make(position, WINDOW)
+    generate(cache, x, steps(0, 40, 10))
+    clone = copy.deepcopy(cache)
+    clone.crop(30)
+    other = tuple(torch.cat((t[:, :, :30], u), 2) for t, u in zip(x, tokens(length=20), strict=True))
+    torch.testing.assert_close(generate(clone, other, steps(30, 50, 4)), whole(other, position, WINDOW)[:, :, 30:])
+    torch.testing.assert_close(generate(cache, x, [slice(40, 50)]), whole(x, position, WINDOW)[:, :, 40:])
+
+
+@CACHES
+def test_a_refused_step_leaves_no_pages_behind(make: Callable[..., KVCache]) -> None:
+    """Else sequences that share pages later would write into each other's."""
+    position = LogPosition(HEADS, D)
+    x = tokens()
+    cache = make(position)
+    generate(cache, x, [slice(0, 20)])
+    before = state(cache)
+    with pytest.raises(ValueError, match="backend must be"):
+        generate(cache, x, [slice(20, 50)], backend="flash")
+    assert state(cache) == before
+    cache.reorder([0, 0])
+    x = tuple(torch.cat((t[:1, :, :20].expand(2, -1, -1, -1), t[:, :, 20:]), 2) for t in x)
+    torch.testing.assert_close(generate(cache, x, steps(20, 50)), whole(x, position)[:, :, 20:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_and_options(dtype: torch.dtype) -> None:
     values = make_values(HEADS, D, "log-rotary-bias")
@@ -257,6 +389,8 @@ def test_a_step_longer_than_a_window_leaves_room_for() -> None:
         (dict(lengths=[1, 6]), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1, 6\]"),
         (dict(lengths=torch.tensor([1])), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1\]"),
         (dict(lengths=torch.tensor([1.0, 2.5])), ValueError, r"lengths must be 2 ints .* got \[1.0, 2.5\]"),
+        (dict(lengths=[True, False]), ValueError, r"lengths must be 2 ints .* got \[True, False\]"),
+        (dict(lengths=torch.ones(2, dtype=torch.bool)), ValueError, r"lengths must be 2 ints .* got \[True, True\]"),
         (dict(lengths=3), ValueError, "lengths must be 2 ints from 0 to 5, got 3"),
         (dict(window=3), TypeError, "unexpected keyword argument 'window'"),
     ],
@@ -300,6 +434,11 @@ def test_a_bad_option_leaves_the_tokens_to_be_given_again(
     ("call", "message"),
     [
         (lambda: KVCache(0, 1, 1, 1), "batch_size must be an int of at least 1, got 0"),
+        (lambda: KVCache(True, 1, 1, 1), "batch_size must be an int of at least 1, got True"),
+        (lambda: KVCache(1, 1, 8, 8, window=True), "window must be an int of at least 0 or None, got True"),
+        (lambda: KVCache(1, 1, 8, 8, key_start=True), "key_start must be an int or an int tensor .* got True"),
+        (lambda: PagedKVCache(1, 1, 8, 8, page_size=16.0), r"page_size must be one of .* got 16.0"),  # type: ignore[arg-type]
+        (lambda: PagedKVCache(1, 1, 8, 8, num_pages=2.5), r"num_pages must be .* got 2.5"),  # type: ignore[arg-type]
         (lambda: KVCache(1, 1, 8.0, 1), "capacity must be an int of at least 1, got 8.0"),  # type: ignore[arg-type]
         (lambda: KVCache(1, 1, 8, 8, window=-1), "window must be an int of at least 0 or None, got -1"),
         (lambda: KVCache(1, 1, 8, 8, window=(3, 0)), r"window must be an int .* got \(3, 0\)"),  # type: ignore[arg-type]
@@ -309,7 +448,7 @@ def test_a_bad_option_leaves_the_tokens_to_be_given_again(
         (lambda: KVCache(1, 1, 8, 8, LogPosition(1, 16)), "head_dim must be that of the position, 16, got 8"),
         (lambda: KVCache(2, 1, 8, 8, key_start=torch.zeros(3).int()), r"key_start must be .* got torch.int32 \(3,\)"),
         (lambda: PagedKVCache(1, 1, 8, 8, page_size=24), r"page_size must be one of \(16, 32, 64, 128, 256\), got 24"),
-        (lambda: PagedKVCache(1, 1, 8, 8, num_pages=0), "num_pages must be at least 1, got 0"),
+        (lambda: PagedKVCache(1, 1, 8, 8, num_pages=0), "num_pages must be an int of at least 1 or None, got 0"),
         (lambda: PagedKVCache(1, 1, 8, 8, window=8), "capacity must be above the window, 8, got 8"),
         (lambda: static(None).reorder(torch.tensor([0])), r"beam_idx must be int \(2,\), got torch.int64 \(1,\)"),
         (lambda: static(None).reorder([0.0, 1.0]), r"beam_idx must be int \(2,\), got torch.float32"),  # type: ignore[list-item]
@@ -393,4 +532,10 @@ def test_cuda_graph(device: torch.device) -> None:
                 static_input.copy_(t[:, :, n : n + 1])
             graph.replay()
             torch.testing.assert_close(out, expected[:, :, n : n + 1], rtol=2e-3, atol=2e-3)
-    assert cache.lengths.tolist() == [700, 700]
+        assert cache.lengths.tolist() == [700, 700]
+        cache.crop(650)  # the replays are counted
+        torch.testing.assert_close(
+            generate(cache, x, [slice(650, 700)]), expected[:, :, 650:700], rtol=2e-3, atol=2e-3
+        )
+        with pytest.raises(ValueError, match="the cache is full: 1050 tokens"):
+            cache.append(*(t[:, :, :350] for t in x[1:]))

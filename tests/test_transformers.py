@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -239,6 +244,60 @@ def test_unsupported_models() -> None:
         use_log_position(model)
 
 
+def test_converting_touches_one_model_alone() -> None:
+    """Models that were made from one config object share it."""
+    config, ids = CONFIGS["gemma3_text"](), tokens()
+    before = config.to_dict()
+    models = [AutoModelForCausalLM.from_config(config) for _ in range(3)]
+    plain, first, second = models
+    before, implementation = config.to_dict(), config._attn_implementation
+    expected = plain(ids).logits
+    use_log_position(first, "log-bias")
+    with pytest.raises(ValueError, match="keep_positions must be False"):
+        use_log_position(second, "log-rotary", keep_positions=True)
+    use_log_position(second, "none", share_position=True)
+    assert (config.to_dict(), config._attn_implementation) == (before, implementation)
+    assert torch.equal(plain(ids).logits, expected)
+    assert [model.config.log_position["preset"] for model in (first, second)] == ["log-bias", "none"]
+    for model in (first, second, copy.deepcopy(second), pickle.loads(pickle.dumps(second))):
+        held = [x for module in model.modules() for x in vars(module).values()]
+        assert {id(x) for x in held if isinstance(x, transformers.PreTrainedConfig)} == {id(model.config)}
+        assert type(model) is type(plain)
+        assert model(ids).logits.isfinite().all()
+        assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (2, 13)
+    clone = copy.deepcopy(first)
+    clone.config.log_position["preset"] = "other"
+    assert first.config.log_position["preset"] == "log-bias"
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        (dict(rotary_scale=np.int64(512)), dict(rotary_scale=512.0)),
+        (dict(rotary_scale=torch.tensor(512), rotary_base=np.float32(2), gain_length=Fraction(7, 2)),
+         dict(rotary_scale=512.0, rotary_base=2.0, gain_length=3.5)),
+        (dict(rotary_fraction=np.float64(0.5), share_position=np.True_),
+         dict(rotary_fraction=0.5, share_position=True)),
+        (dict(query_gain=np.True_, learnable=("rate", np.str_("power")), preset=np.str_("log-bias")),
+         dict(query_gain=True, learnable=["power", "rate"], preset="log-bias")),
+        (dict(learnable={"rate"}, rotary_scale=None), dict(learnable=["rate"], rotary_scale=None)),
+        (dict(learnable=iter(["rate"])), dict(learnable=["rate"])),
+        (dict(learnable=np.False_), dict(learnable=False)),
+    ],
+)  # fmt: skip
+def test_options_that_are_no_plain_values_are_saved(
+    options: dict[str, Any], saved: dict[str, Any], tmp_path: Path
+) -> None:
+    model, ids = use_log_position(make(), **(dict(preset="log-rotary-bias") | options)), tokens()
+    expected = dict(preset="log-rotary-bias", share_position=False, keep_positions=False) | saved
+    assert model.config.log_position == expected
+    assert {type(x) for x in model.config.log_position.values()} <= {str, bool, float, list, type(None)}
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config.log_position == expected
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_bad_options_leave_the_model_as_it_was() -> None:
     model, ids = make(), tokens()
     expected = model(ids).logits
@@ -270,14 +329,6 @@ def test_masks_that_cannot_be_honoured() -> None:
     for mask in (torch.ones(2, 1, 11, 11, dtype=torch.bool), torch.zeros(2, 1, 11, 11)):
         with pytest.raises(ValueError, match="attention_mask must be 2D"):
             model(ids, attention_mask=mask)
-    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
-    for name in ("llama", "mistral"):
-        other = use_log_position(make(name))
-        with pytest.raises(ValueError, match="position_ids hold packed sequences"):
-            other(ids[:1], position_ids=packed, use_cache=False)
-        other(ids[:1], position_ids=torch.arange(11)[None], use_cache=False)
-    with pytest.raises(ValueError, match="cu_seq_lens_q is not supported"):
-        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 5, 11]))
     q = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="is_causal must be True"):
         logpe.transformers.log_attention_forward(model.model.layers[0].self_attn, q, q, q, None, is_causal=False)
@@ -295,11 +346,137 @@ def test_masks_that_cannot_be_honoured() -> None:
         model(ids)
 
 
+def heads(name: str) -> list[type[PreTrainedModel]]:
+    """Every class of an architecture that an AutoModel knows."""
+    config_class = type(CONFIGS[name]())
+    autos = [getattr(transformers, auto) for auto in dir(transformers) if auto.startswith("AutoModel")]
+    mappings = [auto._model_mapping for auto in autos if getattr(auto, "_model_mapping", None) is not None]
+    found = {mapping[config_class] for mapping in mappings if config_class in mapping}
+    found = {head for head in found if getattr(head, "config_class", None) is config_class}
+    return sorted(found, key=lambda head: head.__name__)
+
+
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_packed_sequences(name: str) -> None:
+    """Refused, however a batch says that it is packed: attention would run across the sequences, without a word."""
+    ids, ones = tokens(1), torch.ones(1, 11, dtype=torch.long)
+    rows = [{"input_ids": row.tolist()} for row in (ids[0, :5], ids[0, 5:])]
+    collator = transformers.DataCollatorWithFlattening
+    flattened = collator(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
+    assert torch.equal(flattened.pop("position_ids"), PACKED)
+    assert torch.equal(flattened.pop("input_ids"), ids)
+    del flattened["labels"]
+    assert flattened.keys() == set(logpe.transformers.PACKING_OPTIONS)
+    refused = "is not supported: log positions do not serve packed"
+    ways = [({option: x}, f"{option} {refused}") for option, x in flattened.items()]
+    for positions in (PACKED, PACKED + 7, torch.tensor([[*range(10), 0]]), torch.tensor([[0, *range(10)]])):
+        ways += [(dict(position_ids=positions), "position_ids hold packed sequences")]
+        ways += [(dict(position_ids=positions, attention_mask=ones), "position_ids hold packed sequences")]
+    ways += [(dict(attention_mask=PACKED.lt(5).long() + 1), "attention_mask must hold 0 and 1; if it numbers packed")]
+    modes = [(dict(), False), (dict(), True), (dict(use_cache=False), True), (dict(use_cache=True), True)]
+    model = use_log_position(transformers.AutoModel.from_config(CONFIGS[name]()))
+    for (options, message), (caching, training) in itertools.product(ways, modes):
+        with pytest.raises(ValueError, match=message):
+            model.train(training)(input_ids=ids, **options, **caching)
+    names = list(inspect.signature(model.forward).parameters)
+    names = names[: names.index("position_ids") + 1]
+    with pytest.raises(ValueError, match="position_ids hold packed sequences"):
+        model(*({"input_ids": ids, "position_ids": PACKED}.get(name) for name in names))
+    for head in heads(name):
+        model = use_log_position(head(CONFIGS[name]()))
+        for options, message in (ways[0], ways[-2]):
+            with pytest.raises(ValueError, match=message):
+                model(ids, **options)
+    model = use_log_position(make(name))
+    for cache in (dict(), dict(cache_implementation="static"), dict(use_cache=False)):
+        with pytest.raises(ValueError, match="position_ids hold packed sequences"):
+            generate(model, ids, ones, position_ids=PACKED, max_new_tokens=2, min_new_tokens=2, **cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@torch.no_grad()
+def test_position_ids_that_are_not_packed(name: str) -> None:
+    """Offsets, and whatever stands at padding, with every kind of mask and cache."""
+    model, ids = use_log_position(make(name), "log-rotary-bias"), tokens()
+    mask = left_padding(ids)
+    expected, expected_padded = model(ids).logits, model(ids, attention_mask=mask).logits
+    for start in (0, 5):
+        positions = torch.arange(start, start + 11)[None]
+        for given in (positions, positions.expand(2, -1)):
+            for options in (dict(), dict(attention_mask=torch.ones_like(ids)), dict(use_cache=False)):
+                close(model(ids, position_ids=given, **options).logits, expected)
+    count = mask.cumsum(-1) - 1
+    right = mask.flip(1)
+    for fill in (0, 1, 99):
+        for kind in (mask, mask.bool(), mask.float()):
+            logits = model(ids, attention_mask=kind, position_ids=count.masked_fill(mask == 0, fill)).logits
+            close(logits[mask.bool()], expected_padded[mask.bool()])
+        model(ids, attention_mask=right, position_ids=(right.cumsum(-1) - 1).masked_fill(right == 0, fill))
+    for cache in (
+        transformers.DynamicCache(config=model.config),
+        transformers.StaticCache(config=model.config, max_cache_len=16),
+    ):
+        logits = [
+            model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=count.masked_fill(mask == 0, 1)[:, start:end],
+                past_key_values=cache,
+            ).logits
+            for start, end in ((0, 6), (6, 7), (7, 11))
+        ]
+        close(torch.cat(logits, 1)[mask.bool()], expected_padded[mask.bool()])
+        cache.reset()
+        options = dict(attention_mask=mask, position_ids=count.clamp(min=0)[:, :6], past_key_values=cache)
+        logits = model(ids[:, :6], **options).logits  # a mask that covers what is to come
+        close(logits[mask[:, :6].bool()], expected_padded[:, :6][mask[:, :6].bool()])
+
+
+class Looks(torch.overrides.TorchFunctionMode):
+    """Counts what would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.count += function in (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__index__)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@torch.no_grad()
+def test_a_forward_waits_for_the_gpu_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token, no one looks at position_ids."""
+    monkeypatch.setattr(logpe.transformers, "log_attention", lambda q, *_, **options: q)  # on a CPU it looks at starts
+    model, ids = use_log_position(make(name)), tokens()
+    model.config.use_cache = False
+    positions = torch.arange(11)[None]
+    for expected, options in (
+        (0, dict(use_cache=True)),
+        (1, dict(position_ids=positions)),
+        (1, dict(position_ids=positions, use_cache=True)),
+        (1, dict(attention_mask=torch.ones_like(ids))),
+        (1, dict(attention_mask=left_padding(ids))),
+        (1, dict(attention_mask=left_padding(ids).bool(), position_ids=positions)),
+    ):
+        with Looks() as looks:
+            model(ids, **options)
+        assert looks.count == expected, options
+    cache = model(ids, use_cache=True).past_key_values
+    with Looks() as looks:
+        model(ids[:, :1], position_ids=positions[:, :1] + 11, past_key_values=cache)
+    assert looks.count == 0
+
+
 def test_another_attention_is_refused() -> None:
     model = copy.deepcopy(use_log_position(make()))
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        with pytest.raises(RuntimeError, match=f"must be \"logpe\", and was set to '{implementation}'"):
+        with pytest.raises(RuntimeError, match=f"attn_implementation must be .* got '{implementation}'"):
             model(tokens())
     model.set_attn_implementation("logpe")
     model(tokens())
@@ -366,6 +543,24 @@ def test_caches(name: str) -> None:
     alone = generate(model, ids[:1, PADDING:], None, do_sample=False).sequences[0]
     padded = generate(model, ids, mask, do_sample=False).sequences[0]
     assert torch.equal(alone, padded[PADDING:])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
+@torch.no_grad()
+def test_assisted_generation(name: str) -> None:
+    """Drafts, of which the cache lets the rejected end go, give the tokens of greedy decoding."""
+    model = use_log_position(make(name), "log-rotary-bias", query_gain=True)
+    ids = torch.randint(3, VOCABULARY, (1, 4)).repeat(1, 4)  # a prompt whose pieces come again
+    # Transformers gives an assistant no mask, and hides from it whatever looks like padding.
+    options = dict(do_sample=False, max_new_tokens=24, suppress_tokens=[0])
+    for mask in (None, left_padding(ids)):
+        expected = generate(model, ids, mask, **options).sequences
+        assistant = use_log_position(make(name), "log-bias")
+        near = copy.deepcopy(model)  # an assistant whose drafts are accepted, mostly
+        near.lm_head.weight.add_(0.01 * torch.randn_like(near.lm_head.weight))
+        for draft in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=assistant), dict(assistant_model=near)):
+            actual = generate(model, ids, mask, **options, **draft).sequences
+            assert torch.equal(actual, expected), draft
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
@@ -446,13 +641,13 @@ def test_loading_without_positions_is_an_error(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no config.json"):
         from_pretrained(tmp_path / "empty")
-    for architectures in (None, ["MyLlama"]):
+    for architectures in (None, [], {}, [3], ["MyLlama"], ["pipeline"], ["LlamaConfig"], "LlamaForCausalLM"):
         config = json.loads((tmp_path / "converted" / "config.json").read_text()) | dict(architectures=architectures)
         (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"architectures in the config of .* must name a class of Transformers"):
+        with pytest.raises(ValueError, match=r"architectures in the config of .* must name a model class of Trans"):
             from_pretrained(tmp_path / "empty")
     # The plain class, with logpe imported: no silent attention without positions.
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "converted")
     with pytest.raises(RuntimeError, match=r"load it with logpe.transformers.from_pretrained"):
         loaded(tokens())
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["attn_implementation"] == "logpe"
@@ -471,6 +666,148 @@ def test_loading_without_positions_is_an_error(tmp_path: Path, monkeypatch: pyte
     model.save_pretrained(tmp_path / "converted")
     with pytest.raises(ValueError, match="raw_power holds nan for head 2"):
         from_pretrained(tmp_path / "converted")
+
+
+AUTO = {
+    "AutoModel": ("", dict()),
+    "AutoModelForCausalLM": ("", dict()),
+    "AutoModelForSequenceClassification": ("score.", dict(num_labels=3)),
+    "AutoModelForTokenClassification": ("score.", dict(num_labels=3)),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.no_grad()
+def test_auto_models(name: str, tmp_path: Path) -> None:
+    """Each loads a converted language model as it was saved; another head is new, the positions are kept."""
+    share, plain, ids = bool(SUPPORTED.index(name) % 2), make(name), tokens()
+    plain.save_pretrained(tmp_path / "plain")
+    model = use_log_position(plain, share_position=share, learnable=["power"])
+    for parameter in logpe.position_parameters(model):
+        parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "converted")
+    hidden = model.base_model(ids)[0]
+    for auto, (new, options) in AUTO.items():
+        loader = getattr(transformers, auto)
+        options = options | (dict(pad_token_id=0) if new else {})
+        if type(model.config) not in loader._model_mapping:
+            continue
+        loaded, info = loader.from_pretrained(tmp_path / "converted", output_loading_info=True, **options)
+        assert type(loaded).__module__.startswith("transformers.models.")
+        assert getattr(transformers, type(loaded).__name__) is type(loaded)
+        assert not loaded.training
+        assert torch.equal(loaded.base_model(ids)[0], hidden)
+        assert all(new and name.startswith((new, "classifier.")) for name in info["missing_keys"])
+        assert loaded.config.log_position == model.config.log_position
+        if not new and auto != "AutoModel":
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+        frozen = [parameter.requires_grad for parameter in logpe.position_parameters(loaded)]
+        assert frozen == [parameter.requires_grad for parameter in logpe.position_parameters(model)]
+        with pytest.raises(ValueError, match="attn_implementation must be"):
+            loader.from_pretrained(tmp_path / "converted", attn_implementation="sdpa", **options)
+        if new:  # a classifier is saved and loaded in turn
+            loaded.save_pretrained(tmp_path / auto)
+            again = loader.from_pretrained(tmp_path / auto)
+            assert torch.equal(again(ids).logits, loaded(ids).logits)
+            assert torch.equal(from_pretrained(tmp_path / auto)(ids).logits, loaded(ids).logits)
+        ordinary = loader.from_pretrained(tmp_path / "plain", attn_implementation="eager", **options)
+        assert type(ordinary) is type(loaded)
+        assert ordinary.config._attn_implementation == "eager"
+        assert not position_of(ordinary)
+        assert type(loader.from_config(CONFIGS[name]())) is type(loaded)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "converted")
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "base").base_model(ids)[0], hidden)
+
+
+@torch.no_grad()
+def test_other_ways_to_a_converted_model(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model, ids = use_log_position(make("qwen3")), tokens()
+    model.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert type(fresh) is type(model)
+    assert len(position_of(fresh)) == 2
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
+    assert len(position_of(AutoModelForCausalLM.from_config(model.config))) == 2
+    with pytest.raises(ValueError, match="attn_implementation must be"):
+        AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    words = {f"t{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="t0", pad_token="t0")
+    tokenizer.save_pretrained(tmp_path)
+    pipe = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
+    text = pipe("t5 t7", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    row = model.generate(torch.tensor([[5, 7]]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 2:]
+    assert text.split() == [f"t{i}" for i in row.tolist()]
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "auto", "device_map", "default dtype", "empty"])
+@torch.no_grad()
+def test_a_loaded_model_is_the_saved_one(how: str, tmp_path: Path) -> None:
+    """However its memory comes to be: the same bits."""
+    ids = tokens()
+    for name, preset in (("llama", "log-bias-rope"), ("gemma3_text", "log-rotary-bias"), ("gpt2", "log-rotary")):
+        model = use_log_position(make(name), preset, query_gain=True)
+        options: dict[str, Any] = {}
+        if how in ("bfloat16", "auto", "default dtype"):
+            model = model.to(torch.bfloat16)
+            model.config.dtype = torch.bfloat16
+            options = {"default dtype": {}, "auto": dict(dtype="auto")}.get(how, dict(dtype=torch.bfloat16))
+        if how == "device_map":
+            pytest.importorskip("accelerate")
+            options = dict(device_map="cpu")
+        model.save_pretrained(tmp_path / name)
+        for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16 if how == "default dtype" else default)
+            try:
+                if how == "empty":
+                    accelerate = pytest.importorskip("accelerate")
+                    config = transformers.AutoConfig.from_pretrained(tmp_path / name)
+                    with accelerate.init_empty_weights():
+                        empty = AutoModelForCausalLM.from_config(config)
+                    empty.tie_weights()
+                    loaded = accelerate.load_checkpoint_and_dispatch(empty.eval(), tmp_path / name, {"": "cpu"})
+                else:
+                    loaded = load(tmp_path / name, **options)
+            finally:
+                torch.set_default_dtype(default)
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+            assert all(parameter.dtype == torch.float32 for parameter in logpe.position_parameters(loaded))
+
+
+def test_hostile_folders(tmp_path: Path) -> None:
+    """No code from a folder is run, and odd settings are refused by name."""
+    model = use_log_position(make())
+    model.save_pretrained(tmp_path)
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    for file in ("evil.py", "custom_generate/generate.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    config["auto_map"] = {auto: f"evil.{name}" for auto, name in zip(autos, ("C", "M", "M"), strict=True)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
+        assert len(position_of(load(tmp_path))) == 2
+    with pytest.raises(ValueError, match="trust_remote_code must be False"):
+        from_pretrained(tmp_path, trust_remote_code=True)
+    good = config["log_position"]
+    changes = (dict(rotary_scale="x"), dict(learnable=3), dict(colour=1), dict(preset=["log-bias"]), dict(device="cpu"))
+    for odd in ("log-bias", [1], {}, *(good | change for change in changes)):
+        (tmp_path / "config.json").write_text(json.dumps(config | dict(log_position=odd)))
+        for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=r"the config has log_position=.*, which does not serve"):
+                load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # a pickle
+    with pytest.raises(OSError, match="safetensors"):
+        from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 # --- training -----------------------------------------------------------------------------------------------
