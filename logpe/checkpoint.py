@@ -140,20 +140,22 @@ def tidy(root: Path, keep: int) -> None:
         shutil.rmtree(leftover)
 
 
-def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest(root: Path, aside: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint and its manifest; None where there is none.
 
-    A damaged one is renamed to ``step-....damaged``, with a warning that names the file at fault.
+    A warning names the file at fault of a damaged one, which is renamed to ``step-....damaged`` unless ``aside`` is
+    False: where the folder is another program's.
     """
     for path in _list(root):
         damage = damaged(path)
         if damage is None:
             return path, json.loads((path / MANIFEST).read_text())
         warnings.warn(f"checkpoint left out: {damage}", stacklevel=2)
-        aside = path.with_name(path.name + ".damaged")
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(path, aside)
+        if aside:
+            other = path.with_name(path.name + ".damaged")
+            if other.exists():
+                shutil.rmtree(other)
+            os.rename(path, other)
     return None
 
 

@@ -34,6 +34,9 @@ def run(name: str, program: Callable[[], int]) -> int:
     OSError, ValueError, FloatingPointError and Busy are about what the user gave, and so is the lack of memory. Any
     other error is a fault of the program, and raised.
     """
+    for stream in ("stdout", "stderr"):  # a program may be started without them
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
         with _sigterm_as_interrupt():
             return program()
@@ -107,5 +110,5 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
     return device

@@ -87,13 +87,18 @@ def main(arguments: argparse.Namespace) -> int:
     torch.manual_seed(arguments.seed)
     with contextlib.suppress(AttributeError):  # a stream of a test or a notebook
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=arguments.max_new_tokens,
-        streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True),
-        **drawing,
-    )
+    try:
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=arguments.max_new_tokens,
+            streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True),
+            **drawing,
+        )
+    except OSError:  # a closed pipe
+        raise
+    except Exception as error:  # its generation_config.json is anybody's
+        raise ValueError(f"{folder} cannot generate: {error}") from error
     return 0
 
 

@@ -228,7 +228,7 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
     shape, first = Shape(**model.config["shape"]), next(m for m in model.modules() if isinstance(m, LogPosition))
     # All of it: what is left out there is taken from the configuration of Llama's own rotation.
     rotation = {name: getattr(first, name) for name in ROTATION}
-    position = {**model.config["position"], **rotation}
+    position = {"preset": first.preset, **model.config["position"], **rotation}
     state = model.state_dict()
     embedding = state["embedding.weight"]
     weights = {

@@ -80,7 +80,7 @@ class Settings:
     seed: int = _option(0, "of the weights and of the order of the text")
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "steps"):
+        for name in ("dim", "layers", "heads", "length", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay"):
@@ -595,7 +595,7 @@ def find_start(
     try:
         same = text.load(data, check=True).sha256 == sha256
     except (OSError, ValueError) as error:
-        say(f"made anew: {error}")
+        say(f"the tokens are made anew: {error}")
         prepare()
         same = text.load(data).sha256 == sha256
     if not same:
@@ -763,9 +763,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _follow(options: argparse.Namespace, settings: Settings) -> None:
-    """Check what --init-from excludes, and take its folder for the model and the tokenizer."""
+    """Check what --init-from excludes, and find the folder of its model and the tokenizer."""
     given = options.init_from
-    options.init_from = language_model.find(given)
+    trained = checkpoint.newest(given / "checkpoints", aside=False)
+    options.init_from = given if trained is None else trained[0]
     for entry in fields(Settings)[:10]:  # the architecture
         if getattr(settings, entry.name) != entry.default:
             raise ValueError(f"{_flag(entry.name)} must not be given with --init-from, whose model has it")
