@@ -36,7 +36,7 @@ def run(name: str, program: Callable[[], int]) -> int:
     """
     for stream in ("stdout", "stderr"):  # a program may be started without them
         if getattr(sys, stream) is None:
-            setattr(sys, stream, open(os.devnull, "w"))
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with _sigterm_as_interrupt():
             return program()

@@ -633,14 +633,14 @@ def _names(paths: list[Path]) -> str:
 
 
 def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Callable[[str], object]) -> None:
-    """Left: loss by step. Right: loss of held-out text by context."""
+    """Left: loss by step. Right: loss of held-out text by context, once there is one."""
     try:
         import matplotlib
     except ImportError:
         say(f"{path.name} is left out: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     smooth: list[float] = []
@@ -650,10 +650,15 @@ def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Cal
         smooth.append(loss if not smooth else smooth[-1] + (loss - smooth[-1]) / weight)
     scored = [(r["step"], r["evaluation"]) for r in records if "evaluation" in r]
     with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        drawing, (left, right) = pyplot.subplots(1, 2, figsize=(9.2, 3.7), layout="constrained")
+        drawing, axes = pyplot.subplots(
+            1, 2 if scored else 1, figsize=(9.2 if scored else 4.6, 3.7), layout="constrained", squeeze=False
+        )
+        left, right = axes[0, 0], axes[0, -1]
         left.plot(steps, losses, color="#009E73", alpha=0.3, linewidth=0.8)
-        left.plot(steps, smooth, color="#009E73", label="training")
+        left.plot(steps, smooth, "o-" if len(steps) == 1 else "-", markersize=3, color="#009E73", label="training")
         left.set_xlabel("step")
+        left.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+        left.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         left.set_ylabel("nats per token")
         if scored:
             lengths = [int(n) for n in scored[-1][1]]
@@ -668,7 +673,7 @@ def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Cal
             right.set_xlabel(f"tokens of context at step {scored[-1][0]:,}; dashed: trained at")
             right.set_ylabel("nats per token of the same held-out text")
         left.legend(frameon=False)
-        for axis in (left, right):
+        for axis in axes[0]:
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
         checkpoint.write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))

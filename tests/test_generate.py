@@ -179,7 +179,8 @@ def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: pyte
     model = LanguageModel(Shape(16, 1, 2), {}, seed=0)
     model.blocks[0].mlp.up.weight.data[3, 2] = torch.nan
     language_model.save_pretrained(model, tmp_path, end=0)
-    assert "holds numbers that are not finite, in model.layers.0.mlp.gate_proj" in refused(capsys, tmp_path, "--prompt=x")
+    message = refused(capsys, tmp_path, "--prompt=x")
+    assert "holds numbers that are not finite, in model.layers.0.mlp.gate_proj" in message
 
 
 EVIL = """
