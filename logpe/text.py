@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,11 +286,12 @@ class Encoder:
     """
 
     end: int  # id of the token that ends a document, the last one
-    characters, lost, unknown = 0, 0, 0  # read, without a token, and tokens that stand for what is unknown
 
     def __init__(self, tokenizer: Path | None) -> None:
         self.tokenizer: Any = None
         self.end, self.skipped = 0, Skipped()
+        self.unknown = 0  # tokens that stand for text that the tokenizer does not know
+        self.characters: Counter[str] = Counter()
         if tokenizer is None:
             return
         try:
@@ -315,25 +317,22 @@ class Encoder:
         except UnicodeDecodeError:
             self.skipped.add("bytes that are no UTF-8, of", document.path)
             text = document.text.decode(errors="replace")
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = torch.tensor(encoding.ids, dtype=torch.int32)
-        self.characters += len(text)
+        ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int32)
         if self.unknown_id is not None:
             self.unknown += int((ids == self.unknown_id).sum())
-        # Which characters no token stands for: white space may go.
-        depth = torch.zeros(len(text) + 1, dtype=torch.int32)
-        first, stop = torch.tensor(encoding.offsets, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        one = torch.ones_like(first, dtype=torch.int32)
-        depth.index_add_(0, first, one).index_add_(0, stop, -one)
-        missing = (depth.cumsum(0)[:-1] <= 0).nonzero().flatten().tolist()
-        self.lost += sum(not text[i].isspace() for i in missing)
+        self.characters.update(text)
         return ids
 
     def lines(self) -> list[str]:
         """What to tell of the text that was lost."""
         lines = self.skipped.lines()
-        if self.lost:
-            lines.append(f"--tokenizer has no token for {self.lost:,} of {self.characters:,} characters: they are lost")
+        lost = {
+            character: number for character, number in self.characters.items()
+            if not character.isspace() and not self.tokenizer.encode(character, add_special_tokens=False).ids
+        }  # fmt: skip
+        if lost:
+            kinds = ", ".join(map(ascii, sorted(lost, key=lost.__getitem__, reverse=True)[:3]))
+            lines.append(f"left out, characters that --tokenizer has no token for: {sum(lost.values()):,}, as {kinds}")
         if self.unknown:
             lines.append(f"--tokenizer makes {self.unknown:,} tokens of text that it does not know")
         return lines

@@ -358,18 +358,6 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert language_model.load(folder_of_model).embedding.num_embeddings == 4
 
 
-def test_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    table = datasets.table.InMemoryTable.from_pydict({"body": [f"text {i} " * 20 for i in range(30)]})
-    rows = datasets.Dataset(table, fingerprint="0")  # given, as some versions fail to compute it
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
-    found = text.documents([tmp_path / "data"], "train", "body")
-    assert len(found) == 30
-    assert {d.path: d.text for d in found}["train/7"] == b"text 7 " * 20
-    with pytest.raises(ValueError, match="--column must be one of body"):
-        text.documents([tmp_path / "data"], "train", "text")
-
-
 @pytest.mark.parametrize(
     "options",
     [["--preset=log-bias-rope"], ["--qk-norm", "--preset=log-rotary-bias", "--rotary-fraction=0.5"]],
@@ -392,48 +380,6 @@ def test_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["train", str(folder), "--out", str(tmp_path), *SMALL, "--minutes=0"]) == 75
     assert "loss.png is left out: pip install matplotlib" in capsys.readouterr().err
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_pass_takes_every_window_once() -> None:
-    tokens = torch.arange(1000, dtype=torch.int32)
-    windows = text.Windows(tokens, 10, seed=3)
-    assert windows.count == 99
-    drawn = windows(range(2 * 99))
-    assert drawn.shape == (198, 11)
-    assert (drawn.diff(dim=1) == 1).all()
-    for turn in drawn.split(99):
-        starts = turn[:, 0].sort().values
-        assert (starts.diff() == 10).all()
-    assert not torch.equal(drawn[:99], drawn[99:])
-    assert torch.equal(windows(range(150, 160)), drawn[150:160])
-    assert not torch.equal(text.Windows(tokens, 10, seed=4)(range(10)), drawn[:10])
-    for size in range(11, 40):  # no window leaves the text
-        few = text.Windows(tokens[:size], 10, seed=size)
-        assert few(range(20)).max() < size
-
-
-def test_held_out_windows() -> None:
-    tokens = torch.arange(100, dtype=torch.uint8)
-    words = text.Text(tokens, tokens, torch.tensor([8, 50, 100]), 256, {}, "")
-    found, lengths = text.test_windows(words, [4, 9, 64], 100)
-    assert lengths == [4, 9]
-    assert found[:, 0].tolist() == [8, 50, 18, 60, 28, 70, 38, 80, 90]  # documents take turns
-    assert (found.diff(dim=1) == 1).all()
-    found, lengths = text.test_windows(words, [60, 80], 100)  # longer than any document
-    assert (found.shape, lengths) == ((1, 81), [60, 80])
-
-
-def test_one_file_is_split_by_place(tmp_path: Path) -> None:
-    content = bytes(random.Random(0).choices(range(1, 256), k=500))
-    (tmp_path / "one").write_bytes(content)
-    text.prepare(tmp_path / "tokens", [tmp_path / "one"], None)
-    words = text.load(tmp_path / "tokens")
-    assert bytes(words.train.tolist()) == content[:450] + b"\0"
-    assert bytes(words.test.tolist()) == content[450:] + b"\0"
-    assert words.test_ends.tolist() == [51]
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
