@@ -41,7 +41,7 @@ def run(name: str, program: Callable[[], int]) -> int:
         with _sigterm_as_interrupt():
             return program()
     except KeyboardInterrupt as error:
-        print(f"{name}: {error or 'stopped'}", file=sys.stderr)
+        print(f"{name}: {str(error) or 'stopped'}", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):

@@ -331,8 +331,9 @@ class Encoder:
             if not character.isspace() and not self.tokenizer.encode(character, add_special_tokens=False).ids
         }  # fmt: skip
         if lost:
-            kinds = ", ".join(map(ascii, sorted(lost, key=lost.__getitem__, reverse=True)[:3]))
-            lines.append(f"left out, characters that --tokenizer has no token for: {sum(lost.values()):,}, as {kinds}")
+            some = ", ".join(map(ascii, sorted(lost, key=lost.__getitem__, reverse=True)[:3]))
+            number = sum(lost.values())
+            lines.append(f"left out, characters that --tokenizer has no token for: {number:,}, such as {some}")
         if self.unknown:
             lines.append(f"--tokenizer makes {self.unknown:,} tokens of text that it does not know")
         return lines

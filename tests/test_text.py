@@ -184,7 +184,7 @@ def test_characters_without_a_token_are_counted(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("ab\u00e9a \u65e5b\u65e5\n" * 50)
     told: list[str] = []
     text.prepare(tmp_path / "tokens", [tmp_path / "text"], tmp_path / "letters.json", say=told.append)
-    assert told[1:] == [r"left out, characters that --tokenizer has no token for: 150, as '\u65e5', '\xe9'"]
+    assert told[1:] == [r"left out, characters that --tokenizer has no token for: 150, such as '\u65e5', '\xe9'"]
 
 
 def test_vocabulary_that_is_too_small(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -219,6 +220,103 @@ def test_interrupt_saves_and_goes_on(
     assert len(records(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("place", ["reading", "training"])
+def test_sigterm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Stops as Ctrl-C does, wherever the program is."""
+    owner, name = {"reading": (text, "documents"), "training": (train, "gradients")}[place]
+    original = getattr(owner, name)
+
+    def terminated(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(owner, name, terminated)
+    assert main(["train", str(folder), "--out", str(tmp_path), *SMALL]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert steps_kept(tmp_path) == ([1] if place == "training" else [])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_more_steps(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on, on the longer cosine, and is the same when it is stopped on the way."""
+    for name in ("once", "stopped"):
+        shutil.copytree(whole, tmp_path / name)
+        arguments = ["train", str(folder), "--out", str(tmp_path / name), *SMALL, "--steps=24"]
+        if name == "stopped":
+            for _ in range(3):
+                assert main([*arguments, "--minutes=0"]) == 75
+        assert main(arguments) == 0
+        assert "--steps was 12: the learning rate follows the cosine of 24 from here" in capsys.readouterr().err
+    found = records(tmp_path / "once")
+    assert records(tmp_path / "stopped") == found
+    assert found[:12] == records(whole)
+    longer = train.Settings(steps=24, warmup=3)
+    assert [record["learning_rate"] for record in found[12:]] == [longer.rate(step) for step in range(12, 24)]
+    assert found[12]["learning_rate"] > found[11]["learning_rate"]
+    message = refused([str(folder), "--out", str(tmp_path / "once"), *SMALL], capsys)
+    assert "step-00000024 is of another training: --steps was 24, now 12" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_tokens_are_made_anew(
+    folder: Path, whole: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    path = tmp_path / "tokens.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-300] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:5000])
+    assert main(arguments) == 0
+    assert "the tokens are made anew: " in capsys.readouterr().err
+    assert_same(tmp_path, whole)
+
+
+def test_metrics_that_are_no_records(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'3\n[1]\n{"step": "x"}\n\xff\n' + path.read_bytes() + b'{"step": 2, "lo')
+    assert main(arguments) == 0
+    told = capsys.readouterr().err
+    assert all(f"metrics.jsonl: line {n} is no record, and left out" in told for n in (1, 2, 3, 4))
+    assert "line 5" not in told
+    assert "line 6" not in told
+    assert_same(tmp_path, whole)
+
+
+def test_output_inside_the_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "text"
+    shutil.copytree(folder, root)
+    expected = len(text.documents([root]))
+    for name in ("run", "other"):
+        arguments = ["train", str(root), "--out", str(root / "runs" / name), *SMALL, "--steps=2"]
+        assert main([*arguments, "--minutes=0"]) == 75
+        assert f"read {expected} documents" in capsys.readouterr().err
+        (root / "runs" / name / "tokens.safetensors").unlink()
+        assert main(arguments) == 0
+        assert "left out, the output of a training: runs/" in capsys.readouterr().err
+    message = refused([str(root), "--out", str(root), *SMALL], capsys)
+    assert f"--out {root} must not be the folder of the text" in message
+
+
+def test_two_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused, and changes nothing."""
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with checkpoint.locked(tmp_path):
+        for more in ([], ["--fresh"]):
+            assert f"another run writes to {tmp_path}" in refused([*arguments[1:], *more], capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main(arguments) == 0
+
+
 @pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
 def test_damaged_checkpoint_is_left_out(folder: Path, whole: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(whole, tmp_path / "out")
@@ -309,6 +407,176 @@ def test_first_step_is_adamw_on_the_clipped_mean(folder: Path, tmp_path: Path) -
         expected = p.detach() * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)  # Adam's first step
         sure = g.abs() > 1e-6  # elsewhere rounding decides
         torch.testing.assert_close(trained[name][sure], expected[sure], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "evaluation", "evaluation at a checkpoint", "weight"])
+def test_ruined_weights_are_not_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """In step 6, 8 for what only a checkpoint looks at; the one of step 4 stays, and the advice works."""
+    evaluate, gradients, step = train.evaluate, train.gradients, torch.optim.AdamW.step
+    count = 0
+
+    def spoiled_gradients(model: Any, windows: Any, settings: Any, step: int, *args: Any) -> float:
+        loss = gradients(model, windows, settings, step, *args)
+        if step == 5 and what == "gradient":
+            next(model.parameters()).grad[0, 0] = math.inf
+        return math.nan if step == 5 and what == "loss" else loss
+
+    def spoiled_step(self: Any, *args: Any) -> None:
+        nonlocal count
+        step(self, *args)
+        count += 1
+        if count == 8 and what == "weight":
+            self.param_groups[0]["params"][0].data[200, 0] = math.nan  # of a byte that the text has not
+
+    def spoiled_evaluate(*args: Any) -> dict[str, float]:
+        bad = count == {"evaluation": 6, "evaluation at a checkpoint": 8}.get(what)
+        return {name: math.nan if bad else loss for name, loss in evaluate(*args).items()}
+
+    arguments = [str(folder), "--out", str(tmp_path), *SMALL, "--learning-rate=0.01"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "gradients", spoiled_gradients)
+        patch.setattr(torch.optim.AdamW, "step", spoiled_step)
+        patch.setattr(train, "evaluate", spoiled_evaluate)
+        message = refused(arguments, capsys)
+    names = dict(loss="the loss is nan", gradient="the norm of the gradient is inf")
+    assert names.get(what, "the held-out loss at 16 is nan") in message
+    assert f" at step {count}; {tmp_path / 'checkpoints'} has what came before. Start anew with a lower" in message
+    assert steps_kept(tmp_path) == [4]
+    assert all(x.isfinite().all() for x in language_model.load(tmp_path / "checkpoints/step-00000004").parameters())
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, count))
+    assert main(["train", *arguments, "--learning-rate=0.001", "--fresh"]) == 0
+    assert steps_kept(tmp_path) == [8, 12]
+
+
+def test_weights_that_no_loss_shows() -> None:
+    model = torch.nn.Embedding(3, 2)
+    world = train.World("cpu")
+    assert train._not_finite(1.0, 1.0, {"16": 1.0}, model, world) is None
+    model.weight.data[2, 1] = math.inf
+    assert train._not_finite(1.0, 1.0, {"16": 1.0}, model, world) == "a weight is not finite"
+
+
+def test_console_and_tensorboard(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL, "--tensorboard"]
+    assert main([*arguments, "--minutes=0"]) == 75
+    assert main(arguments) == 0
+    found = records(tmp_path)
+    assert found == records(whole)
+    told = capsys.readouterr().err
+    for number, start in ((6, 1), (12, 6)):
+        loss = sum(record["loss"] for record in found[start:number]) / (number - start)
+        held_out = ", ".join(f"{loss:.4f} at {n}" for n, loss in found[number - 1]["evaluation"].items())
+        line = rf"step {number}: training {loss:.4f}, held out {held_out} nats per token; [\d,]+ tokens/s"
+        assert re.search(line, told), told
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, values in {
+        "loss/training": {record["step"]: record["loss"] for record in found},
+        "learning rate": {record["step"]: record["learning_rate"] for record in found},
+        "gradient norm": {record["step"]: record["gradient_norm"] for record in found},
+        "loss/held out, 128 tokens": {n: found[n - 1]["evaluation"]["128"] for n in (6, 12)},
+    }.items():
+        assert {event.step: event.value for event in board.Scalars(name)} == pytest.approx(values)
+    assert len(board.Scalars("tokens per second")) == 12
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--tensorboard needs the library tensorboard: pip install" in refused(arguments[1:], capsys)
+
+
+def test_steps_on_the_picture_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    labels = []
+    monkeypatch.setattr(pyplot, "close", lambda drawing: labels.append(drawing.axes[0].get_xticklabels()))
+    for steps in (1, 5, 11, 4000):
+        found: list[dict[str, Any]] = [dict(step=n, loss=5 / n) for n in range(1, steps + 1)]
+        found[-1]["evaluation"] = {"16": 3.0, "32": 2.5}
+        train.plot(tmp_path / "loss.png", found, train.Settings(), print)
+        texts = [label.get_text() for label in labels.pop()]
+        assert texts == sorted(set(texts), key=texts.index)
+        assert all(label.replace(",", "").lstrip("\u2212-").isdigit() for label in texts), texts
+
+
+# --- starting from a model --------------------------------------------------------------------------------------------
+
+TRAIN = ["--length=16", "--batch=4", "--steps=4", "--warmup=2", "--device=cpu", "--save-every=2", "--evaluate-every=2"]
+TRAIN += ["--windows=3", "--lengths", "16", "128"]
+
+
+def converted(folder: Path, kind: str) -> Path:
+    """A small converted model of Transformers, saved."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("logpe.transformers")
+    if kind == "gpt2":  # tied weights, dropout
+        config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0)
+    else:  # grouped-query heads, another width of the MLP
+        config = transformers.Qwen3Config(
+            vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        )  # fmt: skip
+    model = integration.use_log_position(transformers.AutoModelForCausalLM.from_config(config), query_gain=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "transformers", "gpt2", "qwen3"])
+def test_init_from(
+    folder: Path, whole: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are those of the model; stopped and gone on it is the same to the bit; the result is loaded again."""
+    given = whole if kind == "run" else whole / kind
+    if kind in ("gpt2", "qwen3"):
+        given = converted(tmp_path / "model", kind)
+    elif kind == "transformers":
+        pytest.importorskip("logpe.transformers")
+    out = [tmp_path / "once", tmp_path / "stopped"]
+    for path in out:
+        arguments = ["train", str(folder), "--out", str(path), *TRAIN, "--init-from", str(given)]
+        if path == out[1]:
+            assert main([*arguments, "--minutes=0"]) == 75
+        assert main(arguments) == 0
+    assert "starting from the weights of" in capsys.readouterr().err
+    assert_same(out[1], out[0])
+    source = whole / "checkpoints" / "step-00000012" if kind == "run" else given
+    tokens = text.Windows(text.load(out[0] / "tokens.safetensors").train, 16, 0)(range(4))
+    if kind != "gpt2":
+        model = language_model.load(source)
+        loss = train.predict(model, tokens, half=False).mean().item()
+        assert records(out[0])[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    last = language_model.load(out[0] / "checkpoints" / "step-00000004").eval()
+    if kind in ("gpt2", "qwen3"):
+        assert {type(last).__name__} == {{"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[kind]}
+    if "transformers" in sys.modules:
+        again = language_model.load_converted(out[0] / "transformers")
+        losses = [train.predict(m, tokens, half=False) for m in (again, last)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    other = refused([str(folder), "--out", str(out[0]), *TRAIN, *SMALL[:2]], capsys)
+    assert "--init-from was" in other
+
+
+def test_init_from_refuses(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-00000012"
+    (tmp_path / "words").mkdir()
+    config = json.loads((last / "config.json").read_text())
+    config["shape"]["vocabulary"] = 300
+    (tmp_path / "words" / "config.json").write_text(json.dumps(config))
+    for given, more, message in (
+        (tmp_path / "run", ["--dim=32"], "--dim must not be given with --init-from, whose model has it"),
+        (whole, ["--preset=log-bias"], "--preset must not be given with --init-from, whose model has it"),
+        (tmp_path / "none", [], f"{tmp_path / 'none'} is not a folder with a config.json"),
+        (last, ["--fresh"], f"--init-from {last} is a checkpoint that --fresh drops: copy it elsewhere"),
+        (tmp_path / "words", [], f"--init-from {tmp_path / 'words'} has a vocabulary of 300, and bytes are 256"),
+    ):
+        out = tmp_path / ("run" if "--fresh" in more else "out")
+        arguments = [str(folder), "--out", str(out), *TRAIN, "--init-from", str(given), *more]
+        assert message in refused(arguments, capsys)
+    assert steps_kept(tmp_path / "run") == steps_kept(whole)
 
 
 def test_bfloat16_keeps_parameters_in_float32(folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -424,9 +692,38 @@ def test_bad_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             [*out, "--tokenizer", str(tmp_path / "file")],
             f"--tokenizer {tmp_path / 'file'} is not a file of the library",
         ),
+        ([*out, "--dim=-4"], "--dim must be at least 1, got -4"),
+        ([*out, "--batch=-5"], "--batch must be at least 1, got -5"),
+        ([*out, "--learning-rate=nan"], "--learning-rate must be positive and finite, got nan"),
+        ([*out, "--learning-rate=inf"], "--learning-rate must be positive and finite, got inf"),
+        ([*out, "--weight-decay=nan"], "--weight-decay must be at least 0 and finite, got nan"),
+        ([*out, "--clip=nan"], "--clip must be positive, got nan"),
+        ([*out, "--seed=2147483648"], "--seed must be from 0 to 2**31 - 1, got 2147483648"),
+        ([*out, "--gain-length=nan"], "gain_length must be positive, got nan"),
+        ([*out, "--device=foo"], "--device foo: "),
+        ([*out, "--device=meta"], "--device meta: "),
+        ([*out, "--dim=2000000000"], "out of memory: "),
+        ([*out, "--init-from", str(tmp_path), *["--no-query-gain", "--no-qk-norm"]], "must not be given with --init"),
         ([*out, "--learning-rate=1e30"], "is nan at step 2. Start anew with a lower --learning-rate"),
     ):
         assert message in refused([str(folder), *SMALL, *more], capsys)
+
+
+@pytest.mark.parametrize("option", ["--minutes=nan", "--minutes=-1", "--lengths=0", "--save-every=0", "--steps=nan"])
+def test_options_that_argparse_refuses(folder: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["train", str(folder), "--out", str(tmp_path), option])
+    assert raised.value.code == 2
+
+
+def test_help_tells_the_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2  # no command
+    told = capsys.readouterr().err
+    assert all(f"\n    {command} " in told for command in ("doctor", "tune", "train", "generate"))
+    for command in ("doctor", "tune", "train", "generate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "75 the time of --minutes is over: the same command goes on; 130 stopped" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
