@@ -76,7 +76,7 @@ def _printable(name: str) -> str:
 def _progress(items: Iterable[Item] | None, quiet: bool, **options: Any) -> Any:
     """A bar that goes when it is full; in a file, a line each 15 seconds."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(items, disable=quiet, leave=False, dynamic_ncols=True, mininterval=interval, delay=0.5, **options)
+    return tqdm(items, disable=quiet, leave=False, dynamic_ncols=True, mininterval=interval, **options)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def folder(
         OSError: ``root`` itself cannot be read.
     """
     left = Skipped() if skipped is None else skipped
-    for name in _progress(list(_files(root, left, out)), quiet, desc="reading", unit="file"):
+    for name in _progress(list(_files(root, left, out)), quiet, desc="reading", unit="file", delay=0.5):
         if not name.endswith(suffixes):
             continue
         if os.path.basename(name).startswith("."):
@@ -189,7 +189,7 @@ def dataset(
     if column not in rows.column_names:
         raise ValueError(f"--column must be one of {', '.join(rows.column_names)} in {root}, got {column!r}")
     skipped = skipped or Skipped()
-    for index, text in enumerate(_progress(rows[column], quiet, desc="reading", unit="row")):
+    for index, text in enumerate(_progress(rows[column], quiet, desc="reading", unit="row", delay=0.5)):
         name = f"{split}/{index}"
         if text is None:
             skipped.add("no text in the row", name)
@@ -378,7 +378,7 @@ def prepare(
     train = [d for d in found if d.hash % TEST_SHARE]
     # In the order of the hash: of which documents an evaluation takes the first, is chance.
     test = sorted((d for d in found if d.hash % TEST_SHARE == 0), key=lambda d: d.hash)
-    with _progress(None, quiet, total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
+    with _progress(None, quiet or tokenizer is None, total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
 
         def encoded(side: list[Document]) -> list[Tensor]:
             tokens = []

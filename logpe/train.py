@@ -784,6 +784,10 @@ def _follow(options: argparse.Namespace, settings: Settings) -> None:
 @contextlib.contextmanager
 def _output(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other processes out."""
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"--out {os.fsencode(folder)!r} must be a name in UTF-8, as safetensors wants it") from None
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(checkpoint.locked(folder))

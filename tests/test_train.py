@@ -677,6 +677,7 @@ def test_bad_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = ["--out", str(tmp_path / "out")]
     for more, message in (
         (["--out", str(tmp_path / "file" / "out")], f"--out {tmp_path / 'file' / 'out'} cannot be written: Not a dir"),
+        (["--out", str(tmp_path / "caf\udce9")], "caf\\xe9' must be a name in UTF-8, as safetensors wants it"),
         ([*out, "--accumulate=3"], "--batch must be a multiple of processes x --accumulate, 1 x 3, got 4"),
         ([*out, "--fsdp"], "--fsdp needs torchrun"),
         ([*out, "--dim=18", "--heads=4"], "dim must be a multiple of heads, got 18 and 4"),
