@@ -315,7 +315,7 @@ class Encoder:
         try:
             text = document.text.decode()
         except UnicodeDecodeError:
-            self.skipped.add("bytes that are no UTF-8, of", document.path)
+            self.skipped.add("bytes that are no UTF-8", document.path)
             text = document.text.decode(errors="replace")
         ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int32)
         if self.unknown_id is not None:

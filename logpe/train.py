@@ -49,6 +49,10 @@ from logpe.language_model import LanguageModel, Shape
 
 Result = TypeVar("Result")
 
+#: Settings that LogPosition takes, and all that say what the model is.
+POSITION = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length")
+ARCHITECTURE = (*POSITION, "dim", "layers", "heads", "qk_norm")
+
 
 def _option(default: Any, help_: str, shown: str = "%(default)s", **more: Any) -> Any:
     return field(default=default, metadata=dict(help=f"{help_} ({shown})", **more))
@@ -95,8 +99,7 @@ class Settings:
 
     def position(self) -> dict[str, Any]:
         """LogPosition's keywords."""
-        names = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in POSITION if (value := getattr(self, name)) is not None}
 
     def model(self, vocabulary: int) -> LanguageModel:
         """As it is before the first step. Raises ValueError."""
@@ -772,8 +775,8 @@ def _follow(options: argparse.Namespace, settings: Settings) -> None:
     given = options.init_from
     trained = checkpoint.newest(given / "checkpoints", aside=False)
     options.init_from = given if trained is None else trained[0]
-    for entry in fields(Settings)[:10]:  # the architecture
-        if getattr(settings, entry.name) != entry.default:
+    for entry in fields(Settings):
+        if entry.name in ARCHITECTURE and getattr(settings, entry.name) != entry.default:
             raise ValueError(f"{_flag(entry.name)} must not be given with --init-from, whose model has it")
     if options.fresh and options.init_from.resolve().is_relative_to((options.out / "checkpoints").resolve()):
         raise ValueError(f"--init-from {given} is a checkpoint that --fresh drops: copy it elsewhere")

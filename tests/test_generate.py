@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,26 @@ def test_prompt_that_ends_inside_a_character(trained: Path, encoding: str) -> No
     ended = subprocess.run([*map(os.fsencode, command), prompt], env=environment, capture_output=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith(b"caf")
+
+
+def test_sigterm(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(language_model, "load_converted", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert generate(trained, "--prompt=x") == 130
+    assert "python -m logpe generate: stopped" in capsys.readouterr().err
+
+
+def test_prompt_is_not_truncated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor padded, whatever the file of the tokenizer says."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(256)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=20, pad_id=9, pad_token="t9")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert generate(folder, "--prompt=t1 t2 t3 t4") == 0
+    words = capsys.readouterr().out.split()
+    assert words[:4] == ["t1", "t2", "t3", "t4"]
+    assert len(words) <= 9
 
 
 def test_top_k(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,7 @@ def test_tokenizer_neither_truncates_nor_pads(tmp_path: Path) -> None:
     assert found.vocabulary == 5
     assert told == [
         "read 1 documents, 781 bytes",
-        "left out, bytes that are no UTF-8, of: text",
+        "left out, bytes that are no UTF-8: text",
         "--tokenizer makes 61 tokens of text that it does not know",
     ]
 
