@@ -442,7 +442,7 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
     )
     about = dict(
         settings=asdict(settings), text=dict(origin=words.origin, sha256=words.sha256), processes=world.size,
-        init_from=_init_from(options),
+        init_from=options.given,
         logpe=logpe.__version__, torch=torch.__version__, python=platform.python_version(),
     )  # fmt: skip
     if options.fresh:  # now that nothing is left to refuse
@@ -583,7 +583,7 @@ def find_start(
         return None
     folder, manifest = found
     advice = "name another --out, or give --fresh to start anew"
-    now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": _init_from(options)}
+    now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": options.given}
     try:
         then = {"init_from": manifest.get("init_from"), **manifest["settings"], **manifest["text"]["origin"]}
         sha256 = manifest["text"]["sha256"]
@@ -622,10 +622,6 @@ def _vocabulary(folder: Path, tokenizer: Path | None) -> dict[str, int]:
     if not isinstance(size, int) or not isinstance(end, int):
         raise ValueError(f"--init-from {folder}: its config.json must hold vocab_size and eos_token_id")
     return dict(end=end, vocabulary=size)
-
-
-def _init_from(options: argparse.Namespace) -> str | None:
-    return None if options.init_from is None else str(options.init_from.resolve())
 
 
 def _names(paths: list[Path]) -> str:
@@ -757,6 +753,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--target must be at most the shortest of --lengths, {min(options.lengths)}")
     if any(path.resolve() == options.out.resolve() for path in options.text):
         raise ValueError(f"--out {options.out} must not be the folder of the text: name one inside it, or elsewhere")
+    options.given = None if options.init_from is None else str(options.init_from.resolve())
     if options.init_from is not None:
         _follow(options, settings)
     world = World(options.device)

@@ -561,6 +561,8 @@ def test_init_from(
 
 def test_init_from_refuses(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(whole, tmp_path / "run")
+    begun = ["train", str(folder), "--out", str(tmp_path / "gone_on"), *TRAIN, "--init-from", str(tmp_path / "run")]
+    assert main([*begun, "--minutes=0"]) == 75
     last = tmp_path / "run" / "checkpoints" / "step-00000012"
     (tmp_path / "words").mkdir()
     config = json.loads((last / "config.json").read_text())
@@ -577,6 +579,8 @@ def test_init_from_refuses(folder: Path, whole: Path, tmp_path: Path, capsys: py
         arguments = [str(folder), "--out", str(out), *TRAIN, "--init-from", str(given), *more]
         assert message in refused(arguments, capsys)
     assert steps_kept(tmp_path / "run") == steps_kept(whole)
+    shutil.rmtree(last)  # of the model that it started from, nothing is needed to go on
+    assert main(begun) == 0
 
 
 def test_bfloat16_keeps_parameters_in_float32(folder: Path, whole: Path, tmp_path: Path) -> None:
