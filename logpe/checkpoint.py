@@ -1,26 +1,103 @@
-"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept."""
+"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept.
+
+And what a program needs to write them safely: files that are whole, and a lock on the folder of its output.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "checkpoint.json"
+#: Exit status of a program that stopped because its --minutes are over: the same command goes on (EX_TEMPFAIL).
+TIME_IS_OVER = 75
+
+
+class Busy(RuntimeError):
+    """Another process writes to the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to ``folder`` while the context lasts.
+
+    The lock is the file ``.lock`` in the folder, which stays there. It is free as soon as the process that holds it
+    has ended, however it ended.
+
+    Args:
+        folder: made where it does not exist.
+
+    Raises:
+        Busy: another process, or another context of this one, holds the lock.
+        OSError: the folder cannot be written.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise Busy(f"another run writes to {folder}: wait until it has ended, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that is raised inside, such as that of a full disk, name ``path`` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at ``path`` is either the old one or the whole new one, on the disk."""
+    """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with naming(path):
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+        except Exception:  # it may fill the disk
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(path.parent)
+
+
+def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str, Any], keep: int) -> Path:
@@ -40,12 +117,13 @@ def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str
     path = root / f"step-{step:08d}"
     temporary = root / f".{path.name}.tmp"
     temporary.mkdir()
-    write(temporary)
-    files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-    manifest = dict(step=step, **about, files=files)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for file in (*temporary.iterdir(), temporary):
-        _sync(file)
+    with naming(path):
+        write(temporary)
+        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        manifest = dict(step=step, **about, files=files)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
     if path.exists():
         _remove(path)
     os.rename(temporary, path)
@@ -62,30 +140,35 @@ def tidy(root: Path, keep: int) -> None:
         shutil.rmtree(leftover)
 
 
-def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest(root: Path, aside: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint and its manifest; None where there is none.
 
-    A damaged one is renamed to ``step-....damaged``, with a warning that names the file at fault.
+    A warning names the file at fault of a damaged one, which is renamed to ``step-....damaged`` unless ``aside`` is
+    False: where the folder is another program's.
     """
     for path in _list(root):
         damage = damaged(path)
         if damage is None:
             return path, json.loads((path / MANIFEST).read_text())
         warnings.warn(f"checkpoint left out: {damage}", stacklevel=2)
-        aside = path.with_name(path.name + ".damaged")
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(path, aside)
+        if aside:
+            other = path.with_name(path.name + ".damaged")
+            if other.exists():
+                shutil.rmtree(other)
+            os.rename(path, other)
     return None
 
 
 def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = dict(manifest["files"]).items()
+        if manifest["step"] != int(path.name.removeprefix("step-")):
+            raise ValueError(f"it is of step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    for name, digest in files.items():
+    for name, digest in files:
         try:
             if _digest(path / name) != digest:
                 return f"{path / name} is not what was written (its SHA-256 differs)"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -202,11 +203,12 @@ def test_interrupt_saves_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", interrupting)
-        assert main(arguments) == 0
-    assert "the same command goes on from here" in capsys.readouterr().err
+        assert main(arguments) == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [4, 5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main([*arguments, "--minutes=0"]) == 0
+    assert main([*arguments, "--minutes=0"]) == checkpoint.TIME_IS_OVER == 75
+    assert "the time is over; the same command goes on from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [5, 6]
     assert main([*arguments, "--accumulate=1", "--keep=9"]) == 0
     assert records(tmp_path) == records(whole)
@@ -214,9 +216,106 @@ def test_interrupt_saves_and_goes_on(
     assert taken == list(range(12 * 4))  # no part of the text twice, none left out
     assert main(arguments) == 0  # there is nothing to do
     assert records(tmp_path) == records(whole)
-    assert main([*arguments, "--fresh", "--minutes=0"]) == 0
+    assert main([*arguments, "--fresh", "--minutes=0"]) == 75
     assert steps_kept(tmp_path) == [1]
     assert len(records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("place", ["reading", "training"])
+def test_sigterm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Stops as Ctrl-C does, wherever the program is."""
+    owner, name = {"reading": (text, "documents"), "training": (train, "gradients")}[place]
+    original = getattr(owner, name)
+
+    def terminated(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(owner, name, terminated)
+    assert main(["train", str(folder), "--out", str(tmp_path), *SMALL]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert steps_kept(tmp_path) == ([1] if place == "training" else [])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_more_steps(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on, on the longer cosine, and is the same when it is stopped on the way."""
+    for name in ("once", "stopped"):
+        shutil.copytree(whole, tmp_path / name)
+        arguments = ["train", str(folder), "--out", str(tmp_path / name), *SMALL, "--steps=24"]
+        if name == "stopped":
+            for _ in range(3):
+                assert main([*arguments, "--minutes=0"]) == 75
+        assert main(arguments) == 0
+        assert "--steps was 12: the learning rate follows the cosine of 24 from here" in capsys.readouterr().err
+    found = records(tmp_path / "once")
+    assert records(tmp_path / "stopped") == found
+    assert found[:12] == records(whole)
+    longer = train.Settings(steps=24, warmup=3)
+    assert [record["learning_rate"] for record in found[12:]] == [longer.rate(step) for step in range(12, 24)]
+    assert found[12]["learning_rate"] > found[11]["learning_rate"]
+    message = refused([str(folder), "--out", str(tmp_path / "once"), *SMALL], capsys)
+    assert "step-00000024 is of another training: --steps was 24, now 12" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_tokens_are_made_anew(
+    folder: Path, whole: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    path = tmp_path / "tokens.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-300] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:5000])
+    assert main(arguments) == 0
+    assert "the tokens are made anew: " in capsys.readouterr().err
+    assert_same(tmp_path, whole)
+
+
+def test_metrics_that_are_no_records(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'3\n[1]\n{"step": "x"}\n\xff\n' + path.read_bytes() + b'{"step": 2, "lo')
+    assert main(arguments) == 0
+    told = capsys.readouterr().err
+    assert all(f"metrics.jsonl: line {n} is no record, and left out" in told for n in (1, 2, 3, 4))
+    assert "line 5" not in told
+    assert "line 6" not in told
+    assert_same(tmp_path, whole)
+
+
+def test_output_inside_the_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "text"
+    shutil.copytree(folder, root)
+    expected = len(text.documents([root]))
+    for name in ("run", "other"):
+        arguments = ["train", str(root), "--out", str(root / "runs" / name), *SMALL, "--steps=2"]
+        assert main([*arguments, "--minutes=0"]) == 75
+        assert f"read {expected} documents" in capsys.readouterr().err
+        (root / "runs" / name / "tokens.safetensors").unlink()
+        assert main(arguments) == 0
+        assert "left out, the output of a training: runs/" in capsys.readouterr().err
+    message = refused([str(root), "--out", str(root), *SMALL], capsys)
+    assert f"--out {root} must not be the folder of the text" in message
+
+
+def test_two_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused, and changes nothing."""
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == 75
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with checkpoint.locked(tmp_path):
+        for more in ([], ["--fresh"]):
+            assert f"another run writes to {tmp_path}" in refused([*arguments[1:], *more], capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main(arguments) == 0
 
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
@@ -240,8 +339,10 @@ def test_two_processes_are_one(folder: Path, whole: Path, tmp_path: Path) -> Non
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "logpe")
     arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL, "--accumulate=2"]
     started = run([*arguments, "--minutes=0"], *torchrun)
-    assert started.returncode == 0, started.stderr
+    assert started.returncode == 1, started.stderr  # torchrun's own status
+    assert "exitcode  : 75" in started.stderr
     assert steps_kept(tmp_path) == [1]
+    assert (tmp_path / "loss.png").exists()  # no process ends before the first has written all
     gone_on = run([*arguments, "--fsdp"], *torchrun)
     assert gone_on.returncode == 0, gone_on.stderr
     assert "going on from" in gone_on.stderr
@@ -273,7 +374,7 @@ def test_loss_falls_and_the_record_is_right(folder: Path, tmp_path: Path) -> Non
 
     # The last evaluation, from the files alone: five tokens at the end of windows within held-out documents.
     model = language_model.load(tmp_path / "checkpoints" / "step-00000060")
-    held_out = [d for d in text.documents(folder) if d.hash % 10 == 0]
+    held_out = [d for d in text.documents([folder]) if d.hash % 10 == 0]
     words = sorted((d for d in held_out), key=lambda d: d.hash)
     tokens = [torch.tensor(list(d.text + b"\0")[:129]) for d in words if len(d.text) >= 128][:3]
     assert len(tokens) == 3
@@ -307,6 +408,180 @@ def test_first_step_is_adamw_on_the_clipped_mean(folder: Path, tmp_path: Path) -
         expected = p.detach() * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)  # Adam's first step
         sure = g.abs() > 1e-6  # elsewhere rounding decides
         torch.testing.assert_close(trained[name][sure], expected[sure], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "evaluation", "evaluation at a checkpoint", "weight"])
+def test_ruined_weights_are_not_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """In step 6, 8 for what only a checkpoint looks at; the one of step 4 stays, and the advice works."""
+    evaluate, gradients, step = train.evaluate, train.gradients, torch.optim.AdamW.step
+    count = 0
+
+    def spoiled_gradients(model: Any, windows: Any, settings: Any, step: int, *args: Any) -> float:
+        loss = gradients(model, windows, settings, step, *args)
+        if step == 5 and what == "gradient":
+            next(model.parameters()).grad[0, 0] = math.inf
+        return math.nan if step == 5 and what == "loss" else loss
+
+    def spoiled_step(self: Any, *args: Any) -> None:
+        nonlocal count
+        step(self, *args)
+        count += 1
+        if count == 8 and what == "weight":
+            self.param_groups[0]["params"][0].data[200, 0] = math.nan  # of a byte that the text has not
+
+    def spoiled_evaluate(*args: Any) -> dict[str, float]:
+        bad = count == {"evaluation": 6, "evaluation at a checkpoint": 8}.get(what)
+        return {name: math.nan if bad else loss for name, loss in evaluate(*args).items()}
+
+    arguments = [str(folder), "--out", str(tmp_path), *SMALL, "--learning-rate=0.01"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "gradients", spoiled_gradients)
+        patch.setattr(torch.optim.AdamW, "step", spoiled_step)
+        patch.setattr(train, "evaluate", spoiled_evaluate)
+        message = refused(arguments, capsys)
+    names = dict(loss="the loss is nan", gradient="the norm of the gradient is inf")
+    assert names.get(what, "the held-out loss at 16 is nan") in message
+    assert f" at step {count}; {tmp_path / 'checkpoints'} has what came before. Start anew with a lower" in message
+    assert steps_kept(tmp_path) == [4]
+    assert all(x.isfinite().all() for x in language_model.load(tmp_path / "checkpoints/step-00000004").parameters())
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, count))
+    assert main(["train", *arguments, "--learning-rate=0.001", "--fresh"]) == 0
+    assert steps_kept(tmp_path) == [8, 12]
+
+
+def test_weights_that_no_loss_shows() -> None:
+    model = torch.nn.Embedding(3, 2)
+    world = train.World("cpu")
+    assert train._not_finite(1.0, 1.0, {"16": 1.0}, model, world) is None
+    model.weight.data[2, 1] = math.inf
+    assert train._not_finite(1.0, 1.0, {"16": 1.0}, model, world) == "a weight is not finite"
+
+
+def test_console_and_tensorboard(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL, "--tensorboard"]
+    assert main([*arguments, "--minutes=0"]) == 75
+    assert main(arguments) == 0
+    found = records(tmp_path)
+    assert found == records(whole)
+    told = capsys.readouterr().err
+    for number, start in ((6, 1), (12, 6)):
+        loss = sum(record["loss"] for record in found[start:number]) / (number - start)
+        held_out = ", ".join(f"{loss:.4f} at {n}" for n, loss in found[number - 1]["evaluation"].items())
+        line = rf"step {number}: training {loss:.4f}, held out {held_out} nats per token; [\d,]+ tokens/s"
+        assert re.search(line, told), told
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, values in {
+        "loss/training": {record["step"]: record["loss"] for record in found},
+        "learning rate": {record["step"]: record["learning_rate"] for record in found},
+        "gradient norm": {record["step"]: record["gradient_norm"] for record in found},
+        "loss/held out, 128 tokens": {n: found[n - 1]["evaluation"]["128"] for n in (6, 12)},
+    }.items():
+        assert {event.step: event.value for event in board.Scalars(name)} == pytest.approx(values)
+    assert len(board.Scalars("tokens per second")) == 12
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--tensorboard needs the library tensorboard: pip install" in refused(arguments[1:], capsys)
+
+
+def test_steps_on_the_picture_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    labels = []
+    monkeypatch.setattr(pyplot, "close", lambda drawing: labels.append(drawing.axes[0].get_xticklabels()))
+    for steps in (1, 5, 11, 4000):
+        found: list[dict[str, Any]] = [dict(step=n, loss=5 / n) for n in range(1, steps + 1)]
+        found[-1]["evaluation"] = {"16": 3.0, "32": 2.5}
+        train.plot(tmp_path / "loss.png", found, train.Settings(), print)
+        texts = [label.get_text() for label in labels.pop()]
+        assert texts == sorted(set(texts), key=texts.index)
+        assert all(label.replace(",", "").lstrip("\u2212-").isdigit() for label in texts), texts
+
+
+# --- starting from a model --------------------------------------------------------------------------------------------
+
+TRAIN = ["--length=16", "--batch=4", "--steps=4", "--warmup=2", "--device=cpu", "--save-every=2", "--evaluate-every=2"]
+TRAIN += ["--windows=3", "--lengths", "16", "128"]
+
+
+def converted(folder: Path, kind: str) -> Path:
+    """A small converted model of Transformers, saved."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("logpe.transformers")
+    if kind == "gpt2":  # tied weights, dropout
+        config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0)
+    else:  # grouped-query heads, another width of the MLP
+        config = transformers.Qwen3Config(
+            vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        )  # fmt: skip
+    model = integration.use_log_position(transformers.AutoModelForCausalLM.from_config(config), query_gain=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "transformers", "gpt2", "qwen3"])
+def test_init_from(
+    folder: Path, whole: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are those of the model; stopped and gone on it is the same to the bit; the result is loaded again."""
+    given = whole if kind == "run" else whole / kind
+    if kind in ("gpt2", "qwen3"):
+        given = converted(tmp_path / "model", kind)
+    elif kind == "transformers":
+        pytest.importorskip("logpe.transformers")
+    out = [tmp_path / "once", tmp_path / "stopped"]
+    for path in out:
+        arguments = ["train", str(folder), "--out", str(path), *TRAIN, "--init-from", str(given)]
+        if path == out[1]:
+            assert main([*arguments, "--minutes=0"]) == 75
+        assert main(arguments) == 0
+    assert "starting from the weights of" in capsys.readouterr().err
+    assert_same(out[1], out[0])
+    source = whole / "checkpoints" / "step-00000012" if kind == "run" else given
+    tokens = text.Windows(text.load(out[0] / "tokens.safetensors").train, 16, 0)(range(4))
+    if kind != "gpt2":
+        model = language_model.load(source)
+        loss = train.predict(model, tokens, half=False).mean().item()
+        assert records(out[0])[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    last = language_model.load(out[0] / "checkpoints" / "step-00000004").eval()
+    if kind in ("gpt2", "qwen3"):
+        assert {type(last).__name__} == {{"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[kind]}
+    if "transformers" in sys.modules:
+        again = language_model.load_converted(out[0] / "transformers")
+        losses = [train.predict(m, tokens, half=False) for m in (again, last)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    other = refused([str(folder), "--out", str(out[0]), *TRAIN, *SMALL[:2]], capsys)
+    assert "--init-from was" in other
+
+
+def test_init_from_refuses(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    begun = ["train", str(folder), "--out", str(tmp_path / "gone_on"), *TRAIN, "--init-from", str(tmp_path / "run")]
+    assert main([*begun, "--minutes=0"]) == 75
+    last = tmp_path / "run" / "checkpoints" / "step-00000012"
+    (tmp_path / "words").mkdir()
+    config = json.loads((last / "config.json").read_text())
+    config["shape"]["vocabulary"] = 300
+    (tmp_path / "words" / "config.json").write_text(json.dumps(config))
+    for given, more, message in (
+        (tmp_path / "run", ["--dim=32"], "--dim must not be given with --init-from, whose model has it"),
+        (whole, ["--preset=log-bias"], "--preset must not be given with --init-from, whose model has it"),
+        (tmp_path / "none", [], f"{tmp_path / 'none'} is not a folder with a config.json"),
+        (last, ["--fresh"], f"--init-from {last} is a checkpoint that --fresh drops: copy it elsewhere"),
+        (tmp_path / "words", [], f"--init-from {tmp_path / 'words'} has a vocabulary of 300, and bytes are 256"),
+    ):
+        out = tmp_path / ("run" if "--fresh" in more else "out")
+        arguments = [str(folder), "--out", str(out), *TRAIN, "--init-from", str(given), *more]
+        assert message in refused(arguments, capsys)
+    assert steps_kept(tmp_path / "run") == steps_kept(whole)
+    shutil.rmtree(last)  # of the model that it started from, nothing is needed to go on
+    assert main(begun) == 0
 
 
 def test_bfloat16_keeps_parameters_in_float32(folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -346,7 +621,7 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
     words = text.load(tmp_path / "out" / "tokens.safetensors")
     assert words.vocabulary == 4
     assert set(words.train.tolist()) == {0, 1, 2, 3}
-    documents = text.documents(folder)
+    documents = text.documents([folder])
     assert int((words.train == 3).sum() + (words.test == 3).sum()) == len(documents)
     first = next(d for d in documents if d.hash % 10)
     start = [{"log": 0, "bias": 1}.get(word, 2) for word in first.text.decode().split()]
@@ -354,18 +629,6 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
     folder_of_model = tmp_path / "out" / "checkpoints" / "step-00000002"
     assert (folder_of_model / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
     assert language_model.load(folder_of_model).embedding.num_embeddings == 4
-
-
-def test_dataset(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    table = datasets.table.InMemoryTable.from_pydict({"body": [f"text {i} " * 20 for i in range(30)]})
-    rows = datasets.Dataset(table, fingerprint="0")  # given, as some versions fail to compute it
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
-    found = text.documents(tmp_path / "data", "train", "body")
-    assert len(found) == 30
-    assert {d.path: d.text for d in found}["train/7"] == b"text 7 " * 20
-    with pytest.raises(ValueError, match="--column must be one of body"):
-        text.documents(tmp_path / "data", "train", "text")
 
 
 @pytest.mark.parametrize(
@@ -388,50 +651,8 @@ def test_without_matplotlib(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["train", str(folder), "--out", str(tmp_path), *SMALL, "--minutes=0"]) == 0
+    assert main(["train", str(folder), "--out", str(tmp_path), *SMALL, "--minutes=0"]) == 75
     assert "loss.png is left out: pip install matplotlib" in capsys.readouterr().err
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_pass_takes_every_window_once() -> None:
-    tokens = torch.arange(1000, dtype=torch.int32)
-    windows = text.Windows(tokens, 10, seed=3)
-    assert windows.count == 99
-    drawn = windows(range(2 * 99))
-    assert drawn.shape == (198, 11)
-    assert (drawn.diff(dim=1) == 1).all()
-    for turn in drawn.split(99):
-        starts = turn[:, 0].sort().values
-        assert (starts.diff() == 10).all()
-    assert not torch.equal(drawn[:99], drawn[99:])
-    assert torch.equal(windows(range(150, 160)), drawn[150:160])
-    assert not torch.equal(text.Windows(tokens, 10, seed=4)(range(10)), drawn[:10])
-    for size in range(11, 40):  # no window leaves the text
-        few = text.Windows(tokens[:size], 10, seed=size)
-        assert few(range(20)).max() < size
-
-
-def test_held_out_windows() -> None:
-    tokens = torch.arange(100, dtype=torch.uint8)
-    words = text.Text(tokens, tokens, torch.tensor([8, 50, 100]), 256, {}, "")
-    found, lengths = text.test_windows(words, [4, 9, 64], 100)
-    assert lengths == [4, 9]
-    assert found[:, 0].tolist() == [8, 50, 18, 60, 28, 70, 38, 80, 90]  # documents take turns
-    assert (found.diff(dim=1) == 1).all()
-    found, lengths = text.test_windows(words, [60, 80], 100)  # longer than any document
-    assert (found.shape, lengths) == ((1, 81), [60, 80])
-
-
-def test_one_file_is_split_by_place(tmp_path: Path) -> None:
-    content = bytes(random.Random(0).choices(range(1, 256), k=500))
-    (tmp_path / "one").write_bytes(content)
-    text.prepare(tmp_path / "tokens", tmp_path / "one", None, "train", "text")
-    words = text.load(tmp_path / "tokens")
-    assert bytes(words.train.tolist()) == content[:450] + b"\0"
-    assert bytes(words.test.tolist()) == content[450:] + b"\0"
-    assert words.test_ends.tolist() == [51]
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -461,12 +682,13 @@ def test_bad_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = ["--out", str(tmp_path / "out")]
     for more, message in (
         (["--out", str(tmp_path / "file" / "out")], f"--out {tmp_path / 'file' / 'out'} cannot be written: Not a dir"),
+        (["--out", str(tmp_path / "caf\udce9")], "caf\\xe9' must be a name in UTF-8, as safetensors wants it"),
         ([*out, "--accumulate=3"], "--batch must be a multiple of processes x --accumulate, 1 x 3, got 4"),
         ([*out, "--fsdp"], "--fsdp needs torchrun"),
         ([*out, "--dim=18", "--heads=4"], "dim must be a multiple of heads, got 18 and 4"),
         ([*out, "--steps=0"], "--steps must be at least 1, got 0"),
         ([*out, "--rotary-fraction=2"], "rotary_fraction must be in (0, 1], got 2"),
-        ([*out, "--learning-rate=0"], "--learning-rate must be positive, got 0"),
+        ([*out, "--learning-rate=0"], "--learning-rate must be positive and finite, got 0"),
         ([*out, "--target=17"], "--target must be at most the shortest of --lengths, 16"),
         (
             [*out, "--tokenizer", str(tmp_path / "none")],
@@ -476,9 +698,38 @@ def test_bad_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             [*out, "--tokenizer", str(tmp_path / "file")],
             f"--tokenizer {tmp_path / 'file'} is not a file of the library",
         ),
-        ([*out, "--learning-rate=1e30"], "the loss is nan at step"),
+        ([*out, "--dim=-4"], "--dim must be at least 1, got -4"),
+        ([*out, "--batch=-5"], "--batch must be at least 1, got -5"),
+        ([*out, "--learning-rate=nan"], "--learning-rate must be positive and finite, got nan"),
+        ([*out, "--learning-rate=inf"], "--learning-rate must be positive and finite, got inf"),
+        ([*out, "--weight-decay=nan"], "--weight-decay must be at least 0 and finite, got nan"),
+        ([*out, "--clip=nan"], "--clip must be positive, got nan"),
+        ([*out, "--seed=2147483648"], "--seed must be from 0 to 2**31 - 1, got 2147483648"),
+        ([*out, "--gain-length=nan"], "gain_length must be positive, got nan"),
+        ([*out, "--device=foo"], "--device foo: "),
+        ([*out, "--device=meta"], "--device meta: "),
+        ([*out, "--dim=2000000000"], "out of memory: "),
+        ([*out, "--init-from", str(tmp_path), *["--no-query-gain", "--no-qk-norm"]], "must not be given with --init"),
+        ([*out, "--learning-rate=1e30"], "is nan at step 2. Start anew with a lower --learning-rate"),
     ):
         assert message in refused([str(folder), *SMALL, *more], capsys)
+
+
+@pytest.mark.parametrize("option", ["--minutes=nan", "--minutes=-1", "--lengths=0", "--save-every=0", "--steps=nan"])
+def test_options_that_argparse_refuses(folder: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["train", str(folder), "--out", str(tmp_path), option])
+    assert raised.value.code == 2
+
+
+def test_help_tells_the_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2  # no command
+    told = capsys.readouterr().err
+    assert all(f"\n    {command} " in told for command in ("doctor", "tune", "train", "generate"))
+    for command in ("doctor", "tune", "train", "generate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "75 the time of --minutes is over: the same command goes on; 130 stopped" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -499,9 +750,9 @@ def test_checkpoint_of_another_training(
     assert "--source was" in refused([str(tmp_path / "text"), *arguments], capsys)
 
     arguments = [str(tmp_path / "text"), "--out", str(tmp_path / "other"), *SMALL, "--minutes=0"]
-    assert main(["train", *arguments]) == 0
+    assert main(["train", *arguments]) == 75
     (tmp_path / "text" / "new.txt").write_text("something new")
-    assert main(["train", *arguments]) == 0  # a training keeps the tokens that it began with
+    assert main(["train", *arguments]) == 75  # a training keeps the tokens that it began with
     (tmp_path / "other" / "tokens.safetensors").unlink()
     assert "has changed" in refused(arguments, capsys)
     assert math.isfinite(records(tmp_path / "other")[-1]["loss"])
