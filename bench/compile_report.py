@@ -13,9 +13,10 @@ that they imply if all units overlap perfectly, beside those of ``none``. ``--ch
 
 * does not compile;
 * wants more shared (or tensor) memory than the target has;
-* spills in half precision at head_dim <= 128 in a loop over tiles, by more than 2 % of the loop's instructions (around
-  the loops it may: the fastest tiles that were measured do). Dropout's random numbers may spill more;
+* spills in half precision at head_dim <= 128 in the loop that serves most of a long sequence, by more than 2 % of its
+  instructions (elsewhere it may: the fastest tiles that were measured do). Dropout's random numbers may spill more;
 * is in half precision and has a product that did not become matrix instructions;
+* has a loop in which every asynchronous matrix product is waited for, so that nothing overlaps with it;
 * costs more per score element than budgets.json allows, in a call with nothing but a position. The loop that is
   judged is the one that serves most of a long sequence. Shipped configurations must have a budget, those of
   ``--configs`` need none. Budgets hold for the Triton that they were written with; under another one they are not
@@ -61,6 +62,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 LENGTH = 1024
 PAGE_SIZE = 64
 TENSOR_MEMORY_COLUMNS = 512
+REGISTERS = 65536  # of a multiprocessor, 32 bits each
 BUDGETS = Path(__file__).parent / "budgets.json"
 #: What is budgeted of a loop, per score element, and how much more than was counted a budget allows.
 COSTS = ("special", "fp32", "issued")
@@ -158,6 +160,16 @@ class Row:
         return " ".join(filter(None, (block, *flags)))
 
     @property
+    def programs(self) -> int | None:
+        """How many programs share a multiprocessor, by registers and shared memory; None for AMD."""
+        target = TARGETS[self.target]
+        if target.backend != "cuda" or not self.registers:
+            return None
+        threads = self.config.get("num_warps", 4) * target.warp_size
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
+        return min(by_registers, (target.shared + KIB) // (self.shared + KIB))  # 1 KiB of each is the system's
+
+    @property
     def bulk(self) -> Loop:
         """Of its loops, which it must have, the one that serves most of a long sequence."""
         return roofline.bulk(self.loops)
@@ -193,12 +205,14 @@ class Row:
             yield f"{self.shared} bytes of shared memory, {self.target} has {limit}"
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             yield f"{self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
-        if self.dtype in HALF and self.head_dim <= 128 and "dropout" not in self.feature:
-            for loop in self.loops:
-                if loop.spills > MOST_SPILLS * loop.instructions:
-                    yield f"spills {self.spill} bytes: {loop.spills} of the {loop.instructions} instructions of a loop"
+        if self.dtype in HALF and self.head_dim <= 128 and self.loops and "dropout" not in self.feature:
+            if (loop := self.bulk).spills > MOST_SPILLS * loop.instructions:
+                yield f"spills {self.spill} bytes: {loop.spills} of the {loop.instructions} instructions of a loop"
         if self.dtype in HALF and self.products > 0 and self.matrix == 0:
             yield "no matrix instructions"
+        for loop in self.loops:
+            if loop.waits >= loop.matrix > 0:
+                yield f"{loop.waits} waits for the {loop.matrix} matrix products of a loop"
         if self.error is None and self.budget is not None and budgets is not None:
             if not self.loops:
                 yield "no loop over tiles found in its code"
@@ -540,7 +554,7 @@ def _setting(row: Row) -> tuple[Any, ...]:
 def resources(rows: list[Row]) -> str:
     """A line for each target, kernel, type, head_dim and configuration: the worst over presets, masks and features."""
     columns = ("registers", "spill", "stack", "shared")
-    lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "matrix", "seconds", "rows"]]
+    lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "programs", "matrix", "seconds", "rows"]]
 
     def group(row: Row) -> tuple[Any, ...]:
         return *_setting(row), row.tile
@@ -551,7 +565,8 @@ def resources(rows: list[Row]) -> str:
         worst = [max(getattr(r, name) for r in same) for name in columns]
         least, seconds = min(r.matrix for r in same), max(r.seconds for r in same)
         line = (row.target, row.kernel, row.dtype, row.head_dim, row.tile, *worst, TARGETS[row.target].shared)
-        lines.append([str(entry) for entry in (*line, least, f"{seconds:.1f}", len(same))])
+        programs = min((r.programs for r in same if r.programs is not None), default="-")
+        lines.append([str(entry) for entry in (*line, programs, least, f"{seconds:.1f}", len(same))])
     return markdown(lines)
 
 
@@ -560,11 +575,13 @@ def costs(rows: list[Row]) -> str:
 
     Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
     but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
+    ``waits``: matrix products of a trip, and waits for them. ``serial``: clocks if nothing overlaps.
     Presets that share a kernel share a line. "-": no rate is published, so nothing bounds.
     """
     counts = ("special", "fp32", "conversions", "issued")
     units = [f"{unit} clocks" for unit in Rates._fields]
-    lines = [["target", "kernel", "dtype", "D", "preset", "tile", *counts, "loops", *units, "bound by", "of none"]]
+    about = ["target", "kernel", "dtype", "D", "preset", "tile"]
+    lines = [[*about, *counts, "loops", "waits", *units, "bound by", "serial", "of none"]]
     plain = sorted((row for row in rows if row.feature == "plain" and row.loops), key=_setting)
     for _, members in itertools.groupby(plain, _setting):
         # The last of a name stays: the dearest.
@@ -577,8 +594,9 @@ def costs(rows: list[Row]) -> str:
             unit = max(clocks, key=lambda unit: clocks[unit])
             line = [row.tile, *(f"{getattr(row.bulk, name):.2f}" for name in counts)]
             line.append(" ".join(f"{loop.issued:.1f}" for loop in row.loops))
+            line.append(f"{row.bulk.matrix}/{row.bulk.waits}")
             line += [f"{clocks[unit]:.4f}" if unit in clocks else "-" for unit in Rates._fields]
-            line += [unit, f"{clocks[unit] / of_none:.2f}" if of_none else "-"]
+            line += [unit, f"{sum(clocks.values()):.4f}", f"{clocks[unit] / of_none:.2f}" if of_none else "-"]
             where = [row.target, row.kernel, row.dtype, str(row.head_dim)]
             same = alike.setdefault(" ".join(line), [*where, "", *line])
             same[4] = ", ".join(filter(None, (same[4], preset)))

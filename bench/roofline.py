@@ -15,7 +15,8 @@ instructions (float32) the fused multiply-adds do; both up to whole tiles, since
 
 The roofline is the time in clocks that each unit of an SM needs per score element if nothing else holds it up; the
 bound is the largest of them. It assumes that all units overlap perfectly, loads included: a kernel cannot be faster,
-and will be slower.
+and will be slower. Their sum is the time if nothing overlaps: the truth lies between the two. On sm_90 matrix products
+are asynchronous, and where each of them is waited for, which ptxas may decide, they overlap with nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ SPECIAL = re.compile(r"\bMUFU\b|\bv_(?:exp|log|rcp|rsq|sqrt|sin|cos)_f32")
 FP32 = re.compile(r"\bF(?:FMA|ADD|MUL)(?P<two>2)?\b|\bv_(?P<packed>pk_)?(?:fma\w*|mac|add|sub|subrev|mul)_f32")
 FMA = re.compile(r"\bFFMA(?P<two>2)?\b|\bv_(?P<packed>pk_)?(?:fma\w*|mac)_f32")
 CONVERSION = re.compile(r"\b(?:F2F|F2FP|F2I|I2F|I2FP)\b|\bv_cvt_")
+WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
 SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_")
 
 
@@ -57,6 +59,8 @@ class Loop:
 
     instructions: int
     spills: int  # of these, that reach for spilled registers
+    matrix: int  # of these, matrix products
+    waits: int  # of these, that wait for asynchronous matrix products
     scores: float  # that one thread forms in a trip
     tiles: float  # the same, in parts of what num_warps warps would form of one tile each
     # Per score element:
@@ -160,6 +164,8 @@ def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list
             loop = Loop(
                 instructions=len(body),
                 spills=count(SPILL, body),
+                matrix=count(MATRIX, body),
+                waits=count(WAIT, body),
                 scores=scores,
                 tiles=scores / tile,
                 special=count(SPECIAL, body) / scores,

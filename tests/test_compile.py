@@ -246,14 +246,38 @@ def test_amd() -> None:
 
 def loop_of(special: float, fp32: float, issued: float) -> roofline.Loop:
     return roofline.Loop(
-        instructions=64, spills=0, scores=8, tiles=1, special=special, fp32=fp32, conversions=0, issued=issued
-    )
+        instructions=64, spills=0, matrix=12, waits=2, scores=8, tiles=1,
+        special=special, fp32=fp32, conversions=0, issued=issued,
+    )  # fmt: skip
 
 
 def row_of(preset: str, *loops: roofline.Loop, **more: object) -> report.Row:
     config = dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2, TMA=True, WARP_SPECIALIZE=False)
     row = report.Row("sm_90", "bfloat16", 128, preset, "causal", "plain", "forward", config, loops=list(loops))
     return dataclasses.replace(row, **more)
+
+
+def test_what_a_loop_may_not_do() -> None:
+    """Wait for every product, or spill more than a little; around the loops a kernel may spill."""
+    loop = loop_of(1, 4, 9)
+
+    def failures(loop: roofline.Loop) -> list[str]:
+        return list(row_of("none", loop, spill=16, matrix=12, products=2).failures(None))
+
+    assert failures(loop) == failures(dataclasses.replace(loop, instructions=500, spills=10)) == []
+    assert failures(dataclasses.replace(loop, instructions=500, spills=11)) == [
+        "spills 16 bytes: 11 of the 500 instructions of a loop"
+    ]
+    assert failures(dataclasses.replace(loop, waits=12)) == ["12 waits for the 12 matrix products of a loop"]
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    row = row_of("none", registers=255, shared=113 * 1024)
+    assert row.programs == 1  # 8 warps of 256 registers a thread take all of them
+    row = dataclasses.replace(row, registers=220, config=dict(num_warps=4))
+    assert row.programs == 2
+    assert dataclasses.replace(row, shared=114 * 1024).programs == 1
+    assert dataclasses.replace(row, target="gfx942").programs is None
 
 
 def test_roofline_beside_none() -> None:
