@@ -1,17 +1,55 @@
-"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept."""
+"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept.
+
+And what a program needs to write them safely: files that are whole, and a lock on the folder of its output.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "checkpoint.json"
+#: Exit status of a program that stopped because its --minutes are over: the same command goes on (EX_TEMPFAIL).
+TIME_IS_OVER = 75
+
+
+class Busy(RuntimeError):
+    """Another process writes to the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to ``folder`` while the context lasts.
+
+    The lock is the file ``.lock`` in the folder, which stays. It is free as soon as the process that holds it has
+    ended, however it ended.
+
+    Args:
+        folder: made where it does not exist.
+
+    Raises:
+        Busy: another process, or another context of this one, holds the lock.
+        OSError: the folder cannot be written.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise Busy(f"another run writes to {folder}: wait until it has ended, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
