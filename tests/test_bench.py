@@ -162,6 +162,7 @@ def test_encodings_start_from_the_same_weights():
 
 
 def test_miniature_study(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     assert extrapolation.main(arguments(folder, tmp_path), TINY) == 0
     printed = capsys.readouterr().out
     path = tmp_path / "extrapolation-quick.json"

@@ -1,4 +1,8 @@
-"""Where there is no triton, logpe imports, the CPU backends work, and backend="triton" says what is missing."""
+"""What works where packages are missing.
+
+Without triton, logpe imports, the CPU backends work, and backend="triton" says what is missing. Without the packages
+that only some tests need, the other tests run.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +73,12 @@ def test_importing_logpe_does_not_import_triton() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_every_test_file_is_collected_without_the_optional_packages() -> None:
+    optional = ["accelerate", "babel", "datasets", "matplotlib", "peft", "sacrebleu", "safetensors", "scipy"]
+    optional += ["tensorboard", "tokenizers", "transformers"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({optional}))  # importing them raises ModuleNotFoundError\n"
+    code += "import pytest; sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests']))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

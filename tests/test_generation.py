@@ -244,6 +244,7 @@ def whole(folder, tmp_path_factory):
 
 
 def test_what_a_run_leaves(whole, folder, capsys):
+    pytest.importorskip("matplotlib")
     path, found = whole
     assert {"key", "command", "commit", "date", "python", "corpus", "settings", "edges"} < found.keys()
     assert found["corpus"]["sha256"] == corpus.load(str(folder)).digest

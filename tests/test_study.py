@@ -288,6 +288,7 @@ def whole(folder, tmp_path_factory):
 
 
 def test_what_a_study_leaves(whole, folder):
+    pytest.importorskip("matplotlib")
     path, runs = whole
     assert path.name == f"extrapolation-cpu-{folder.name}-32.json"
     found = json.loads(path.read_text())

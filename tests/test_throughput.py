@@ -263,6 +263,7 @@ def command(out, *more):
 
 
 def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     assert throughput.main(command(tmp_path)) == 0
     printed = capsys.readouterr().out
     path = tmp_path / "throughput-cpu.json"
@@ -329,6 +330,7 @@ def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
 
 
 def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # it sets this for its processes, not for these tests
     monkeypatch.setattr(throughput, "describe_machine", lambda device: dict(device="made-up GPU", torch="0"))
     size = ["--lengths", "1024", "512", "--head-dims", "64", "--masks", "causal", "--kv-groups", "4", "--jobs", "3"]
@@ -587,7 +589,7 @@ def test_a_method_has_one_colour_everywhere():
 
 
 def test_the_picture_has_a_panel_for_each_setting(tmp_path, monkeypatch):
-    from matplotlib import figure, pyplot
+    figure, pyplot = (pytest.importorskip(f"matplotlib.{name}") for name in ("figure", "pyplot"))
 
     drawn = []
     save = figure.Figure.savefig

@@ -19,10 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from logpe import checkpoint, language_model, text, train
 from logpe.__main__ import main
+
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 ROOT = Path(__file__).parents[1]
 # 12 steps with checkpoints at 4, 8 and 12, evaluated at 6 and 12.
