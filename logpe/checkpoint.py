@@ -28,8 +28,8 @@ class Busy(RuntimeError):
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to ``folder`` while the context lasts.
 
-    The lock is the file ``.lock`` in the folder, which stays. It is free as soon as the process that holds it has
-    ended, however it ended.
+    The lock is the file ``.lock`` in the folder, which stays there. It is free as soon as the process that holds it
+    has ended, however it ended.
 
     Args:
         folder: made where it does not exist.
@@ -52,13 +52,52 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that is raised inside, such as that of a full disk, name ``path`` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at ``path`` is either the old one or the whole new one, on the disk."""
+    """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with naming(path):
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+        except Exception:  # it may fill the disk
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync(path.parent)
+
+
+def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str, Any], keep: int) -> Path:
@@ -78,12 +117,13 @@ def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str
     path = root / f"step-{step:08d}"
     temporary = root / f".{path.name}.tmp"
     temporary.mkdir()
-    write(temporary)
-    files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-    manifest = dict(step=step, **about, files=files)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for file in (*temporary.iterdir(), temporary):
-        _sync(file)
+    with naming(path):
+        write(temporary)
+        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        manifest = dict(step=step, **about, files=files)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
     if path.exists():
         _remove(path)
     os.rename(temporary, path)
@@ -120,10 +160,13 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
 def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = dict(manifest["files"]).items()
+        if manifest["step"] != int(path.name.removeprefix("step-")):
+            raise ValueError(f"it is of step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    for name, digest in files.items():
+    for name, digest in files:
         try:
             if _digest(path / name) != digest:
                 return f"{path / name} is not what was written (its SHA-256 differs)"

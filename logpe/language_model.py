@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logpe.attention import log_attention
-from logpe.checkpoint import write_whole
+from logpe.checkpoint import load_tensors, save_tensors, write_whole
 from logpe.module import HeadNorm
 from logpe.position import ROTATION, LogPosition
 
@@ -143,14 +143,73 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
 
-def load(folder: Path) -> LanguageModel:
-    """The model of a checkpoint of ``python -m logpe train``, on the CPU. Raises OSError where there is none."""
-    from safetensors.torch import load_file
+def load(folder: Path) -> nn.Module:
+    """Return the model of a folder, in float32 on the CPU.
 
-    config = json.loads((folder / "config.json").read_text())
-    model = LanguageModel(Shape(**config["shape"]), config["position"], seed=0)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    Args:
+        folder: a checkpoint of ``python -m logpe train``, or what ``load_converted`` takes.
+
+    Returns:
+        A LanguageModel, or a model of Transformers where it is of one.
+
+    Raises:
+        OSError, ValueError: there is none, or it is damaged.
+    """
+    config = read_config(folder)
+    if "shape" not in config:
+        return load_converted(folder, dtype=torch.float32)
+    try:
+        model = LanguageModel(Shape(**config["shape"]), config["position"], seed=0)
+        model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no model that can be loaded: {error}") from None
     return model
+
+
+def find(folder: Path) -> Path:
+    """Return ``folder``, or its folder ``transformers`` where it is the output of ``python -m logpe train``."""
+    inside = folder / "transformers"
+    return inside if not (folder / "config.json").exists() and (inside / "config.json").exists() else folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what the config.json of a model says. Raises ValueError where there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is not a folder with a config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return config
+
+
+def load_converted(folder: Path, **options: Any) -> Any:
+    """Return a Transformers model that was saved with log positions.
+
+    It runs no code from the folder, reads no pickles, asks nobody and does not use the network.
+
+    Args:
+        folder: what ``save_pretrained`` wrote.
+        options: those of ``logpe.transformers.from_pretrained``.
+
+    Raises:
+        ValueError: there is no such model, it is damaged, or Transformers is not installed.
+    """
+    config = read_config(folder)
+    for name in ("attn_implementation", "_attn_implementation"):  # anything else may name code on the Hub
+        if config.get(name, "logpe") != "logpe":
+            raise ValueError(f"{folder}: {name} in its config.json must be 'logpe', got {config[name]!r}")
+    try:
+        from logpe.transformers import from_pretrained
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'logpe[hf]'") from None
+    try:
+        return from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # the folder is anybody's, and Transformers raises what comes
+        raise ValueError(f"{folder} cannot be loaded: {error}") from None
 
 
 def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
@@ -166,8 +225,6 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     shape, first = Shape(**model.config["shape"]), next(m for m in model.modules() if isinstance(m, LogPosition))
     # All of it: what is left out there is taken from the configuration of Llama's own rotation.
     rotation = {name: getattr(first, name) for name in ROTATION}
@@ -220,5 +277,5 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: x.contiguous() for name, x in weights.items()}
-    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    write_whole(folder / "model.safetensors", lambda path: save_tensors(weights, path, {"format": "pt"}))
     write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))

@@ -8,47 +8,174 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from logpe.checkpoint import write_whole
+from logpe.checkpoint import save_tensors, write_whole
 
 TEST_SHARE = 10  # one document in ten is held out
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Document:
-    """Its path relative to the corpus, with slashes, and its bytes."""
+    """Its path relative to the corpus, with slashes, and its bytes.
+
+    Names of files are bytes: those that are no text stand in ``path`` as os.fsdecode returns them.
+    """
 
     path: str
     text: bytes
 
     @property
+    def name(self) -> bytes:
+        """The path as the file system has it."""
+        return os.fsencode(self.path)
+
+    @property
     def hash(self) -> int:
         """Of the path: chance that is the same everywhere."""
-        return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:8], "big")
+        return int.from_bytes(hashlib.sha256(self.name).digest()[:8], "big")
+
+
+class Skipped:
+    """What is left out of a text, and why."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}  # by reason
+
+    def add(self, reason: str, name: str) -> None:
+        """One more file, folder or row."""
+        self.names.setdefault(reason, []).append(name)
+
+    def lines(self) -> list[str]:
+        """One line for each reason, with the first names."""
+        lines = []
+        for reason, names in self.names.items():
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            lines.append(f"left out, {reason}: {', '.join(map(_printable, names[:3]))}{more}")
+        return lines
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _progress(items: Iterable[Item] | None, quiet: bool, **options: Any) -> Any:
+    """A bar that goes when it is full; in a file, a line each 15 seconds."""
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(items, disable=quiet, leave=False, dynamic_ncols=True, mininterval=interval, delay=0.5, **options)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def folder(root: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[Document]:
-    """Every text file (one without a zero byte) under ``root`` whose name ends so, hidden ones left out."""
-    for path in root.rglob("*"):
-        name = path.relative_to(root)
-        if name.name.endswith(suffixes) and path.is_file() and not any(part.startswith(".") for part in name.parts):
-            text = path.read_bytes()
-            if b"\0" not in text:
-                yield Document(name.as_posix(), text)
+def folder(
+    root: Path,
+    suffixes: tuple[str, ...] = ("",),
+    skipped: Skipped | None = None,
+    out: Path | None = None,
+    quiet: bool = True,
+) -> Iterator[Document]:
+    """Every text file (one without a zero byte) under ``root`` whose name ends so, hidden ones left out.
+
+    Links to folders are followed, and each folder is read once.
+
+    Args:
+        skipped: gets what is left out, and why. Without it, a warning names what cannot be read.
+        out: a folder to leave out. Those of other trainings are left out too.
+        quiet: show no progress.
+
+    Raises:
+        OSError: ``root`` itself cannot be read.
+    """
+    left = Skipped() if skipped is None else skipped
+    for name in _progress(list(_files(root, left, out)), quiet, desc="reading", unit="file"):
+        if not name.endswith(suffixes):
+            continue
+        if os.path.basename(name).startswith("."):
+            left.add("hidden", name)
+            continue
+        try:
+            path = os.path.join(root, name)
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                left.add("not a file", name)
+                continue
+            with open(path, "rb") as file:
+                text = file.read()
+        except OSError as error:
+            left.add(f"cannot be read ({error.strerror})", name)
+            continue
+        if b"\0" in text:
+            left.add("a zero byte is no text", name)
+        else:
+            yield Document(name.replace(os.sep, "/"), text)
+    if skipped is None:
+        left.names = {reason: names for reason, names in left.names.items() if reason.startswith("cannot be read")}
+        for line in left.lines():
+            warnings.warn(f"{root}: {line}", stacklevel=2)
 
 
-def dataset(root: Path, split: str, column: str) -> Iterator[Document]:
-    """The rows of a dataset that ``save_to_disk`` of the library ``datasets`` wrote."""
+def _files(root: Path, skipped: Skipped, out: Path | None) -> Iterator[str]:
+    """Paths relative to ``root`` of all that is no folder."""
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise error
+        skipped.add(f"cannot be read ({error.strerror})", os.path.relpath(error.filename, root))
+
+    seen: set[tuple[int, int]] = set()
+    waiting = [str(root)]  # links wait, so that a folder inside keeps the name that it has without them
+    while waiting:
+        for top, folders, files in os.walk(waiting.pop(0), onerror=unreadable):
+            here = os.stat(top)
+            if (here.st_dev, here.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            kept = []
+            for folder_name in sorted(folders):
+                path = os.path.join(top, folder_name)
+                name = os.path.relpath(path, root)
+                if folder_name.startswith("."):
+                    skipped.add("hidden", name)
+                elif _is_output(path, out):
+                    skipped.add("the output of a training", name)
+                elif not os.path.islink(path):
+                    kept.append(folder_name)
+                elif Path(os.path.realpath(root)).is_relative_to(os.path.realpath(path)):
+                    skipped.add("a link to a folder around the text", name)
+                else:
+                    waiting.append(path)
+            folders[:] = kept
+            yield from (os.path.relpath(os.path.join(top, file), root) for file in sorted(files))
+
+
+def _is_output(path: str, out: Path | None) -> bool:
+    """Whether a folder is ``out``, or one that ``python -m logpe train`` wrote to."""
+    if out is not None and os.path.realpath(path) == os.path.realpath(out):
+        return True
+    return all(os.path.isfile(os.path.join(path, name)) for name in ("tokens.safetensors", "metrics.jsonl"))
+
+
+def dataset(
+    root: Path, split: str, column: str, skipped: Skipped | None = None, quiet: bool = True
+) -> Iterator[Document]:
+    """The rows of a dataset that ``save_to_disk`` of the library ``datasets`` wrote.
+
+    ``skipped`` gets the rows that are None. Raises ValueError where a row is neither None nor a string.
+    """
     try:
         import datasets
     except ImportError:
@@ -60,33 +187,65 @@ def dataset(root: Path, split: str, column: str) -> Iterator[Document]:
         rows = rows[split]
     if column not in rows.column_names:
         raise ValueError(f"--column must be one of {', '.join(rows.column_names)} in {root}, got {column!r}")
-    for index, text in enumerate(rows[column]):
-        # The zero byte ends a document; text has none.
-        yield Document(f"{split}/{index}", str(text).encode(errors="replace").replace(b"\0", b""))
+    skipped = skipped or Skipped()
+    for index, text in enumerate(_progress(rows[column], quiet, desc="reading", unit="row")):
+        name = f"{split}/{index}"
+        if text is None:
+            skipped.add("no text in the row", name)
+        elif not isinstance(text, str):
+            raise ValueError(f"--column must hold text, got {column!r} in {root}: {type(text).__name__} in row {index}")
+        else:
+            content = text.encode(errors="replace")
+            if b"\0" in content:  # it ends a document
+                skipped.add("zero bytes of the row", name)
+            yield Document(name, content.replace(b"\0", b""))
 
 
-def documents(source: Path, split: str = "train", column: str = "text") -> list[Document]:
-    """A file, a folder of files or a dataset on disk, in order of the paths, without empty ones and copies.
+def documents(
+    sources: Iterable[Path],
+    split: str = "train",
+    column: str = "text",
+    skipped: Skipped | None = None,
+    out: Path | None = None,
+    quiet: bool = True,
+) -> list[Document]:
+    """Files, folders of files and datasets on disk, in order of the paths, without empty ones and copies.
 
-    Raises ValueError where there is none.
+    Args:
+        skipped: gets what is left out, and why.
+        out: a folder to leave out.
+        quiet: show no progress.
+
+    Raises:
+        ValueError: there is none.
+        OSError: a source cannot be read.
     """
-    if source.is_file():
-        text = source.read_bytes()
-        if b"\0" in text:
-            raise ValueError(f"{source} is no text: it holds a zero byte")
-        found: Iterator[Document] = iter([Document(source.name, text)])
-    elif any((source / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-        found = dataset(source, split, column)
-    elif source.is_dir():
-        found = folder(source)
-    else:
-        raise ValueError(f"there is no file or folder {source}")
+    skipped, sources = skipped or Skipped(), list(sources)
+    found: list[Document] = []
+    for source in sources:
+        if source.is_file():
+            text = source.read_bytes()
+            if b"\0" in text:
+                raise ValueError(f"{source} is no text: it holds a zero byte")
+            found.append(Document(source.name, text))
+        elif any((source / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+            found += dataset(source, split, column, skipped, quiet)
+        elif source.is_dir():
+            found += folder(source, skipped=skipped, out=out, quiet=quiet)
+        else:
+            raise ValueError(f"there is no file or folder {source}")
     kept: dict[bytes, Document] = {}  # by content
-    for document in sorted(found, key=lambda d: d.path):
-        if document.text:
-            kept.setdefault(hashlib.sha256(document.text).digest(), document)
+    for document in sorted(found, key=lambda d: d.name):
+        digest = hashlib.sha256(document.text).digest()
+        if not document.text:
+            skipped.add("empty", document.path)
+        elif digest in kept:
+            skipped.add("a copy of another", document.path)
+        else:
+            kept[digest] = document
     if not kept:
-        raise ValueError(f"there is no text in {source}; hidden files and those with a zero byte do not count")
+        reasons = "".join(f"\n  {line}" for line in skipped.lines())
+        raise ValueError(f"there is no text in {', '.join(map(str, sources))}{reasons}")
     return list(kept.values())
 
 
@@ -95,7 +254,7 @@ def documents(source: Path, split: str = "train", column: str = "text") -> list[
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens, each document followed by the last id of its kind: 0 for bytes, a new one for other tokens.
+    """Tokens, each document followed by the id that ends it: 0 for bytes, a new one for other tokens.
 
     train: uint8 or int32 (N,). test: likewise (M,), the held-out documents. test_ends: int64, where each of them ends.
     """
@@ -108,73 +267,169 @@ class Text:
     sha256: str  # of the tokens
 
 
-def describe_origin(source: Path, tokenizer: Path | None, split: str, column: str) -> dict[str, Any]:
+def describe_origin(sources: list[Path], tokenizer: Path | None, split: str, column: str) -> dict[str, Any]:
     """As Text.origin. Raises OSError where there is no such tokenizer."""
     name = None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    return dict(source=str(source.resolve()), tokenizer=name, split=split, column=column)
+    paths = [str(source.resolve()) for source in sources]
+    return dict(source=paths if len(paths) > 1 else paths[0], tokenizer=name, split=split, column=column)
 
 
-def prepare(path: Path, source: Path, tokenizer: Path | None, split: str, column: str) -> None:
-    """Write the tokens of ``source`` to the file ``path``, from which any number of processes map them into memory.
+class Encoder:
+    """From bytes to tokens, int32 or uint8 (N,), and what was lost on the way.
+
+    Args:
+        tokenizer: a file of the library tokenizers, or None for bytes. It neither truncates nor pads here.
+
+    Raises:
+        ValueError: it is no such file, or the library is not installed.
+    """
+
+    end: int  # id of the token that ends a document, the last one
+    characters, lost, unknown = 0, 0, 0  # read, without a token, and tokens that stand for what is unknown
+
+    def __init__(self, tokenizer: Path | None) -> None:
+        self.tokenizer: Any = None
+        self.end, self.skipped = 0, Skipped()
+        if tokenizer is None:
+            return
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("--tokenizer needs the library tokenizers: pip install tokenizers") from None
+        try:
+            self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # it raises nothing more special
+            raise ValueError(f"--tokenizer {tokenizer} is not a file of the library tokenizers: {error}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.end = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self.unknown_id = None if unknown is None else self.tokenizer.token_to_id(unknown)
+
+    def __call__(self, document: Document) -> Tensor:
+        """The tokens of a document, without the one that ends it."""
+        if self.tokenizer is None:
+            return torch.frombuffer(bytearray(document.text), dtype=torch.uint8)
+        try:
+            text = document.text.decode()
+        except UnicodeDecodeError:
+            self.skipped.add("bytes that are no UTF-8, of", document.path)
+            text = document.text.decode(errors="replace")
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = torch.tensor(encoding.ids, dtype=torch.int32)
+        self.characters += len(text)
+        if self.unknown_id is not None:
+            self.unknown += int((ids == self.unknown_id).sum())
+        # Which characters no token stands for: white space may go.
+        depth = torch.zeros(len(text) + 1, dtype=torch.int32)
+        first, stop = torch.tensor(encoding.offsets, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        one = torch.ones_like(first, dtype=torch.int32)
+        depth.index_add_(0, first, one).index_add_(0, stop, -one)
+        missing = (depth.cumsum(0)[:-1] <= 0).nonzero().flatten().tolist()
+        self.lost += sum(not text[i].isspace() for i in missing)
+        return ids
+
+    def lines(self) -> list[str]:
+        """What to tell of the text that was lost."""
+        lines = self.skipped.lines()
+        if self.lost:
+            lines.append(f"--tokenizer has no token for {self.lost:,} of {self.characters:,} characters: they are lost")
+        if self.unknown:
+            lines.append(f"--tokenizer makes {self.unknown:,} tokens of text that it does not know")
+        return lines
+
+
+def prepare(
+    path: Path,
+    sources: list[Path],
+    tokenizer: Path | None,
+    split: str = "train",
+    column: str = "text",
+    *,
+    end: int | None = None,
+    vocabulary: int | None = None,
+    out: Path | None = None,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Write the tokens of ``sources`` to the file ``path``, from which any number of processes map them into memory.
 
     Where the hash leaves a side without a document, as it does with a single one, the last tenth of every document
-    is held out. Raises ValueError, OSError.
-    """
-    from safetensors.torch import save_file
+    is held out.
 
-    found = documents(source, split, column)
+    Args:
+        end, vocabulary: the id that ends a document, and how many there are, of a model that is given. By default
+            the end is a new id, the last one (for bytes it is 0).
+        out: a folder to leave out.
+        say: gets lines that tell what was read, and what was not. Without it, no progress is shown.
+
+    Raises:
+        ValueError: there is no text, or the vocabulary is too small for it.
+        OSError: a source cannot be read, or ``path`` not be written.
+    """
+    encode, skipped, quiet = Encoder(tokenizer), Skipped(), say is None
+    found = documents(sources, split, column, skipped, out, quiet)
+    size = sum(len(d.text) for d in found)
+    if say is not None:
+        say(f"read {len(found):,} documents, {size:,} bytes")
+        for line in skipped.lines():
+            say(line)
+    end = encode.end if end is None else end
+    vocabulary = vocabulary or (256 if tokenizer is None else end + 1)
     train = [d for d in found if d.hash % TEST_SHARE]
-    test = [d for d in found if d.hash % TEST_SHARE == 0]
-    encode, end, vocabulary = _encoder(tokenizer)
-    if train and test:
-        # In the order of the hash: of which documents an evaluation takes the first, is chance.
-        test.sort(key=lambda d: d.hash)
-        sides = [[encode(d.text) for d in side] for side in (train, test)]
-    else:
-        whole = [encode(d.text) for d in found]
-        cuts = [len(tokens) - len(tokens) // TEST_SHARE for tokens in whole]
-        halves = [tokens.tensor_split([cut]) for tokens, cut in zip(whole, cuts, strict=True)]
-        sides = [list(side) for side in zip(*halves, strict=True)]
+    # In the order of the hash: of which documents an evaluation takes the first, is chance.
+    test = sorted((d for d in found if d.hash % TEST_SHARE == 0), key=lambda d: d.hash)
+    with _progress(None, quiet, total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
+
+        def encoded(side: list[Document]) -> list[Tensor]:
+            tokens = []
+            for document in side:
+                tokens.append(encode(document))
+                bar.update(len(document.text))
+            return tokens
+
+        if train and test:
+            sides = [encoded(train), encoded(test)]
+        else:
+            whole = encoded(found)
+            cuts = [len(tokens) - len(tokens) // TEST_SHARE for tokens in whole]
+            halves = [tokens.tensor_split([cut]) for tokens, cut in zip(whole, cuts, strict=True)]
+            sides = [list(side) for side in zip(*halves, strict=True)]
+    if say is not None:
+        for line in encode.lines():
+            say(line)
+    largest = max((int(tokens.max()) for side in sides for tokens in side if len(tokens)), default=0)
+    if max(largest, end) >= vocabulary:
+        raise ValueError(f"the tokens reach {max(largest, end)}, and the model has a vocabulary of {vocabulary}")
     ends = torch.tensor([len(tokens) + 1 for tokens in sides[1]]).cumsum(0)
     stop = torch.tensor([end], dtype=sides[0][0].dtype)
     joined = [torch.cat([part for tokens in side for part in (tokens, stop)]) for side in sides]
-    digest = hashlib.sha256()
-    for tensor in (*joined, ends):
-        digest.update(len(tensor).to_bytes(8, "big") + tensor.numpy().tobytes())
-    origin = describe_origin(source, tokenizer, split, column)
-    about = dict(vocabulary=vocabulary, origin=origin, sha256=digest.hexdigest())
     tensors = {"train": joined[0], "test": joined[1], "test_ends": ends}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, {"about": json.dumps(about)}))
+    origin = describe_origin(sources, tokenizer, split, column)
+    about = dict(vocabulary=vocabulary, origin=origin, sha256=_digest(*tensors.values()))
+    write_whole(path, lambda temporary: save_tensors(tensors, temporary, {"about": json.dumps(about)}))
 
 
-def _encoder(tokenizer: Path | None) -> tuple[Callable[[bytes], Tensor], int, int]:
-    """A function from bytes to tokens, the id that ends a document, and how many ids there are."""
-    if tokenizer is None:
-        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8), 0, 256
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(len(tensor).to_bytes(8, "big"))
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def load(path: Path, check: bool = False) -> Text:
+    """What ``prepare`` wrote. Raises OSError, and ValueError where it is damaged, to the bit with ``check``."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ValueError("--tokenizer needs the library tokenizers: pip install tokenizers") from None
-    try:
-        model = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # it raises nothing more special
-        raise ValueError(f"--tokenizer {tokenizer} is not a file of the library tokenizers: {error}") from None
-
-    def encode(text: bytes) -> Tensor:
-        ids = model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
-        return torch.tensor(ids, dtype=torch.int32)
-
-    end = max(model.get_vocab().values()) + 1
-    return encode, end, end + 1
-
-
-def load(path: Path) -> Text:
-    """What ``prepare`` wrote. Raises OSError and SafetensorError."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-        return Text(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            found = Text(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if check and _digest(found.train, found.test, found.test_ends) != found.sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 differs")
+    return found
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

@@ -1,19 +1,22 @@
-"""Train a causal language model with log positions on a text: a folder of files, one file, or a dataset on disk.
+"""Train a causal language model with log positions on text: folders of files, files, or datasets on disk.
 
     python -m logpe train my_texts --out my_model
     torchrun --nproc-per-node=2 -m logpe train my_texts --out my_model
 
 Bytes are the tokens, unless --tokenizer names a file of the library tokenizers. One document in ten, by a hash of its
-path, is held out and scored with ever more context, beyond the length of training.
+path, is held out and scored with ever more context, beyond the length of training. What is left out of a text (hidden
+files, binary files, copies, the output of trainings) is counted and named.
 
 Whatever ends the command, Ctrl-C, the time limit or the machine: the same command goes on from the last checkpoint,
-and arrives at the same model.
+and arrives at the same model. With a larger --steps it goes on too, from a finished run as well: the learning rate
+then follows the longer cosine from there on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +43,8 @@ from tqdm import tqdm
 
 import logpe
 from logpe import checkpoint, language_model, text
+from logpe.checkpoint import TIME_IS_OVER, Busy
+from logpe.command import STOPPED, count, find_device, minutes
 from logpe.language_model import LanguageModel, Shape
 
 Result = TypeVar("Result")
@@ -78,12 +83,15 @@ class Settings:
         for name in ("length", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{_flag(name)} must be at least 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed must be from 0 to 2**31 - 1, got {self.seed}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate must be positive and finite, got {self.learning_rate}")
+        if not self.clip > 0:
+            raise ValueError(f"--clip must be positive, got {self.clip}")
 
     def position(self) -> dict[str, Any]:
         """LogPosition's keywords."""
@@ -116,12 +124,8 @@ class World:
         self.parallel = "RANK" in os.environ and "MASTER_ADDR" in os.environ
         self.rank = int(os.environ["RANK"]) if self.parallel else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.parallel else 1
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = find_device(device, int(os.environ.get("LOCAL_RANK", 0)) if self.parallel else 0)
         if self.device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError(f"--device {device}: there is no GPU here, or this build of torch does not see it")
-            if self.device.index is None:
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if self.parallel else 0)
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> World:
@@ -149,12 +153,12 @@ class World:
         return total.tolist()
 
     def once(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returned, or the OSError or ValueError that it raised, in the first process, for all."""
+        """What ``work`` returned, or the OSError, ValueError or Busy that it raised, in the first process, for all."""
         answer: list[Any] = [None, None]
         if self.first:
             try:
                 answer[0] = work()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, Busy) as error:
                 answer[1] = error
         if self.parallel:
             dist.broadcast_object_list(answer)
@@ -162,14 +166,15 @@ class World:
             raise answer[1]
         return answer[0]
 
-    def wrap(self, model: LanguageModel, fsdp: bool) -> nn.Module:
+    def wrap(self, model: nn.Module, fsdp: bool) -> nn.Module:
         """The model for many processes. All parameters are float32: autocast lowers the precision, not the sharding."""
         if fsdp:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.size,))
-            for module in (*model.blocks, model):
+            blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+            for module in (*blocks, model):
                 fully_shard(module, mesh=mesh)
             return model
         if self.parallel:
@@ -187,7 +192,7 @@ class Stop:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signalled and self.impatient:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
         self.signalled = True
 
     def __enter__(self) -> Stop:
@@ -198,12 +203,23 @@ class Stop:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Now."""
-        return self.signalled or time.monotonic() > self.deadline
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self.deadline
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are others under a second name, and which."""
+    first: dict[nn.Parameter, str] = {}
+    names = _unwrapped(model).named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in names if first.setdefault(p, name) != name}
 
 
 def save(
@@ -221,73 +237,100 @@ def save(
     The step also stands for the learning rate, the place in the text and the state of the random numbers, all of
     which follow from it. The files do not tell how many processes wrote them.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     from torch.distributed.checkpoint import state_dict as states
 
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = states.get_model_state_dict(model, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
-    if not world.first:
-        return
-    config = (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model).config
 
     def write(folder: Path) -> None:
-        try:
-            save_file(weights, folder / "model.safetensors")
-            tensors = {f"{name}.{kind}": x for name, state in moments["state"].items() for kind, x in state.items()}
-            save_file(tensors, folder / "optimizer.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"{folder} cannot be written: {error}") from None
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for name in _tied(model):
+            weights.pop(name, None)
+        checkpoint.save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+        tensors = {f"{name}.{kind}": x for name, state in moments["state"].items() for kind, x in state.items()}
+        checkpoint.save_tensors(tensors, folder / "optimizer.safetensors")
+        config: Any = _unwrapped(model).config
+        written = json.dumps(config, indent=1) if isinstance(config, dict) else config.to_json_string()
+        (folder / "config.json").write_text(written.strip() + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
-    checkpoint.save(root, step, write, about, keep)
+    world.once(lambda: checkpoint.save(root, step, write, about, keep))
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The inverse of ``save``, in every process."""
-    from safetensors.torch import load_file
     from torch.distributed.checkpoint import state_dict as states
 
     options = states.StateDictOptions(full_state_dict=dist.is_initialized())
-    weights: Any = load_file(folder / "model.safetensors")
+    weights: Any = checkpoint.load_tensors(folder / "model.safetensors")
+    weights |= {name: weights[original] for name, original in _tied(model).items()}
     states.set_model_state_dict(model, weights, options=options)
     # Of its own state, the optimiser keeps the groups: Settings hold what is in them.
     moments: Any = states.get_optimizer_state_dict(model, optimizer)
     moments["state"] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+    for name, tensor in checkpoint.load_tensors(folder / "optimizer.safetensors").items():
         parameter, _, kind = name.rpartition(".")
         moments["state"].setdefault(parameter, {})[kind] = tensor
     states.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
 
 class Metrics:
-    """A JSON object per line and step, appended at once."""
+    """A JSON object per line and step, appended at once.
 
-    def __init__(self, path: Path, steps: int) -> None:
-        """Keeps the lines of the first ``steps`` steps, if there is a file."""
+    Args:
+        path: the file.
+        steps: keep the lines of the first so many, if there is a file.
+        board: a folder for TensorBoard, or None.
+        say: told of lines that are no records, and left out.
+    """
+
+    def __init__(self, path: Path, steps: int, board: Path | None, say: Callable[[str], object]) -> None:
         self.path = path
-        kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= steps]
+        kept = [json.dumps(record) + "\n" for record in self.read(say) if record["step"] <= steps]
         checkpoint.write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
         self.file = path.open("a")
+        self.writer: Any = None
+        if board is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Safe from the end of the process, though not yet of the machine."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+            self.writer = SummaryWriter(str(board), purge_step=steps + 1)
+
+    def append(self, record: dict[str, Any], tokens: int) -> None:
+        """Safe from the end of the process, though not yet of the machine. ``tokens``: of a step."""
+        with checkpoint.naming(self.path):
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
+        if self.writer is not None:
+            values = {"loss/training": record["loss"], "tokens per second": tokens / max(record["seconds"], 1e-9)}
+            values |= {name.replace("_", " "): record[name] for name in ("learning_rate", "gradient_norm")}
+            values |= {f"loss/held out, {n} tokens": loss for n, loss in record.get("evaluation", {}).items()}
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, record["step"])
 
     def sync(self) -> None:
         """Safe from the end of the machine too: before a checkpoint, which must not know more than this file."""
-        os.fsync(self.file.fileno())
+        with checkpoint.naming(self.path):
+            os.fsync(self.file.fileno())
 
-    def read(self) -> list[dict[str, Any]]:
-        """All records; a process that was killed may have left half a line, which does not count."""
-        records = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+    def close(self) -> None:
+        """End the files."""
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def read(self, say: Callable[[str], object] | None = None) -> list[dict[str, Any]]:
+        """All records; a process that was killed may have left half a line at the end, which does not count."""
+        records, lines = [], self.path.read_bytes().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not (isinstance(record["step"], int) and isinstance(record["loss"], float)):
+                    raise TypeError
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                if say is not None and number < len(lines):
+                    say(f"{self.path}: line {number} is no record, and left out")
         return records
 
 
@@ -298,7 +341,10 @@ def predict(model: nn.Module, tokens: Tensor, half: bool, last: int | None = Non
     """Losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1), each given those before."""
     # The cache would keep copies of sharded weights.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        logits = model(tokens[:, :-1], last)
+        if isinstance(_unwrapped(model), LanguageModel):
+            logits = model(tokens[:, :-1], last)
+        else:  # of Transformers
+            logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=last or 0).logits
     return F.cross_entropy(logits.float().transpose(1, 2), tokens[:, -logits.shape[1] :], reduction="none")
 
 
@@ -338,18 +384,18 @@ def evaluate(
         total = 0.0
         for numbers in mine.split(together):
             tokens = windows[numbers % len(windows), -length - 1 :].to(world.device)
-            losses = predict(model, tokens, half, target).double().mean(dim=1).cpu()
+            losses = predict(model, tokens, half, target).cpu().double().mean(dim=1)
             total += losses[numbers < len(windows)].sum().item()
         found[str(length)] = world.sum(total)[0] / len(windows)
     model.train()
     return found
 
 
-def train(settings: Settings, options: argparse.Namespace, world: World, say: Callable[[str], object]) -> bool:
-    """From the newest checkpoint, if there is one, to the last step or an earlier stop; True at the last step.
+def train(settings: Settings, options: argparse.Namespace, world: World, say: Callable[[str], object]) -> int:
+    """From the newest checkpoint, if there is one, to the last step or an earlier stop; returns the exit status.
 
-    Raises ValueError, OSError for what is wrong with options, text, folder or checkpoints, FloatingPointError where
-    the loss is no number.
+    Raises ValueError, OSError for what is wrong with options, text, folder or checkpoints, Busy where another process
+    trains in the folder, FloatingPointError where the losses or weights are no numbers.
     """
     if settings.batch % (world.size * options.accumulate):
         raise ValueError(
@@ -363,14 +409,18 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
     else:
         options.half = options.dtype == "bfloat16"
     checkpoints, data = options.out / "checkpoints", options.out / "tokens.safetensors"
-    start = world.once(lambda: find_start(settings, options, checkpoints, data))
+    start = world.once(lambda: find_start(settings, options, checkpoints, data, say))
     words = text.load(data)
     windows = text.Windows(words.train, settings.length, settings.seed)
     held_out, lengths = text.test_windows(words, options.lengths, options.windows)
     if lengths != options.lengths:
         say(f"evaluated at {', '.join(map(str, lengths))}: no held-out document is longer")
 
-    model = settings.model(words.vocabulary).to(world.device)
+    if options.init_from is None:
+        model: nn.Module = settings.model(words.vocabulary)
+    else:  # a checkpoint holds the architecture too
+        model = language_model.load(options.init_from if start is None else start[0])
+    model.to(world.device).train()
     parameters = sum(p.numel() for p in model.parameters())
     wrapped = world.wrap(model, options.fsdp)
     groups = logpe.parameter_groups(model, settings.weight_decay)
@@ -380,6 +430,8 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
         folder, first = start
         restore(folder, wrapped, optimizer)
         say(f"going on from {folder}")
+    elif options.init_from is not None:
+        say(f"starting from the weights of {options.init_from}")
     passes = settings.steps * settings.batch / windows.count
     say(
         f"{parameters:,} parameters, {len(words.train):,} tokens ({passes:.3g} passes), "
@@ -387,14 +439,21 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
     )
     about = dict(
         settings=asdict(settings), text=dict(origin=words.origin, sha256=words.sha256), processes=world.size,
+        init_from=_init_from(options),
         logpe=logpe.__version__, torch=torch.__version__, python=platform.python_version(),
     )  # fmt: skip
-    metrics = Metrics(options.out / "metrics.jsonl", first) if world.first else None
-    finished = first == settings.steps
+    if options.fresh:  # now that nothing is left to refuse
+        world.once(lambda: shutil.rmtree(checkpoints) if checkpoints.exists() else None)
+    board = options.out / "tensorboard" if options.tensorboard else None
+    metrics = Metrics(options.out / "metrics.jsonl", first, board, say) if world.first else None
+    step_tokens = settings.batch * settings.length
+    finished, signalled = first == settings.steps, False
     progress = tqdm(
         total=settings.steps, initial=first, unit="step", disable=not world.first, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
+    losses, seconds = 0.0, 0.0  # since the last evaluation, which tells of their means
+    told = first
     with Stop(options.minutes, impatient=not world.parallel) as stop, progress:
         for step in range(first, settings.steps):
             begin = time.perf_counter()
@@ -403,74 +462,171 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
                 group["lr"] = settings.rate(step)
             optimizer.zero_grad()
             loss = gradients(wrapped, windows, settings, step, options, world)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            clipped = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            norm = float(clipped.full_tensor() if hasattr(clipped, "full_tensor") else clipped)
             optimizer.step()
-            loss, asked = world.sum(loss / world.size, float(stop.asked()))
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step + 1}: a lower --learning-rate or a longer --warmup may help"
-                )
+            loss, signals, late = world.sum(loss / world.size, float(stop.signalled), float(stop.late()))
+            signalled, asked = signals > 0, signals + late > 0
             done = step + 1
             finished = done == settings.steps
-            record: dict[str, Any] = dict(step=done, loss=loss, learning_rate=settings.rate(step))
-            record["gradient_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            keep = finished or asked or done % options.save_every == 0
+            record: dict[str, Any] = dict(step=done, loss=loss, learning_rate=settings.rate(step), gradient_norm=norm)
             record["seconds"] = round(time.perf_counter() - begin, 4)
+            scores: dict[str, float] = {}
             if finished or done % options.evaluate_every == 0:
                 scores = evaluate(wrapped, held_out, lengths, options.target, options.half, world)
                 record["evaluation"] = scores
+            elif keep:  # the loss is of the weights before this step
+                scores = evaluate(wrapped, held_out[:1], lengths[:1], options.target, options.half, world)
+            if wrong := _not_finite(loss, norm, scores, model, world):
+                kept = f"; {checkpoints} has what came before" if checkpoints.exists() else ""
+                raise FloatingPointError(
+                    f"{wrong} at step {done}{kept}. Start anew with a lower --learning-rate or a longer --warmup, and "
+                    "--fresh"
+                )
             if metrics is not None:
-                metrics.append(record)
-                if finished or asked or done % options.save_every == 0:
+                metrics.append(record, step_tokens)
+                if keep:
                     metrics.sync()
-            if finished or asked or done % options.save_every == 0:
+            if keep:
                 save(checkpoints, done, wrapped, optimizer, about, options.tokenizer, options.keep, world)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            losses, seconds = losses + loss, seconds + record["seconds"]
+            speed = step_tokens * (done - told) / max(seconds, 1e-9)
+            progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             progress.update()
+            if "evaluation" in record:
+                held = ", ".join(f"{score:.4f} at {int(n):,}" for n, score in scores.items())
+                say(f"step {done:,}: training {losses / (done - told):.4f}, held out {held} nats per token; "
+                    f"{speed:,.0f} tokens/s")  # fmt: skip
+                losses, seconds, told = 0.0, 0.0, done
             if asked:
                 break
     if metrics is not None:
-        found = checkpoint.newest(checkpoints)
-        assert found is not None
-        end = 0 if options.tokenizer is None else words.vocabulary - 1
-        language_model.save_pretrained(language_model.load(found[0]), options.out / "transformers", end)
-        if options.tokenizer is not None:
-            shutil.copyfile(options.tokenizer, options.out / "transformers" / "tokenizer.json")
-        plot(options.out / "loss.png", metrics.read(), settings, say)
-    return finished
+        metrics.close()
+    world.once(lambda: export(checkpoints, options, words.vocabulary, settings, metrics, say))
+    if finished:
+        say(f"done: {options.out}")
+        return 0
+    say(f"{'stopped' if signalled else 'the time is over'}; the same command goes on from here")
+    return STOPPED if signalled else TIME_IS_OVER
+
+
+def export(
+    checkpoints: Path,
+    options: argparse.Namespace,
+    vocabulary: int,
+    settings: Settings,
+    metrics: Metrics | None,
+    say: Callable[[str], object],
+) -> None:
+    """Write the folder for Transformers and the picture, from the newest checkpoint and the metrics."""
+    found = checkpoint.newest(checkpoints)
+    assert found is not None
+    assert metrics is not None
+    out = options.out / "transformers"
+    model = language_model.load(found[0])
+    if isinstance(model, LanguageModel):
+        language_model.save_pretrained(model, out, 0 if options.tokenizer is None else vocabulary - 1)
+    else:
+        out.mkdir(exist_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            checkpoint.write_whole(out / name, functools.partial(shutil.copyfile, found[0] / name))
+    if options.tokenizer is not None:
+        checkpoint.write_whole(out / "tokenizer.json", functools.partial(shutil.copyfile, options.tokenizer))
+    plot(options.out / "loss.png", metrics.read(), settings, say)
+
+
+def _not_finite(loss: float, norm: float, scores: dict[str, float], model: nn.Module, world: World) -> str | None:
+    """What a step left that is no number, the same answer in all processes; ``scores`` are held-out losses."""
+    values = {"the loss": loss, "the norm of the gradient": norm}
+    values |= {f"the held-out loss at {n}": score for n, score in scores.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    if scores:  # before a checkpoint, and now and then
+        local = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+        if world.sum(float(sum(not x.detach().isfinite().all() for x in local)))[0]:
+            return "a weight is not finite"
+    return None
 
 
 def find_start(
-    settings: Settings, options: argparse.Namespace, checkpoints: Path, data: Path
+    settings: Settings, options: argparse.Namespace, checkpoints: Path, data: Path, say: Callable[[str], object]
 ) -> tuple[Path, int] | None:
-    """Makes the folder ready, tokens included; returns the newest checkpoint and its step, or None without one."""
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(options.out / ".writable", lambda path: path.touch())
-        (options.out / ".writable").unlink()
-    except OSError as error:
-        raise OSError(f"--out {options.out} cannot be written: {error.strerror}") from None
-    if options.fresh:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    found = checkpoint.newest(checkpoints)
-    checkpoint.tidy(checkpoints, options.keep)
+    """Makes the tokens ready; returns the newest checkpoint and its step, or None without one."""
+    if options.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise ValueError("--tensorboard needs the library tensorboard: pip install tensorboard") from None
+    found = None if options.fresh else checkpoint.newest(checkpoints)
+    if not options.fresh:
+        checkpoint.tidy(checkpoints, options.keep)
     try:
         origin = text.describe_origin(options.text, options.tokenizer, options.split, options.column)
     except OSError as error:
         raise ValueError(f"--tokenizer {options.tokenizer} cannot be read: {error.strerror}") from None
+
+    def prepare() -> None:
+        given: dict[str, Any] = {}
+        if options.init_from is not None:
+            given = _vocabulary(options.init_from if found is None else found[0], options.tokenizer)
+        text.prepare(
+            data, options.text, options.tokenizer, options.split, options.column, out=options.out, say=say, **given
+        )
+
     if found is None:
-        text.prepare(data, options.text, options.tokenizer, options.split, options.column)
+        prepare()
         return None
     folder, manifest = found
     advice = "name another --out, or give --fresh to start anew"
-    now = {**json.loads(json.dumps(asdict(settings))), **origin}
-    then = {**manifest["settings"], **manifest["text"]["origin"]}
+    now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": _init_from(options)}
+    try:
+        then = {"init_from": manifest.get("init_from"), **manifest["settings"], **manifest["text"]["origin"]}
+        sha256 = manifest["text"]["sha256"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder} is of another program; {advice}") from None
+    if isinstance(then.get("steps"), int) and then["steps"] < now["steps"]:
+        then["steps"] = now["steps"]
+        if manifest["step"] == manifest["settings"]["steps"]:
+            say(f"--steps was {manifest['step']:,}: the learning rate follows the cosine of {now['steps']:,} from here")
     if changed := [f"{_flag(n)} was {then.get(n)!r}, now {now[n]!r}" for n in now if now[n] != then.get(n)]:
         raise ValueError(f"{folder} is of another training: {'; '.join(changed)}; {advice}")
-    if not data.exists():
-        text.prepare(data, options.text, options.tokenizer, options.split, options.column)
-    if text.load(data).sha256 != manifest["text"]["sha256"]:
-        raise ValueError(f"{folder} is of another training: the text in {options.text} has changed; {advice}")
+    try:
+        same = text.load(data, check=True).sha256 == sha256
+    except (OSError, ValueError) as error:
+        say(f"made anew: {error}")
+        prepare()
+        same = text.load(data).sha256 == sha256
+    if not same:
+        raise ValueError(f"{folder} is of another training: the text in {_names(options.text)} has changed; {advice}")
     return folder, manifest["step"]
+
+
+def _vocabulary(folder: Path, tokenizer: Path | None) -> dict[str, int]:
+    """The id that ends a document, and how many ids there are, of the model in a folder; as text.prepare takes them."""
+    config = language_model.read_config(folder)
+    if "shape" in config:
+        size = config["shape"]["vocabulary"]
+        end = size - 1
+    else:
+        size, end = config.get("vocab_size"), config.get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+    if tokenizer is None:
+        end = end if "eos_token_id" in config and end is not None else 0
+        if size != 256:
+            raise ValueError(f"--init-from {folder} has a vocabulary of {size}, and bytes are 256: give --tokenizer")
+    if not isinstance(size, int) or not isinstance(end, int):
+        raise ValueError(f"--init-from {folder}: its config.json must hold vocab_size and eos_token_id")
+    return dict(end=end, vocabulary=size)
+
+
+def _init_from(options: argparse.Namespace) -> str | None:
+    return None if options.init_from is None else str(options.init_from.resolve())
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 # --- what people look at ----------------------------------------------------------------------------------------------
@@ -531,11 +687,19 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.set_defaults(run=main)
-    p.add_argument("text", type=Path, help="a folder of text files, a file, or a Hugging Face dataset on disk")
+    p.add_argument("text", type=Path, nargs="+", help=(
+        "folders of text files, files, or Hugging Face datasets on disk"
+    ))  # fmt: skip
     p.add_argument("--out", type=Path, required=True, help=(
         "folder for checkpoints, metrics.jsonl, loss.png and, at the end, the model for Transformers"
     ))  # fmt: skip
-    p.add_argument("--tokenizer", type=Path, metavar="JSON", help="of the library tokenizers (default: bytes)")
+    p.add_argument("--tokenizer", type=Path, metavar="JSON", help=(
+        "of the library tokenizers (default: that of --init-from, or bytes); it neither truncates nor pads here"
+    ))  # fmt: skip
+    p.add_argument("--init-from", type=Path, metavar="FOLDER", help=(
+        "take the weights, and with them the architecture, of this model: the --out of another training, one of its "
+        "checkpoints, or a converted Transformers model; the optimiser starts anew"
+    ))  # fmt: skip
     p.add_argument("--split", default="train", help="of a dataset (%(default)s)")
     p.add_argument("--column", default="text", help="of a dataset (%(default)s)")
     model = p.add_argument_group("the training")
@@ -552,58 +716,73 @@ def add_parser(commands: Any) -> None:
     machine.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=(
         "of the matrix products (auto: bfloat16 on a GPU that has it); parameters are float32"
     ))  # fmt: skip
-    machine.add_argument("--accumulate", type=_count, default=1, metavar="N", help="passes per step (%(default)s)")
+    machine.add_argument("--accumulate", type=count, default=1, metavar="N", help="passes per step (%(default)s)")
     machine.add_argument("--fsdp", action="store_true", help="shard the model over the processes of torchrun")
-    machine.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes, as Ctrl-C does")
+    machine.add_argument("--minutes", type=minutes, metavar="M", help=(
+        "save and stop after M minutes, with exit status 75"
+    ))  # fmt: skip
     record = p.add_argument_group("the record")
-    record.add_argument("--save-every", type=_count, default=200, metavar="N", help="steps (%(default)s)")
-    record.add_argument("--keep", type=_count, default=2, metavar="N", help="newest checkpoints to keep (%(default)s)")
-    record.add_argument("--evaluate-every", type=_count, default=200, metavar="N", help="steps (%(default)s)")
-    record.add_argument("--lengths", type=_count, nargs="+", metavar="N", help=(
+    record.add_argument("--save-every", type=count, default=200, metavar="N", help="steps (%(default)s)")
+    record.add_argument("--keep", type=count, default=2, metavar="N", help="newest checkpoints to keep (%(default)s)")
+    record.add_argument("--evaluate-every", type=count, default=200, metavar="N", help="steps (%(default)s)")
+    record.add_argument("--lengths", type=count, nargs="+", metavar="N", help=(
         "of context to evaluate at, in tokens (default: 1, 2, 4, 8 and 16 times the length of training)"
     ))  # fmt: skip
-    record.add_argument("--windows", type=_count, default=32, metavar="N", help="to evaluate on (%(default)s)")
-    record.add_argument("--target", type=_count, metavar="N", help=(
+    record.add_argument("--windows", type=count, default=32, metavar="N", help="to evaluate on (%(default)s)")
+    record.add_argument("--target", type=count, metavar="N", help=(
         "tokens scored at the end of each, the same at every length (default: a quarter of the shortest)"
     ))  # fmt: skip
+    record.add_argument("--tensorboard", action="store_true", help="write the metrics to the folder tensorboard, too")
     record.add_argument("--fresh", action="store_true", help="drop the checkpoints in --out and start anew")
 
 
-def _count(argument: str) -> int:
-    value = int(argument)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def main(options: argparse.Namespace) -> int:
-    """The command; returns its exit status: 0 also where it stopped early and saved."""
+    """The command; returns its exit status. Raises as ``train`` does."""
     try:
         import safetensors  # noqa: F401
     except ImportError:
-        print("train needs the library safetensors: pip install 'logpe[train]'", file=sys.stderr)
-        return 2
-    try:
-        world = World(options.device)
-        settings = Settings(**{entry.name: getattr(options, entry.name) for entry in fields(Settings)})
-        options.lengths = sorted(set(options.lengths or (settings.length << power for power in range(5))))
-        options.target = options.target or max(1, min(options.lengths) // 4)
-        if options.target > min(options.lengths):
-            raise ValueError(f"--target must be at most the shortest of --lengths, {min(options.lengths)}")
+        raise ValueError("train needs the library safetensors: pip install 'logpe[train]'") from None
+    settings = Settings(**{entry.name: getattr(options, entry.name) for entry in fields(Settings)})
+    options.lengths = sorted(set(options.lengths or (settings.length << power for power in range(5))))
+    options.target = options.target or max(1, min(options.lengths) // 4)
+    if options.target > min(options.lengths):
+        raise ValueError(f"--target must be at most the shortest of --lengths, {min(options.lengths)}")
+    if any(path.resolve() == options.out.resolve() for path in options.text):
+        raise ValueError(f"--out {options.out} must not be the folder of the text: name one inside it, or elsewhere")
+    if options.init_from is not None:
+        _follow(options, settings)
+    world = World(options.device)
 
-        def say(message: str) -> None:
-            if world.first:
-                tqdm.write(message, file=sys.stderr)
+    def say(message: str) -> None:
+        if world.first:
+            tqdm.write(message, file=sys.stderr)
 
-        with world:
-            if train(settings, options, world, say):
-                say(f"done: {options.out}")
-            else:
-                say("stopped; the same command goes on from here")
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    with world, contextlib.ExitStack() as stack:
+        world.once(lambda: stack.enter_context(_output(options.out)))
+        return train(settings, options, world, say)
+
+
+def _follow(options: argparse.Namespace, settings: Settings) -> None:
+    """Check what --init-from excludes, and take its folder for the model and the tokenizer."""
+    given = options.init_from
+    options.init_from = language_model.find(given)
+    for entry in fields(Settings)[:10]:  # the architecture
+        if getattr(settings, entry.name) != entry.default:
+            raise ValueError(f"{_flag(entry.name)} must not be given with --init-from, whose model has it")
+    if options.fresh and options.init_from.resolve().is_relative_to((options.out / "checkpoints").resolve()):
+        raise ValueError(f"--init-from {given} is a checkpoint that --fresh drops: copy it elsewhere")
+    if options.tokenizer is None and (options.init_from / "tokenizer.json").exists():
+        options.tokenizer = options.init_from / "tokenizer.json"
+
+
+@contextlib.contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes out."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(checkpoint.locked(folder))
+            checkpoint.write_whole(folder / ".writable", lambda path: path.touch())
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise OSError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+        yield
