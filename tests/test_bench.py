@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from bench import corpus, extrapolation, study, tasks, training
 from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
+from logpe.checkpoint import TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 
@@ -232,7 +233,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
         patch.setattr(training.Progress, "advance", interrupted)
         assert extrapolation.main(command, TINY) == 130
     printed = capsys.readouterr().out
-    assert "Stopped early" in printed
+    assert "Stopped: the same command" in printed
     assert "log-bias" in printed
     assert len(list((tmp_path / ".cache").glob("*.pt"))) == 1
 
@@ -288,7 +289,7 @@ def test_different_settings_do_not_mix(folder, tmp_path):
 
 def test_time_limit_and_fresh_start(folder, tmp_path, capsys):
     command = arguments(folder, tmp_path, "--encodings", "none")
-    assert extrapolation.main([*command, "--minutes", "0"], TINY) == 130
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
     assert "-" in capsys.readouterr().out
     assert extrapolation.main(command, TINY) == 0
     path = tmp_path / "extrapolation-quick.json"
