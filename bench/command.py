@@ -24,6 +24,8 @@ from logpe.command import STATUSES, STOPPED, find_device, minutes, run
 Budgets = Mapping[str, Mapping[str, Any]]  # of "cuda" and "cpu", and of "quick" where there is one: option, value
 
 
+# Not where this repository keeps its own measurements: they would count as already done.
+OUT = Path("results")
 Main = Callable[..., int]
 
 
@@ -113,8 +115,7 @@ def add_run_options(p: argparse.ArgumentParser, most: float | None = None) -> No
     p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
     text = "stop measuring after M minutes, as Ctrl-C does" + ("" if most is None else f" ({most:g})")
     p.add_argument("--minutes", type=minutes, metavar="M", default=most, help=text)
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
+    p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
 
 
