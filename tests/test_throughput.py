@@ -1,12 +1,14 @@
 """bench.throughput without its clock: what is compared, how it is counted, kept, judged and drawn."""
 
 import csv
+import errno
 import json
 import math
 import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from bench import extrapolation, findings, throughput
 from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
 from bench.throughput import METHODS, OURS, Case, Repeats
+from logpe import checkpoint
 from logpe.checkpoint import TIME_IS_OVER
 
 SMALL = Case("log-bias", "forward", 48, batch=2, heads=4, kv_heads=2, head_dim=16)
@@ -384,6 +387,51 @@ def test_other_files_are_left_alone(canned, tmp_path, capsys):
         assert throughput.main(command(tmp_path)) == 2
         assert f"{path} is damaged or holds something else: move it away" in capsys.readouterr().err
         assert path.read_text() == content
+
+
+def test_two_at_once(canned, tmp_path, capsys):
+    with checkpoint.locked(tmp_path, "throughput-cpu.json"):
+        assert throughput.main(command(tmp_path)) == 2
+    assert f"another run writes to {tmp_path / 'throughput-cpu.json'}: " in capsys.readouterr().err
+    assert not canned.asked
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
+        (["--lengths", "0"], "--lengths: must be at least 1, got 0"),
+        (["--tokens", "-5"], "--tokens: must be at least 1, got -5"),
+        (["--jobs", "-1"], "--jobs: must be at least 0, got -1"),
+        (["--hidden", "x"], "--hidden: invalid number value: 'x'"),
+        (["--device", "foo"], "--device must be cpu or cuda, got foo"),
+        (["--device", "cuda:99", "--methods", "log-bias"], "--device cuda:99: "),
+        (["--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    ],
+)
+def test_bad_use_is_named_in_one_line(canned, tmp_path, capsys, bad, message):
+    try:
+        status = throughput.main([*command(tmp_path), *bad])
+    except SystemExit as refused:
+        status = refused.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not canned.asked
+
+
+def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
+    assert throughput.main(command(tmp_path, "--lengths", "64")) == 0
+    path = tmp_path / "throughput-cpu.json"
+    before = path.read_text()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert throughput.main(command(tmp_path)) == 2
+    assert f"{path}: No space left on device" in capsys.readouterr().err
+    assert path.read_text() == before
 
 
 def test_committed_results_are_read():
