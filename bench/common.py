@@ -57,12 +57,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, option: str = "--out") -> Iterator[None]:
     """Raise ValueError, which names the file and says what to do, where what is read inside is not as expected."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        message = f"{path} is damaged or holds something else: move it away, or give another --out"
+        message = f"{path} is damaged or holds something else: move it away, or give another {option}"
         raise ValueError(f"{message} ({reason(error)})") from None
 
 

@@ -704,7 +704,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
     if options.configs:
-        with reading(options.configs):
+        with reading(options.configs, "--configs"):
             json.loads(options.configs.read_text())
     with contextlib.nullcontext() if options.out is None else locked(options.out.parent, options.out.name):
         return compile_and_judge(options)

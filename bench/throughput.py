@@ -936,7 +936,7 @@ def read(path: Path) -> dict[str, Any]:
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, expected {FORMAT}")
         for run in data["runs"]:
-            dict(run["machine"]), run["commit"], run["date"], run["command"], run["points"]
+            dict(run["machine"]), *(run[name] for name in ("commit", "date", "command"))
             for row in run["points"]:
                 Case.of(row)
         return data
