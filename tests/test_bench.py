@@ -1,5 +1,6 @@
 """The extrapolation study in miniature: corpus, tasks, model, and a run that is interrupted and resumed."""
 
+import importlib
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from bench import corpus, extrapolation, study, tasks, training
 from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
 from logpe import checkpoint
 from logpe.checkpoint import TIME_IS_OVER
+from logpe.command import STATUSES
 
 TINY = Shape(dim=16, layers=2, heads=2)
 
@@ -398,3 +400,15 @@ def test_help_says_what_there_is(capsys):
     assert all(
         option in text for option in ("--quick", "--corpus", "--minutes", "--fresh", "log-rotary-bias", "needle")
     )
+
+
+@pytest.mark.parametrize("name", ["classification", "compile_report", "decode", "extrapolation", "throughput"])
+def test_programs_say_the_same_of_their_status_and_options(name, capsys):
+    """Of what is shared; bench.generation and bench.translation are made as bench.classification is."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"bench.{name}").main(["--help"])
+    text = capsys.readouterr().out
+    assert STATUSES.strip() in text
+    assert all(option in text for option in ("--out", "--fresh", "--minutes"))
+    assert "--resume" not in text
+    assert name == "compile_report" or "results (results)" in " ".join(text.split())
