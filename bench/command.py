@@ -1,8 +1,9 @@
-"""What the commands that train models and compare them share: options, defaults by device, and the record of a run."""
+"""What the commands share: their options and the types of these, how they end, and the record of a run."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import platform
@@ -17,8 +18,85 @@ from typing import Any
 import torch
 
 from bench.common import commit
+from logpe.checkpoint import TIME_IS_OVER
+from logpe.command import STATUSES, STOPPED, find_device, minutes, run
 
 Budgets = Mapping[str, Mapping[str, Any]]  # of "cuda" and "cpu", and of "quick" where there is one: option, value
+
+
+# Not where this repository keeps its own measurements: they would count as already done.
+OUT = Path("results")
+Main = Callable[..., int]
+
+
+class TimeIsOver(KeyboardInterrupt):
+    """Stops a measurement where Ctrl-C would, at the end of --minutes."""
+
+
+def program(name: str) -> Callable[[Main], Main]:
+    """Make a function the ``main`` of a program: what a user can mend ends it with one line. See STATUSES."""
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def wrapped(*arguments: Any, **options: Any) -> int:
+            return run(f"python -m {name}", lambda: main(*arguments, **options))
+
+        return wrapped
+
+    return decorate
+
+
+def stopped(error: KeyboardInterrupt) -> int:
+    """Say that the same command goes on; returns the exit status."""
+    over = isinstance(error, TimeIsOver)
+    print(f"{'The time is over' if over else 'Stopped'}: the same command (without --fresh) goes on from here.")
+    return TIME_IS_OVER if over else STOPPED
+
+
+def new_parser(name: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser that keeps line breaks, and ends its help with what the exit statuses mean."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n\n".join(filter(None, [epilog.rstrip(), STATUSES])),
+    )
+
+
+# --- types of options -------------------------------------------------------------------------------------------------
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Whole numbers."""
+
+    def number(argument: str) -> int:
+        if (value := int(argument)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number
+
+
+count = at_least(1)
+
+
+def positive(argument: str) -> float:
+    """Finite numbers above 0."""
+    value = float(argument)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
+    return value
+
+
+def share(argument: str) -> float:
+    """Numbers in [0, 1)."""
+    value = float(argument)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {value:g}")
+    return value
+
+
+# --- options, and the record of a run ---------------------------------------------------------------------------------
 
 
 def default_of(budgets: Budgets) -> Callable[[str], str]:
@@ -32,12 +110,12 @@ def default_of(budgets: Budgets) -> Callable[[str], str]:
     return default
 
 
-def add_run_options(p: argparse.ArgumentParser) -> None:
-    """Where, how long, and what becomes of it."""
+def add_run_options(p: argparse.ArgumentParser, most: float | None = None) -> None:
+    """Where, how long, and what becomes of it. most: minutes by default; None is no limit, or the caller's affair."""
     p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    p.add_argument("--minutes", type=float, metavar="M", help="stop measuring after M minutes, as Ctrl-C does")
-    # Not where this repository keeps its own measurements: they would count as already done.
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
+    text = "stop measuring after M minutes, as Ctrl-C does" + ("" if most is None else f" ({most:g})")
+    p.add_argument("--minutes", type=minutes, metavar="M", default=most, help=text)
+    p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
 
 
@@ -47,10 +125,8 @@ def deadline(minutes: float | None) -> float:
 
 
 def parse_device(name: str) -> torch.device:
-    """`auto` takes the GPU of torchrun's local rank, or the first, or the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    """`auto` takes the GPU of torchrun's local rank, or the first, or the CPU. Raises ValueError."""
+    return find_device(name, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def fill_in(args: argparse.Namespace, budget: Mapping[str, Any]) -> None:

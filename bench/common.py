@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(path, write)
+
+
+@contextlib.contextmanager
+def reading(path: Path, option: str = "--out") -> Iterator[None]:
+    """Raise ValueError, which names the file and says what to do, where what is read inside is not as expected."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        message = f"{path} is damaged or holds something else: move it away, or give another {option}"
+        raise ValueError(f"{message} ({reason(error)})") from None
 
 
 # --- what a number depends on ---------------------------------------------------------------------------------------

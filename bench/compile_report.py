@@ -1,6 +1,6 @@
 """Compile every shipped configuration for every target, without a GPU, and report what the compilers made of it.
 
-    python -m bench.compile_report --out report.json --resume       # everything, about an hour on two cores
+    python -m bench.compile_report --out report.json                # everything, about an hour on two cores
     python -m bench.compile_report --targets sm_90 --head-dims 64 128 --presets none log-bias --check
     python -m bench.compile_report --quick --check                  # the slice that the tests run
     python -m bench.compile_report --features plain --write-budgets # after a change of kernels or tiles
@@ -9,7 +9,9 @@ The launchers themselves run, on tensors without storage, against a driver that 
 compiled is what a GPU would be given. Read from the result: registers, spills and stack per thread, shared memory
 against what the target has, the number of matrix instructions, and what the loops over tiles cost per score element
 (:mod:`bench.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
-that they imply if all units overlap perfectly, beside those of ``none``. ``--check`` exits with 1 if a kernel
+that they imply if all units overlap perfectly, beside those of ``none``. With ``--out`` the same command goes on from
+the file that an earlier one left, if the kernels are the same. ``--check`` exits with 1 if nothing was compiled, or if
+a kernel
 
 * does not compile;
 * wants more shared (or tensor) memory than the target has;
@@ -18,9 +20,9 @@ that they imply if all units overlap perfectly, beside those of ``none``. ``--ch
 * is in half precision and has a product that did not become matrix instructions;
 * has a loop in which every asynchronous matrix product is waited for, so that nothing overlaps with it;
 * costs more per score element than budgets.json allows, in a call with nothing but a position. The loop that is
-  judged is the one that serves most of a long sequence. Shipped configurations must have a budget, those of
-  ``--configs`` need none. Budgets hold for the Triton that they were written with; under another one they are not
-  compared, and a line says so.
+  judged is the one that serves most of a long sequence. In half precision every shipped configuration must have a
+  budget; in float32, which is exact and slow, few have one; those of ``--configs`` need none. Budgets hold for the
+  Triton that they were written with. A line says how many kernels were not compared.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from bench import roofline
-from bench.common import write_whole
+from bench import command, roofline
+from bench.common import reading, write_whole
 from bench.roofline import Loop, Rates
+from logpe.checkpoint import TIME_IS_OVER, locked
 
 KIB = 1024
 HALF = ("bfloat16", "float16")
@@ -205,9 +208,9 @@ class Row:
             yield f"{self.shared} bytes of shared memory, {self.target} has {limit}"
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             yield f"{self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
-        if self.dtype in HALF and self.head_dim <= 128 and self.loops and "dropout" not in self.feature:
-            if (loop := self.bulk).spills > MOST_SPILLS * loop.instructions:
-                yield f"spills {self.spill} bytes: {loop.spills} of the {loop.instructions} instructions of a loop"
+        strict = self.dtype in HALF and self.head_dim <= 128 and "dropout" not in self.feature
+        if strict and self.loops and (loop := self.bulk).spills > MOST_SPILLS * loop.instructions:
+            yield f"spills {self.spill} bytes: {loop.spills} of the {loop.instructions} instructions of a loop"
         if self.dtype in HALF and self.products > 0 and self.matrix == 0:
             yield "no matrix instructions"
         for loop in self.loops:
@@ -220,7 +223,7 @@ class Row:
                 for name, most in zip(COSTS, budgets[self.budget], strict=True):
                     if (cost := getattr(self.bulk, name)) > most:
                         yield f"{cost:.2f} {name} instructions per score element, the budget is {most:.2f}"
-            elif complete:
+            elif complete and self.dtype in HALF:
                 yield "no budget: run with --write-budgets"
 
     def __str__(self) -> str:
@@ -655,53 +658,85 @@ def sources(*settings: object) -> str:
 
 def load(path: Path, state: str) -> tuple[list[Row], list[str]]:
     """Rows and calls of an earlier run; none of either if what it compiled was not the same."""
-    content = json.loads(path.read_text())
-    if content.get("sources") != state:
-        print(f"{path} is of other kernels, versions or settings: starting over")
-        return [], []
-    fields = [field.name for field in dataclasses.fields(Row)]
-    rows = [Row(**{name: row[name] for name in fields}) for row in content["rows"]]
-    for row in rows:
-        row.loops = [Loop(**loop) for loop in row.loops]  # type: ignore[arg-type]
-    return rows, content["calls"]
+    with reading(path):
+        content = json.loads(path.read_text())
+        if content["sources"] != state:
+            print(f"{path} is of other kernels, versions or settings: starting over")
+            return [], []
+        fields = [field.name for field in dataclasses.fields(Row)]
+        rows = [Row(**{name: row[name] for name in fields}) for row in content["rows"]]
+        for row in rows:
+            row.loops = [Loop(**loop) for loop in row.loops]  # type: ignore[arg-type]
+        return rows, list(content["calls"])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernels", nargs="+", help="such as forward, dq, dkdv, rotate (default: all)")
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
-    parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), default=["bfloat16", "float32"])
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES))
+def kernel_names() -> list[str]:
+    """Those that the launchers have."""
+    import logpe_kernels
+
+    sources = Path(logpe_kernels.__path__[0]).glob("*.py")
+    return sorted({name for file in sources for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.M)})
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; with the calls to compile, of which there is one or more, as ``todo``."""
+    parser = command.new_parser("bench.compile_report", __doc__)
+    grid = dict(
+        targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=list(PRESETS),
+        features=list(FEATURES),
+    )  # fmt: skip
+    parser.add_argument("--targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--kernels", nargs="+", choices=kernel_names(), help="of %(choices)s (all)", metavar="KERNEL")
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), help="(bfloat16 float32)")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--features", nargs="+", choices=FEATURES)
     parser.add_argument("--configs", type=Path, help="a table like configs/default.json to use in its place")
-    parser.add_argument(
-        "--quick", action="store_true", help="the slice that the tests run; of the others minds --targets"
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if something failed, or is missing")
+    parser.add_argument("--quick", action="store_true", help="the slice that the tests run, for --targets")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if something failed")
     parser.add_argument("--write-budgets", action="store_true", help=f"set those of what is compiled in {BUDGETS.name}")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    processes = max(1, (os.cpu_count() or 2) // 2)
+    parser.add_argument("--jobs", type=command.count, default=processes, help="processes (%(default)s)")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file, after every call")
-    parser.add_argument("--resume", action="store_true", help="keep what --out holds of the same kernels and versions")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no call after so long")
+    parser.add_argument("--fresh", action="store_true", help="compile everything again, whatever --out holds")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # as it always does
+    parser.add_argument("--minutes", type=command.minutes, default=math.inf, help="begin no call after so long")
     options = parser.parse_args(arguments)
-    if options.resume and options.out is None:
-        parser.error("--resume needs --out, the file to go on with")
-
-    os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
-    todo = list(
+    given = [name for name in grid if getattr(options, name) is not None]
+    if options.quick and (foreign := [f"--{name.replace('_', '-')}" for name in given if name != "targets"]):
+        parser.error(f"--quick has its own {' '.join(foreign)}: leave one or the other out")
+    command.fill_in(options, grid)
+    options.todo = list(
         quick_cases(options.targets)
         if options.quick
         else cases(options.targets, options.dtypes, options.head_dims, tuple(options.presets), tuple(options.features))
     )
+    if not options.todo:
+        parser.error(f"--features {' '.join(options.features)}: there is no such call of these sizes and presets")
+    return options
+
+
+@command.program("bench.compile_report")
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = parse(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
+    if options.configs:
+        with reading(options.configs, "--configs"):
+            json.loads(options.configs.read_text())
+    with contextlib.nullcontext() if options.out is None else locked(options.out.parent, options.out.name):
+        return compile_and_judge(options)
+
+
+def compile_and_judge(options: argparse.Namespace) -> int:
+    """Compile what --out does not hold, print the report and what is wrong; returns the exit status."""
     kernels = tuple(options.kernels) if options.kernels else None
     state = sources(kernels, options.configs and options.configs.read_text())
     rows: list[Row] = []
     calls: list[str] = []
-    if options.resume and options.out.exists():
+    if options.out and options.out.exists() and not options.fresh:
         rows, calls = load(options.out, state)
-    todo = [case for case in todo if str(case) not in calls]
+    todo = [case for case in options.todo if str(case) not in calls]
     budgets = read_budgets()
 
     def failures() -> list[str]:
@@ -731,11 +766,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(rows)} rows of {len(calls)} calls in {time.monotonic() - start:.0f} s, {len(failed)} failures")
     if budgets is None:
         print(f"{BUDGETS.name} has no budgets for Triton {versions()['triton']}: costs were not compared with it")
+    elif without := sum(row.budget is not None and row.budget not in budgets for row in rows):
+        print(f"{without} of these have no budget in {BUDGETS.name}: their costs were not compared")
     if left:
-        print(f"{len(left)} calls are left" + ("" if options.out is None else ": --resume goes on"))
+        print(f"{len(left)} calls are left" + ("" if options.out is None else ": the same command goes on"))
     for failure in failed:
         print(f"FAIL {failure}")
-    return 1 if options.check and (failed or left) else 0
+    if options.check and (failed or not rows):
+        return 1
+    return TIME_IS_OVER if left else 0
 
 
 if __name__ == "__main__":

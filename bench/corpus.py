@@ -86,12 +86,12 @@ def load(source: str) -> Corpus:
     else:
         name, found = Path(source).resolve().name, folder(Path(source))
     documents: dict[bytes, Document] = {}  # by content
-    for document in sorted(found, key=lambda d: d.path):
+    for document in sorted(found, key=lambda d: d.name):
         if len(document.text) >= MIN_BYTES:
             documents.setdefault(hashlib.sha256(document.text).digest(), document)
     digest = hashlib.sha256()
     for content, document in documents.items():
-        digest.update(document.path.encode() + b"\0" + content)
+        digest.update(document.name + b"\0" + content)
     train = [d for d in documents.values() if d.hash % TEST_SHARE]
     test = [d for d in documents.values() if d.hash % TEST_SHARE == 0]
     if not train or not test:

@@ -16,7 +16,7 @@ each repeat, since the other layers of a model do that too. What is compared:
   and so the memory's limit. The table's last column is the share of it that a method reaches.
 
 A point that fails is a row that says so. The same command goes on where it was stopped; rows of another machine,
-commit or setting are in the way until ``--fresh``.
+commit or setting are in the way until ``--fresh``. Status 1: nothing could be measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import logpe
-from bench.common import COLOURS, RESULTS, Worker, commit, describe_machine, load, quantile, write_whole
+from bench import command
+from bench.common import COLOURS, Worker, commit, describe_machine, load, quantile, reading, write_whole
+from logpe.checkpoint import locked
 
 FORMAT = 1
 PAGE_SIZE = 64
@@ -312,70 +314,81 @@ def figure(path: Path, rows: Rows, caption: str) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m bench.decode", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; 1k to 128k on a GPU, 512 to 8k without")
+    parser = command.new_parser("bench.decode", __doc__)
+    parser.add_argument("--lengths", type=command.count, nargs="+", help="tokens (1k to 128k; CPU: 512 to 8k)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=", ".join(METHODS))  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=32, help="of the queries; default %(default)s")
-    parser.add_argument("--kv-heads", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--head-dim", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--batch", type=command.count, default=1)
+    parser.add_argument("--heads", type=command.count, default=32, help="of the queries; default %(default)s")
+    parser.add_argument("--kv-heads", type=command.count, default=8, help="default %(default)s")
+    parser.add_argument("--head-dim", type=command.count, default=128, help="default %(default)s")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="bfloat16 on a GPU, else float32")
-    parser.add_argument("--minutes", type=float, default=10, help="stop after so long; default %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    command.add_run_options(parser, most=10)
     options = parser.parse_args(arguments)
+    options.device = str(command.parse_device(options.device))
     on_gpu = options.device != "cpu"
     options.lengths = options.lengths or [2**n for n in (range(10, 18) if on_gpu else (9, 11, 13))]
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    for name in ("batch", "heads", "kv_heads", "head_dim"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if min(options.lengths) < 1 or options.heads % options.kv_heads:
-        parser.error("--lengths must be at least 1, and --heads a multiple of --kv-heads")
-    if on_gpu and not gpu:
-        parser.error(f"--device {options.device}: there is no GPU")
+    if options.heads % options.kv_heads:
+        parser.error(f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}")
     return options
 
 
+@command.program("bench.decode")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, writes and prints; 0 if every point was reached, 1 if time was over, 2 if old rows are in the way."""
+    """Measure, write and print what the command line asks for; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    path = options.out / f"decode-{options.device.split(':')[0]}.json"
+    with locked(options.out, path.name):
+        return measure_all(options, path, shlex.join(["python", "-m", "bench.decode", *arguments]))
+
+
+def read(path: Path, about: dict[str, Any]) -> Rows:
+    """The rows of a file `about` the same machine, code and setting. Raises ValueError where it is about others."""
+    with reading(path):
+        old = json.loads(path.read_text())
+        names = Case.__dataclass_fields__
+        rows = {Case(**{n: row[n] for n in names}): {n: row[n] for n in row if n not in names} for row in old["rows"]}
+    if other := [name for name, value in about.items() if old.get(name) != value]:
+        raise ValueError(f"{path} has another {' and '.join(other)}: --fresh overwrites it, another --out keeps it")
+    return rows
+
+
+def measure_all(options: argparse.Namespace, path: Path, command_line: str) -> int:
+    """Measure what the file lacks; returns the exit status."""
     shared = {name: getattr(options, name) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype", "device")}
     cases = [Case(name, length, **shared) for length in sorted(set(options.lengths)) for name in options.methods]
-    path = options.out / f"decode-{options.device.split(':')[0]}.json"
-    about = dict(format=FORMAT, machine=describe_machine(torch.device(options.device)), commit=commit(), setting=shared)
-    rows: Rows = {}
-    if path.exists() and not options.fresh:
-        old = json.loads(path.read_text())
-        if any(old.get(name) != value for name, value in about.items()):
-            print(f"{path} is of another machine, commit or setting: --fresh overwrites it, --out goes elsewhere")
-            return 2
-        for row in old["rows"]:
-            case = Case(**{name: row.pop(name) for name in Case.__dataclass_fields__})
-            rows[case] = row
+    machine = describe_machine(torch.device(options.device))
+    about = dict(format=FORMAT, machine=machine, commit=commit(), setting=shared)
+    rows = read(path, about) if path.exists() and not options.fresh else {}
 
     def save() -> None:
         data = about | dict(
-            command=shlex.join(["python", "-m", "bench.decode", *arguments]),
+            command=command_line,
             date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             load=load(),
             rows=[asdict(case) | row for case, row in rows.items()],
         )
         write_whole(path, lambda file: file.write_text(json.dumps(data, indent=1) + "\n"))
 
-    complete = run(cases, rows, time.monotonic() + options.minutes * 60, save)
+    stop: KeyboardInterrupt | None = None
+    try:
+        if not run(cases, rows, command.deadline(options.minutes), save):
+            stop = command.TimeIsOver()
+    except KeyboardInterrupt as error:
+        stop = error
     if rows:
         setting = f"batch {options.batch}, {options.heads} query and {options.kv_heads} key heads of {options.head_dim}"
-        caption = f"{about['machine']['device']}, {options.dtype}, {setting}; medians"  # type: ignore[index]
+        caption = f"{machine['device']}, {options.dtype}, {setting}; medians"
         print(f"{caption}\n{table(rows)}\n\nWritten to {path}")
-        figure(path.with_suffix(".png"), rows, caption)
-    if not complete:
-        print("Time was over before all points: the same command goes on.")
-    return 0 if complete else 1
+        try:
+            figure(path.with_suffix(".png"), rows, caption)
+        except ImportError:
+            print("No figure: matplotlib is not installed.")
+    if stop:
+        return command.stopped(stop)
+    return int(all("missing" in row for row in rows.values()))
 
 
 if __name__ == "__main__":

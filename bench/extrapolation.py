@@ -30,8 +30,10 @@ import torch
 
 import logpe
 from bench import command, corpus, findings, study, tasks, training
+from bench.command import at_least, count, positive
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
+from logpe.command import describe
 
 QUICK = ["rope", "alibi", "log-bias", "log-bias-rope"]
 CPU = ["rope", "rope-yarn", "alibi", "kerple", "log-bias", "log-bias-rope"]
@@ -70,11 +72,10 @@ def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by --quick and the device."""
     options = "\n".join(f"  +{name:<56}{what}" for name, what in OPTIONS.items())
     listed = "\n".join(f"  {name:<57}{task.summary}" for name, task in tasks.TASKS.items())
-    p = argparse.ArgumentParser(
-        prog="python -m bench.extrapolation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"encodings: {', '.join(name for name in ENCODINGS if '+' not in name)};\n"
+    p = command.new_parser(
+        "bench.extrapolation",
+        __doc__,
+        f"encodings: {', '.join(name for name in ENCODINGS if '+' not in name)};\n"
         f"options of an encoding, as in log-bias+gain+power=0.5:4 (not of alibi):\n{options}\n"
         f"tasks:\n{listed}\n"
         f"corpora:\n  stdlib: the standard library beside the interpreter; nothing to download\n"
@@ -89,21 +90,23 @@ def parser() -> argparse.ArgumentParser:
         "--tasks", nargs="*", choices=tasks.TASKS, metavar="NAME", help=f"retrieval, see below {default('tasks')}"
     )
     p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=int, nargs="+", metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument("--reach", type=int, default=32, metavar="N", help="test at 1, 2, 4, ... N times that (default 32)")
-    p.add_argument("--lengths", type=int, nargs="+", metavar="N", help="or at these lengths, in bytes")
-    p.add_argument("--steps", type=int, metavar="N", help=f"of training {default('steps')}; tasks take a share of it")
-    p.add_argument("--batch", type=int, metavar="N", help="windows per step (default: --batch-bytes)")
-    p.add_argument("--batch-bytes", type=int, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--windows", type=int, metavar="N", help=f"of held-out text {default('windows')}")
-    p.add_argument("--whole", type=int, metavar="N", help=f"of these, read whole {default('whole')}")
-    p.add_argument("--target", type=int, metavar="N", help=f"bytes scored with growing context {default('target')}")
-    p.add_argument("--samples", type=int, metavar="N", help=f"questions per length and depth {default('samples')}")
-    p.add_argument("--depths", type=int, metavar="N", help=f"how many, from 0 to 1 {default('depths')}")
-    p.add_argument("--seeds", type=int, nargs="+", metavar="N", help=f"one run each {default('seeds')}")
+    p.add_argument("--train-length", type=at_least(8), nargs="+", metavar="N", help=f"bytes {default('train_length')}")
+    p.add_argument(
+        "--reach", type=count, default=32, metavar="N", help="test at 1, 2, 4, ... N times that (default 32)"
+    )
+    p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or at these lengths, in bytes")
+    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}; tasks take a share of it")
+    p.add_argument("--batch", type=count, metavar="N", help="windows per step (default: --batch-bytes)")
+    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
+    p.add_argument("--windows", type=count, metavar="N", help=f"of held-out text {default('windows')}")
+    p.add_argument("--whole", type=at_least(0), metavar="N", help=f"of these, read whole {default('whole')}")
+    p.add_argument("--target", type=count, metavar="N", help=f"bytes scored with growing context {default('target')}")
+    p.add_argument("--samples", type=count, metavar="N", help=f"questions per length and depth {default('samples')}")
+    p.add_argument("--depths", type=count, metavar="N", help=f"how many, from 0 to 1 {default('depths')}")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
     for name, what in (("dim", "width of the model"), ("layers", "of the model"), ("heads", "of a layer")):
-        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} {default(name)}")
-    p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} {default(name)}")
+    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
     command.add_run_options(p)
@@ -144,21 +147,15 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     )
 
 
+@command.program("bench.extrapolation")
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
-    """Exit status 0: all of this shard is measured. 130: stopped early; the same command goes on."""
+    """The command; returns its exit status."""
     p = parser()
     args = p.parse_args(arguments)
     deadline = command.deadline(args.minutes)
     try:
         device, shard = command.parse_device(args.device), parse_shard(args.shard)
         command.fill_in(args, BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"])
-        if (
-            min(args.steps, args.batch_bytes, args.windows, args.target, args.samples, args.depths) < 1
-            or args.whole < 0
-        ):
-            raise ValueError("counts must be 1 or more")
-        if min(*args.train_length, *(args.lengths or [8])) < 8:
-            raise ValueError("lengths must be 8 or more")
         if args.fresh and shard[1] > 1:
             raise ValueError("--fresh is for one process alone: others would lose what they measured")
         shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm)
@@ -171,10 +168,11 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
             jobs: dict[str, study.Job] = {"text": (reading := study.Text(text, settings))}
             jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
             studies.append((settings, jobs, reading))
-    except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
-        p.error(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        p.error(describe(error))
     stamp = command.stamp()
-    status, found = 0, []
+    stop: KeyboardInterrupt | None = None
+    found = []
     for settings, jobs, reading in studies:
         about = command.about(
             "bench.extrapolation",
@@ -192,16 +190,14 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
         try:
             stages = {name: study.stage(job, settings, device) for name, job in jobs.items()}
             training.measure(results, stages, args.encodings, args.seeds, deadline, stamp, shard)
-        except KeyboardInterrupt:
-            status = 130
+        except KeyboardInterrupt as error:
+            stop = error
             break
     if shard[0] == 0:  # the others would write the same
         source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
         for results, settings, reading in found:
             show(results, settings, findings.caption(results.runs, reading, source, settings), args)
-    if status:
-        print("Stopped early; the same command (without --fresh) goes on from here.")
-    return status
+    return command.stopped(stop) if stop else 0
 
 
 def show(results: training.Results, settings: study.Settings, caption: str, args: argparse.Namespace) -> None:

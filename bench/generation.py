@@ -26,7 +26,6 @@ there.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import os
 import platform
@@ -46,9 +45,11 @@ from torch import Tensor
 
 import logpe
 from bench import command, corpus, findings, study, training
-from bench.common import device_name, write_whole
+from bench.command import at_least, count, positive
+from bench.common import device_name
 from bench.model import Attention, Model, Shape, encoding
-from bench.training import Advance, Results, Stage, fit
+from bench.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
+from logpe.command import describe
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 REAL = "real"  # stands among the encodings: the text that the judge is tested on
@@ -290,18 +291,28 @@ def train(
     }
 
 
+def trained_judge(
+    texts: Texts, settings: Settings, device: torch.device, keep: Path, checkpoint: Path, advance: Advance
+) -> tuple[Model, dict[str, Any]]:
+    """The judge, trained once and then kept in the file `keep`; and what to record of its training."""
+    model = new_judge(settings, device)
+    if state := read_checkpoint(keep):
+        model.load_state_dict(state["model"])
+        return model, state["found"]
+    batch, steps = settings.judge_batch, settings.judge_steps
+    found = train(model, texts.judge_sampler, batch, steps, 0, settings, checkpoint, advance)
+    save_checkpoint(keep, {"model": model.state_dict(), "found": found})
+    return model, found
+
+
 def judge_stage(texts: Texts, settings: Settings, device: torch.device, keep: Path) -> Stage:
-    """The judge, trained once and then kept in the file `keep`, reads real text: that of each seed's prompts."""
+    """The judge reads real text: that of each seed's prompts."""
 
     def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-        if keep.exists():
-            state = torch.load(keep, map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
-            advance(work)
-            return state["found"]
-        sampler, batch, steps = texts.judge_sampler, settings.judge_batch, settings.judge_steps
-        found = train(model, sampler, batch, steps, 0, settings, checkpoint, lambda n: advance(n * share))
-        write_whole(keep, lambda path: torch.save({"model": model.state_dict(), "found": found}, path))
+        kept = keep.exists()
+        judge, found = trained_judge(texts, settings, device, keep, checkpoint, lambda n: advance(n * share))
+        model.load_state_dict(judge.state_dict())
+        advance(work * kept)
         return found
 
     def score(model: Model, test: str, seed: int, advance: Advance) -> dict[str, Any]:
@@ -334,13 +345,14 @@ def reading_work(settings: Settings, texts: int) -> int:
 def writer_stage(texts: Texts, settings: Settings, device: torch.device, keep: Path) -> Stage:
     """A model, trained short, writes on from prompts, in each way of READINGS; the judge in `keep` reads it."""
 
-    @functools.cache
-    def judge() -> Model:
-        if not keep.exists():
-            raise FileNotFoundError(f"the judge is gone from {keep}: --fresh trains it again, and all else")
-        model = new_judge(settings, device)
-        model.load_state_dict(torch.load(keep, map_location="cpu", weights_only=True)["model"])
-        return model
+    models: list[Model] = []
+
+    def judge(advance: Advance) -> Model:
+        if not models:  # trained again if its file is gone
+            again = keep.with_name(f"{keep.stem}-again.pt")
+            models.append(trained_judge(texts, settings, device, keep, again, lambda n: advance(0))[0])
+            again.unlink(missing_ok=True)
+        return models[0]
 
     def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
         batch, steps = settings.batch, settings.steps
@@ -350,7 +362,7 @@ def writer_stage(texts: Texts, settings: Settings, device: torch.device, keep: P
         window = None if test == "all" else settings.train_length - 1  # bytes before the one that looks
         before, prompts = texts.real(seed)[: settings.samples, : settings.context].split([lead, settings.prompt], dim=1)
         text = write(model, prompts, settings, window, seed, lambda n: advance(n * byte))
-        found = scored(judge(), torch.cat([before, text], dim=1), texts.frequencies, settings)
+        found = scored(judge(advance), torch.cat([before, text], dim=1), texts.frequencies, settings)
         advance(reading_work(settings, settings.samples))
         return found
 
@@ -479,11 +491,10 @@ def caption(runs: dict[str, Any], settings: Settings, source: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
-    p = argparse.ArgumentParser(
-        prog="python -m bench.generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="encodings and their options: those of python -m bench.extrapolation --help, but for logit-gain\n"
+    p = command.new_parser(
+        "bench.generation",
+        __doc__,
+        "encodings and their options: those of python -m bench.extrapolation --help, but for logit-gain\n"
         f"corpora:\n  stdlib: the standard library beside the interpreter; nothing to download\n"
         f"  linux, linux-docs: C source, or Documentation, of the folder linux-source-* here or in /usr/src\n"
         f"{corpus.LINUX_HELP}  any folder of text",
@@ -492,39 +503,36 @@ def parser() -> argparse.ArgumentParser:
     default = command.default_of(BUDGETS)
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare {default('encodings')}")
     p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=int, metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument("--reach", type=int, default=32, metavar="N", help="write N times as much (default %(default)s)")
-    p.add_argument("--prompt", type=int, default=64, metavar="N", help="bytes of held-out text (default %(default)s)")
+    p.add_argument("--train-length", type=at_least(8), metavar="N", help=f"bytes {default('train_length')}")
+    p.add_argument("--reach", type=count, default=32, metavar="N", help="write N times as much (default %(default)s)")
+    p.add_argument("--prompt", type=count, default=64, metavar="N", help="bytes of held-out text (default %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default %(default)s)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this share (default %(default)s)")
-    p.add_argument("--samples", type=int, metavar="N", help=f"texts of each seed {default('samples')}")
-    p.add_argument("--real", type=int, metavar="N", help=f"real texts beside them {default('real')}")
-    p.add_argument("--seeds", type=int, nargs="+", metavar="N", help=f"one model each {default('seeds')}")
-    p.add_argument("--steps", type=int, metavar="N", help=f"of training {default('steps')}")
-    p.add_argument("--batch-bytes", type=int, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
+    p.add_argument("--samples", type=count, metavar="N", help=f"texts of each seed {default('samples')}")
+    p.add_argument("--real", type=count, metavar="N", help=f"real texts beside them {default('real')}")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one model each {default('seeds')}")
+    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}")
+    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
+    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--judge", default="rope", metavar="NAME", help="the judge's encoding (default %(default)s)")
-    for name, what in (("length", "bytes of its windows"), ("steps", "of its training"), ("batch", "windows per step")):
-        p.add_argument(f"--judge-{name}", type=int, metavar="N", help=f"{what} {default(f'judge_{name}')}")
+    for name, what, least in (
+        ("length", "bytes of its windows", 8),
+        ("steps", "of its training", 1),
+        ("batch", "windows per step", 1),
+    ):
+        p.add_argument(f"--judge-{name}", type=at_least(least), metavar="N", help=f"{what} {default(f'judge_{name}')}")
     for name, what in (("dim", "width of all models"), ("layers", "of a model"), ("heads", "of a layer")):
-        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} {default(name)}")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} {default(name)}")
     command.add_run_options(p)
     return p
 
 
 def settings_of(args: argparse.Namespace, text: corpus.Corpus, device: torch.device) -> Settings:
     """Raises ValueError for what cannot be."""
-    numbers = ("reach", "prompt", "samples", "steps", "batch_bytes", "judge_steps", "judge_batch")
-    if bad := [name for name in numbers if getattr(args, name) < 1]:
-        raise ValueError(f"--{bad[0].replace('_', '-')} must be 1 or more, got {getattr(args, bad[0])}")
     if args.real < args.samples:
         raise ValueError(f"--real must be at least --samples, {args.samples}: they give the prompts; got {args.real}")
-    if min(args.seeds) < 0:
-        raise ValueError(f"--seeds must be 0 or more, got {min(args.seeds)}")
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         raise ValueError(f"--temperature must be above 0, --top-p in (0, 1], got {args.temperature}, {args.top_p}")
-    if args.train_length < 8 or args.judge_length < 8:
-        raise ValueError("lengths must be 8 or more")
     most = min(args.train_length * args.reach - 1, args.judge_length - args.judge_length // 4)
     if args.prompt > most:
         raise ValueError(f"--prompt must be less than the text and at most 3/4 of --judge-length: {most}")
@@ -557,8 +565,9 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, device: torch.dev
     )
 
 
+@command.program("bench.generation")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
+    """The command; returns its exit status."""
     p = parser()
     args = p.parse_args(arguments)
     deadline = command.deadline(args.minutes)
@@ -568,8 +577,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = corpus.load(args.corpus)
         settings = settings_of(args, text, device)
         texts = Texts(text, settings, args.seeds)
-    except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
-        p.error(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        p.error(describe(error))
     stamp = command.stamp()
     about = command.about(
         "bench.generation",
@@ -582,20 +591,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"generation-{device.type}-{'-'.join(text.name.split())}-{settings.train_length}"
     results = Results(training.results_path(args.out, name, settings.key), about, args.fresh)
     keep = results.cache / f"{settings.key}-judge.pt"
-    status = 0
+    stop: KeyboardInterrupt | None = None
     try:
         for stages, names in (
             ({"judge": judge_stage(texts, settings, device, keep)}, [REAL]),
             ({"text": writer_stage(texts, settings, device, keep)}, args.encodings),
         ):
             training.measure(results, stages, names, args.seeds, deadline, stamp)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        stop = error
     source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
     show(results, settings, caption(results.runs, settings, source))
-    if status:
-        print("Stopped early; the same command (without --fresh) goes on from here.")
-    return status
+    return command.stopped(stop) if stop else 0
 
 
 def show(results: Results, settings: Settings, note: str) -> None:

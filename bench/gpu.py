@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from bench import throughput
 from bench.common import commit, describe_machine, write_whole
+from logpe.checkpoint import TIME_IS_OVER
 
 ROOT = Path(__file__).parent.parent
 GRACE = 20.0  # seconds to write down what there is, after the time is over
@@ -170,7 +171,7 @@ def run_part(part: Part, seconds: float, log: Path) -> Outcome:
             try:
                 while time.monotonic() - begin < seconds:
                     try:
-                        state = "ok" if process.wait(0.5) == 0 else f"failed ({process.returncode})"
+                        state = "ok" if process.wait(0.5) in (0, TIME_IS_OVER) else f"failed ({process.returncode})"
                         break
                     except subprocess.TimeoutExpired:
                         bar.update(min(round(seconds), round(time.monotonic() - begin)) - bar.n)
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gpu:
         try:
             verdicts = throughput.targets(throughput_rows(folder, gpu))
-        except (SystemExit, LookupError):
+        except (ValueError, LookupError):
             verdicts = throughput.targets({})
         lines += ["", "Targets, stated for an H100 or H200"]
         lines += [f"  {text}\n      {verdict}" for text, verdict in verdicts]

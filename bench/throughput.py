@@ -1,10 +1,11 @@
 """How fast attention with a log position is, and how much memory it takes, beside its alternatives.
 
 Self-attention on random inputs. Every row (method, direction, size) is on disk as soon as it is known; Ctrl-C, or the
-end of ``--minutes``, loses nothing, and ``--resume`` goes on from there.
+end of ``--minutes``, loses nothing, and the same command goes on from there. Status 1: nothing could be measured.
 
     python -m bench.throughput
     python -m bench.throughput --lengths 512 2048 --methods log-bias sdpa --minutes 5
+    python -m bench.throughput --out bench/results                  # the record that is kept in this repository
     python -m bench.throughput --report          # tables, targets and picture of the last run again, measuring nothing
 
 What is compared:
@@ -58,18 +59,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import logpe
+from bench import command
 from bench.common import (
     COLOURS,
-    RESULTS,
     Worker,
     commit,
     describe_machine,
     load,
     quantile,
+    reading,
     reason,
     write_whole,
 )
 from logpe import reference
+from logpe.checkpoint import locked
 
 FORMAT = 1
 DIRECTIONS = ("forward", "backward", "both")
@@ -831,7 +834,10 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
             draw(line[-1], some, heaviest, lambda case, row: (row["memory"] or math.nan) / 2**20)
             line[-1].set_title(f"{setting_title(first)}\npeak memory, {TITLES[heaviest]}", fontsize=9)
             line[-1].set_yscale("log", base=2)
-            line[-1].yaxis.set_major_formatter("{x:,.0f}")
+            low, high = line[-1].get_ylim()
+            bottom = math.floor(math.log2(low))  # whole powers of two, two or more: others have no label
+            line[-1].set_ylim(2.0**bottom, 2.0 ** max(bottom + 1, math.ceil(math.log2(high))))
+            line[-1].yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
             line[-1].set_ylabel("MiB beyond the inputs")
         for axis in axes[-1]:
             axis.set_xlabel("tokens in a sequence")
@@ -879,9 +885,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, with the defaults of the device filled in."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.new_parser("bench.throughput", __doc__)
 
     def add(name: str, text: str, **how: Any) -> None:
         def show(value: Any) -> str:
@@ -893,24 +897,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
         parser.add_argument(name, help=f"{text} ({shown})", **how)
 
-    numbers: dict[str, Any] = dict(type=int, nargs="+", metavar="N")
+    numbers: dict[str, Any] = dict(type=command.count, nargs="+", metavar="N")
     add("--lengths", "tokens in a sequence, the most telling first, as in all lists", **numbers)
-    add("--long", f"lengths for {OURS} alone, 8 heads of 64, causal", type=int, nargs="*", metavar="N")
-    add("--tokens", "in a batch, at least one sequence", type=int, metavar="N")
-    add("--hidden", "heads times head dimension", type=int, metavar="N")
+    add("--long", f"lengths for {OURS} alone, 8 heads of 64, causal", type=command.count, nargs="*", metavar="N")
+    add("--tokens", "in a batch, at least one sequence", type=command.count, metavar="N")
+    add("--hidden", "heads times head dimension", type=command.count, metavar="N")
     add("--head-dims", "head dimensions", **numbers)
     add("--masks", "causal or full", nargs="+", choices=("causal", "full"), metavar="MASK")
     add("--kv-groups", "query heads to a key head", **numbers)
     add("--dtype", "of q, k and v", choices=("bfloat16", "float16", "float32"))
-    add("--minutes", "stop after so long", type=float, metavar="M")
-    add("--jobs", "processes that compile beforehand", type=int, metavar="N")
+    add("--minutes", "stop after so long", type=command.minutes, metavar="M")
+    add("--jobs", "processes that compile beforehand", type=command.at_least(0), metavar="N")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), metavar="DIRECTION",
                         help=f"of {', '.join(DIRECTIONS)} (all)")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (all that the device has)")  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu (a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of JSON, CSV and PNG (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the last run of this machine and commit")
+    parser.add_argument("--out", type=Path, default=command.OUT, metavar="DIR", help="for the results (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="begin a new run; the ones before stay in the file")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # as it always does
     parser.add_argument("--report", action="store_true", help="measure nothing: show the last run again")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -931,16 +936,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results file, or an empty one."""
+    """The results file, or an empty one. Raises ValueError where it holds something else."""
     if not path.exists():
         return dict(format=FORMAT, runs=[])
-    try:
+    with reading(path):
         data = json.loads(path.read_text())
-        if data["format"] == FORMAT:
-            return data
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise SystemExit(f"{path} holds no results of format {FORMAT}: move it away, or give another --out")
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, expected {FORMAT}")
+        for run in data["runs"]:
+            dict(run["machine"]), *(run[name] for name in ("commit", "date", "command"))
+            for row in run["points"]:
+                Case.of(row)
+        return data
 
 
 def show(run: dict[str, Any], rows: Rows, path: Path) -> None:
@@ -962,50 +969,50 @@ def show(run: dict[str, Any], rows: Rows, path: Path) -> None:
         print("No figure: matplotlib is not installed.")
 
 
+@command.program("bench.throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write and print what the command line asks for.
-
-    Exit status 1: everything that was tried failed. 130: stopped by Ctrl-C.
-    """
+    """Measure, write and print what the command line asks for; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     path = options.out / f"throughput-{device_type(options.device)}.json"
-    data = read(path)
     if options.report:
+        data = read(path)
         if not data["runs"]:
-            raise SystemExit(f"{path} holds no run")
+            raise ValueError(f"{path} holds no run")
         run = data["runs"][-1]
         show(run, {Case.of(row): row for row in run["points"]}, path)
         return 0
-    about = dict(machine=describe_machine(torch.device(options.device)), commit=commit())
+    about = dict(machine=describe_machine(command.parse_device(options.device)), commit=commit())
+    with locked(options.out, path.name):
+        return measure_all(options, path, about, shlex.join(["python", "-m", "bench.throughput", *arguments]))
+
+
+def measure_all(options: argparse.Namespace, path: Path, about: dict[str, Any], command_line: str) -> int:
+    """Measure what the last run `about` this machine and code in the file does not hold; returns the exit status."""
+    data = read(path)
     same = [run for run in data["runs"] if all(run.get(name) == value for name, value in about.items())]
-    if options.resume and same:
+    if same and not options.fresh:
         run = same[-1]
         run["points"] = [row for row in run["points"] if Case.of(row).method in METHODS]
     else:
-        run = about | dict(
-            load=load(),
-            date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            command=shlex.join(["python", "-m", "bench.throughput", *arguments]),
-            points=[],
-        )
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run = about | dict(load=load(), date=date, command=command_line, points=[])
         data["runs"].append(run)
     rows = {Case.of(row): row for row in run["points"]}
     groups = plan(options)
     end = time.monotonic() + options.minutes * 60
-    status = 0
+    stop: KeyboardInterrupt | None = None
     try:
         for case in run_all(groups, rows, end, options.jobs):
             run["points"].append(rows[case])
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, indent=1) + "\n"))
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        stop = error
     show(run, rows, path)
-    if rows and not status:
-        status = int(all("missing" in row for row in rows.values()))
     if missing := sum(case not in rows for group in groups for case in group):
-        print(f"Stopped with {missing} points to go: the same command with --resume goes on.")
-    return status
+        print(f"{missing} points to go.")
+        return command.stopped(stop or command.TimeIsOver())
+    return int(all("missing" in row for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import logpe
-from bench.common import write_whole
+from bench.command import TimeIsOver
+from bench.common import reading, write_whole
+from logpe.checkpoint import locked
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -71,8 +74,7 @@ def fit(
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
     first, seconds, kept = 0, 0.0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    if state := read_checkpoint(checkpoint, device):
         first, seconds, kept = state["step"], state["seconds"], state["kept"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -82,7 +84,7 @@ def fit(
     def save(step: int) -> None:
         state = {"step": step, "seconds": time.perf_counter() - start, "kept": kept}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        write_whole(checkpoint, lambda path: torch.save(state, path))
+        save_checkpoint(checkpoint, state)
 
     advance(first)
     model.train()
@@ -109,6 +111,25 @@ def fit(
     return round(time.perf_counter() - start, 2), kept
 
 
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """The file is whole, or the old one. Raises OSError."""
+    whole = io.BytesIO()  # writing to a full disk, torch.save itself raises a RuntimeError about positions
+    torch.save(state, whole)
+    write_whole(path, lambda temporary: temporary.write_bytes(whole.getbuffer()))
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """What was saved; None where there is none, or none that can be read, which is said: it can be made again."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises whatever it stumbles over
+        print(f"{path} is damaged ({type(error).__name__}): training again", file=sys.stderr)
+        path.unlink()
+        return None
+
+
 class Results:
     """A JSON file that is whole after every `save`: what was run, and `runs[encoding][seed][job]`.
 
@@ -121,42 +142,39 @@ class Results:
         self.cache.mkdir(parents=True, exist_ok=True)
         self.mine: dict[tuple[str, str, str], Any] = {}
         if fresh:
-            for checkpoint in self.cache.glob(f"{about['key']}-*"):
+            for checkpoint in self.cache.glob(f"{about['key']}-*.pt"):
                 checkpoint.unlink()
         self.runs: dict[str, Any] = self._read()
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())["runs"] if self.path.exists() and not self.fresh else {}
+        if not self.path.exists() or self.fresh:
+            return {}
+        with reading(self.path):
+            runs = json.loads(self.path.read_text())["runs"]
+            for record in (record for seeds in runs.values() for jobs in seeds.values() for record in jobs.values()):
+                dict(record["train"]), dict(record["lengths"])
+            return runs
+
+    def look(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
+        """What there is: `train` and `lengths`, empty where nothing is."""
+        empty: dict[str, Any] = {"train": {}, "lengths": {}}
+        return self.runs.setdefault(encoding, {}).setdefault(str(seed), {}).setdefault(job, empty)
 
     def record(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
-        """To be filled in: `train` and `lengths`."""
-        place = (encoding, str(seed), job)
-        empty: dict[str, Any] = {"train": {}, "lengths": {}}
-        self.mine[place] = self.runs.setdefault(encoding, {}).setdefault(str(seed), {}).setdefault(job, empty)
-        return self.mine[place]
+        """The same, as it is in the file now, to be filled in by this process alone."""
+        self.runs = self._read()
+        self.mine[encoding, str(seed), job] = record = self.look(encoding, seed, job)
+        return record
 
     def save(self) -> None:
         """Writes the whole file, or leaves the old one; the records of others stay as they are there."""
-        with locked(self.cache / f"{self.about['key']}-lock"):
+        with filelock.FileLock(self.cache / f"{self.about['key']}-lock"):  # others write too: waits for them
             runs = self._read()
             for (encoding, seed, job), record in self.mine.items():
                 runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record
             content = {**self.about, "runs": runs}
             write_whole(self.path, lambda path: path.write_text(to_json(content) + "\n"))
         self.runs, self.fresh = runs, False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: one process only
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def to_json(value: Any, indent: str = "") -> str:
@@ -171,9 +189,10 @@ def to_json(value: Any, indent: str = "") -> str:
 def results_path(folder: Path, name: str, key: str) -> Path:
     """`name`.json unless that holds results of other settings; then `name`-`key`.json."""
     path = folder / f"{name}.json"
-    if path.exists() and json.loads(path.read_text()).get("key") != key:
-        return folder / f"{name}-{key}.json"
-    return path
+    if not path.exists():
+        return path
+    with reading(path):
+        return path if json.loads(path.read_text()).get("key") == key else folder / f"{name}-{key}.json"
 
 
 class Progress:
@@ -192,10 +211,12 @@ class Progress:
         )
 
     def advance(self, units: int) -> None:
-        """Counts finished work. Raises KeyboardInterrupt when it is time to stop."""
+        """Counts finished work. Raises KeyboardInterrupt when it is time to stop, at the deadline TimeIsOver."""
         self.bar.update(units)
-        if self.interrupted or time.monotonic() > self.deadline:
+        if self.interrupted:
             raise KeyboardInterrupt
+        if time.monotonic() > self.deadline:
+            raise TimeIsOver
 
     def __enter__(self) -> Progress:
         def stop(*_: object) -> None:
@@ -235,8 +256,8 @@ def measure(
 ) -> None:
     """Fills in whatever `results` lacks; of n processes the one with shard (i, n) does its part.
 
-    `stamp` goes beside every measurement. Raises KeyboardInterrupt on Ctrl-C, or when time.monotonic() passes the
-    deadline.
+    `stamp` goes beside every measurement. Raises KeyboardInterrupt on Ctrl-C, TimeIsOver when time.monotonic() passes
+    the deadline, and Busy where another process is about to measure the same.
     """
     total = done = 0
     plan = []
@@ -244,7 +265,7 @@ def measure(
     for (pair, (seed, name)), (turn, (job, stage)) in itertools.product(pairs, enumerate(stages.items())):
         if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
             continue
-        record = results.record(name, seed, job)
+        record = results.look(name, seed, job)
         checkpoint = results.cache / f"{results.about['key']}-{name}-{seed}-{job}.pt"
         missing = [test for test in stage.tests if test not in record["lengths"]]
         training = bool(missing) and not (record["train"] and checkpoint.exists())
@@ -252,22 +273,26 @@ def measure(
         total += work
         done += work - stage.training_work * training - sum(stage.tests[test] for test in missing)
         if missing:
-            plan.append((name, seed, job, stage, record, checkpoint, training, missing))
+            plan.append((name, seed, job, stage, checkpoint))
     if not plan:
         return
     with Progress(total, done, deadline) as progress:
-        for name, seed, job, stage, record, checkpoint, training, missing in plan:
-            model = stage.build(name, seed)
-            if training:
-                progress.bar.set_description(f"{name}: {job}, training")
-                found = stage.train(model, seed, checkpoint, progress.advance)
-                record["train"] = {**found, **(stamp or {})}
-                results.save()
-            else:
-                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-                model.load_state_dict(state["model"])
-            for test in missing:
-                progress.bar.set_description(f"{name}: {job}, {test}")
-                record["lengths"][test] = {**stage.score(model, test, seed, progress.advance), **(stamp or {})}
-                results.save()
-            checkpoint.unlink(missing_ok=True)
+        for name, seed, job, stage, checkpoint in plan:
+            with locked(results.cache, checkpoint.stem):
+                record = results.record(name, seed, job)  # others may have measured it in the meantime
+                missing = [test for test in stage.tests if test not in record["lengths"]]
+                if not missing:
+                    continue
+                model = stage.build(name, seed)
+                if record["train"] and (state := read_checkpoint(checkpoint)):
+                    model.load_state_dict(state["model"])
+                else:
+                    progress.bar.set_description(f"{name}: {job}, training")
+                    found = stage.train(model, seed, checkpoint, progress.advance)
+                    record["train"] = {**found, **(stamp or {})}
+                    results.save()
+                for test in missing:
+                    progress.bar.set_description(f"{name}: {job}, {test}")
+                    record["lengths"][test] = {**stage.score(model, test, seed, progress.advance), **(stamp or {})}
+                    results.save()
+                checkpoint.unlink(missing_ok=True)

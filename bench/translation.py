@@ -48,9 +48,11 @@ from torch import Tensor, nn
 
 import logpe
 from bench import command, findings, study, training
+from bench.command import at_least, count, positive, share
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.training import Advance
+from logpe.command import describe
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.alibi or e.yarn or e.qk_norm)]
@@ -645,46 +647,43 @@ def examples(runs: findings.Runs, tests: Sequence[str]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
-    p = argparse.ArgumentParser(
-        prog="python -m bench.translation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
+    p = command.new_parser(
+        "bench.translation",
+        __doc__,
+        f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
     )
 
     default = command.default_of(BUDGETS)
     p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"see below {default('encodings')}")
-    p.add_argument("--limit", type=int, metavar="N", help=f"tokens of a side in training {default('limit')}")
-    p.add_argument("--steps", type=int, metavar="N", help=f"of training {default('steps')}")
-    p.add_argument("--batch", type=int, metavar="N", help=f"examples per step {default('batch')}")
-    p.add_argument("--tested", type=int, metavar="N", help=f"texts of a test, at most {default('tested')}")
-    p.add_argument("--seeds", type=int, nargs="+", metavar="N", help=f"one run each {default('seeds')}")
-    p.add_argument("--vocabulary", type=int, metavar="N", help=f"tokens there are {default('vocabulary')}")
+    p.add_argument("--limit", type=count, metavar="N", help=f"tokens of a side in training {default('limit')}")
+    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}")
+    p.add_argument("--batch", type=count, metavar="N", help=f"examples per step {default('batch')}")
+    p.add_argument("--tested", type=count, metavar="N", help=f"texts of a test, at most {default('tested')}")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
+    p.add_argument(
+        "--vocabulary", type=at_least(512), metavar="N", help=f"tokens, 256 of them bytes {default('vocabulary')}"
+    )
     for name, what in (("dim", "width of the model"), ("layers", "of each side"), ("heads", "of a layer")):
-        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} {default(name)}")
-    p.add_argument("--dropout", type=float, metavar="P", help=f"of residual branches {default('dropout')}")
-    p.add_argument("--learning-rate", type=float, metavar="R", help=f"at its highest {default('learning_rate')}")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} {default(name)}")
+    p.add_argument("--dropout", type=share, metavar="P", help=f"of residual branches {default('dropout')}")
+    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
     command.add_run_options(p)
     return p
 
 
+@command.program("bench.translation")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: all is measured. 130: stopped early; the same command goes on."""
+    """The command; returns its exit status."""
     p = parser()
     args = p.parse_args(arguments)
     deadline = command.deadline(args.minutes)
     try:
         device = command.parse_device(args.device)
         command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
-        counts = ("limit", "steps", "batch", "tested", "dim", "layers", "heads")
-        if few := [name for name in counts if getattr(args, name) < 1]:
-            raise ValueError(f"--{few[0]} must be 1 or more, got {getattr(args, few[0])}")
         if args.dim % args.heads:
             raise ValueError(f"--dim must be a multiple of --heads, {args.heads}, got {args.dim}")
-        if args.vocabulary < 512:
-            raise ValueError(f"--vocabulary must be 512 or more (256 are the bytes), got {args.vocabulary}")
         for name in args.encodings:
             encoding(name)
         pairs = load(args.data)
@@ -695,8 +694,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         drawn = Examples(train_tokens, args.limit, args.batch)
         tests = make_tests(test_tokens, args.limit, args.tested)
-    except (ValueError, RuntimeError) as error:  # torch says what is wrong with a device
-        p.error(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        p.error(describe(error))
     versions = {"torch": torch.__version__, "logpe": logpe.__version__}
     settings = Settings(
         pairs=pairs.sha256,
@@ -734,15 +733,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     path = training.results_path(args.out, f"translation-{device.type}", settings.key)
     results = training.Results(path, about, args.fresh)
-    status = 0
+    stop: KeyboardInterrupt | None = None
     try:
         training.measure(results, {JOB: stage}, args.encodings, args.seeds, deadline, stamp)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        stop = error
     show(results, list(tests), settings, args.baseline)
-    if status:
-        print("Stopped early; the same command (without --fresh) goes on from here.")
-    return status
+    return command.stopped(stop) if stop else 0
 
 
 def show(results: training.Results, tests: Sequence[str], settings: Settings, baseline: str) -> None:

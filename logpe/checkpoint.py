@@ -25,11 +25,11 @@ class Busy(RuntimeError):
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to ``folder`` while the context lasts.
+def locked(folder: Path, name: str = "") -> Iterator[None]:
+    """Keep other processes from writing to ``folder``, or only to ``name`` in it, while the context lasts.
 
-    The lock is the file ``.lock`` in the folder, which stays there. It is free as soon as the process that holds it
-    has ended, however it ended.
+    The lock is the file ``.lock``, or ``.name.lock``, in the folder, which stays there. It is free as soon as the
+    process that holds it has ended, however it ended.
 
     Args:
         folder: made where it does not exist.
@@ -41,11 +41,11 @@ def locked(folder: Path) -> Iterator[None]:
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / (f".{name}.lock" if name else ".lock"))
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise Busy(f"another run writes to {folder}: wait until it has ended, or name another folder") from None
+        raise Busy(f"another run writes to {folder / name}: wait until it has ended, or name another folder") from None
     try:
         yield
     finally:

@@ -24,7 +24,8 @@ BAD_USE = 2
 STATUSES = f"""exit status:
   0 done; {BAD_USE} an option, file or folder cannot be used, and the message says which;
   {TIME_IS_OVER} the time of --minutes is over: the same command goes on; {STOPPED} stopped by Ctrl-C or SIGTERM;
-  1 anything else, such as a closed pipe. (torchrun exits with 1 whenever a process does not exit with 0.)
+  1 anything else, such as a check that failed or a closed pipe. (torchrun exits with 1 whenever a process does not
+  exit with 0.)
 """
 
 

@@ -66,7 +66,12 @@ def doctor() -> int:
         if reason is None:
             print_configs(device)
         for backend in (["blocked"] if device.type == "cpu" else []) + ([] if reason else ["triton"]):
-            measured = _self_check(device, backend)
+            try:
+                measured = _self_check(device, backend)
+            except (RuntimeError, OSError) as error:  # torch and Triton: no memory, no compiler, a full disk, ...
+                failures += 1
+                line(f"  {backend}", f"FAILED: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                continue
             passed = measured <= ALLOWED_ERROR
             failures += not passed
             verdict = "right" if passed else "WRONG"

@@ -28,6 +28,8 @@ import torch
 
 import logpe
 from logpe import ops
+from logpe.checkpoint import TIME_IS_OVER, locked
+from logpe.command import BAD_USE, STOPPED, count, minutes
 from logpe.measure import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
 from logpe.position import PRESET_PARTS, PRESETS
 
@@ -237,33 +239,35 @@ def tune(
     """Measure the tasks that the file does not hold, or with ``again`` all, and write it after each.
 
     Returns the file's entries for the tasks. OutOfTime and KeyboardInterrupt end it early, and lose but the task in
-    hand. Raises ValueError where there is a file that is damaged, or of another device, and OSError where none can be.
+    hand.
+
+    Raises:
+        ValueError: there is a file that is damaged, or of another device.
+        OSError: none can be written.
+        Busy: another process tunes for the file.
     """
     from logpe_kernels import configs
     from tqdm import tqdm
 
-    try:
-        tuned = configs.read(path, device)
-    except FileNotFoundError:
-        tuned = configs.Tuned(str(configs.name_of(device)), configs.target_of(device), [], [])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} is not writable")
-    entries = {_key(x.kernel, x.traits(device)): x for x in tuned.entries}
-    wanted = {_key(task.kernel, task.traits(device)): task for task in tasks}
-    todo = {key: task for key, task in wanted.items() if again or key not in entries}
-    run = dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), command=command, **versions())
-    runs = [*tuned.runs, run]
-    done = len(wanted) - len(todo)
-    with tqdm(
-        todo.items(), unit="shape", initial=done, total=len(wanted), miniters=0, mininterval=0.5, disable=None
-    ) as progress:
-
-        def show(text: str) -> None:
-            progress.set_postfix_str(text, refresh=False)
-            progress.update(0)  # shows it, if the last time was a while ago
-
+    with locked(path.parent, path.name):
         try:
+            tuned = configs.read(path, device)
+        except FileNotFoundError:
+            tuned = configs.Tuned(str(configs.name_of(device)), configs.target_of(device), [], [])
+        entries = {_key(x.kernel, x.traits(device)): x for x in tuned.entries}
+        wanted = {_key(task.kernel, task.traits(device)): task for task in tasks}
+        todo = {key: task for key, task in wanted.items() if again or key not in entries}
+        run = dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), command=command, **versions())
+        runs = [*tuned.runs, run]
+        done = len(wanted) - len(todo)
+        with tqdm(
+            todo.items(), unit="shape", initial=done, total=len(wanted), miniters=0, mininterval=0.5, disable=None
+        ) as progress:
+
+            def show(text: str) -> None:
+                progress.set_postfix_str(text, refresh=False)
+                progress.update(0)  # shows it, if the last time was a while ago
+
             for key, task in progress:
                 progress.set_description(str(task), refresh=False)
                 found = search(task, device, machine, show)
@@ -272,11 +276,17 @@ def tune(
                     continue
                 entries[key] = found._replace(run=len(runs) - 1)
                 configs.write(path, tuned._replace(runs=runs, entries=list(entries.values())))
-        except OutOfTime:
-            progress.write("The time is over; the same command goes on from here.")
-        except KeyboardInterrupt:
-            progress.write("Interrupted; the same command goes on from here.")
     return [entries[key] for key in wanted if key in entries]
+
+
+def held(tasks: list[Task], path: Path, device: torch.device) -> list[Entry]:
+    """The entries for the tasks that the file holds."""
+    from logpe_kernels import configs
+
+    if not path.exists():
+        return []
+    entries = {_key(x.kernel, x.traits(device)): x for x in configs.read(path, device).entries}
+    return [entries[key] for task in tasks if (key := _key(task.kernel, task.traits(device))) in entries]
 
 
 def table(entries: list[Entry]) -> str:
@@ -325,29 +335,24 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
     parser.add_argument(
-        "--lengths", nargs="+", type=_count, default=[4096, 16384, 1024], metavar="N",
+        "--lengths", nargs="+", type=count, default=[4096, 16384, 1024], metavar="N",
         help="one of each power of two: 2049 to 4096 share an entry",
     )  # fmt: skip
-    parser.add_argument("--heads", type=_count, help=f"default: {HIDDEN} over head_dim")
-    parser.add_argument("--kv-heads", type=_count, help="default: as many as --heads")
-    parser.add_argument("--batch", type=_count, help=f"default: {TOKENS} over the length, at least 1")
+    parser.add_argument("--heads", type=count, help=f"default: {HIDDEN} over head_dim")
+    parser.add_argument("--kv-heads", type=count, help="default: as many as --heads")
+    parser.add_argument("--batch", type=count, help=f"default: {TOKENS} over the length, at least 1")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", type=_device, default=torch.device("cuda"), help="such as cuda:1")
-    parser.add_argument("--minutes", type=float, default=30, help="stop after so long; default %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=30, help="stop after so long; default %(default)s")
     parser.add_argument("--out", type=Path, help="default: the file from which log_attention reads")
-    parser.add_argument("--again", action="store_true", help="also measure what the file holds already")
-    parser.add_argument("--jobs", type=_count, help="compiling processes; default: by cores and memory, at most 14")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    parser.add_argument(
+        "--fresh", "--again", action="store_true", dest="again", help="also measure what the file holds already"
+    )
+    parser.add_argument("--jobs", type=count, help="compiling processes; default: by cores and memory, at most 14")
 
 
 def _head_dim(text: str) -> int:
-    value = _count(text)
+    value = count(text)
     if value > 256:
         raise argparse.ArgumentTypeError(f"must be at most 256, got {value}")
     return value
@@ -371,12 +376,12 @@ def main(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     if reason := why_not(options.device):
         print(f"tune cannot run: {reason}", file=sys.stderr)
-        return 2
+        return BAD_USE
     tasks = make_tasks(options)
     for task in tasks:
         if task.heads % task.kv_heads:
             print(f"--heads must be a multiple of --kv-heads, got {task.heads} and {task.kv_heads}", file=sys.stderr)
-            return 2
+            return BAD_USE
     from logpe_kernels import configs
 
     index = torch.cuda.current_device() if options.device.index is None else options.device.index
@@ -384,19 +389,25 @@ def main(options: argparse.Namespace) -> int:
     read_from = configs.user_folder() / configs.file_name(str(configs.name_of(device)))
     path = options.out or read_from
     machine = Gpu(device, options.jobs or _jobs(device), end)
+    stopped = 0
     try:
         command = shlex.join(["python", "-m", "logpe", *sys.argv[1:]])
         entries = tune(tasks, path, device, machine, command=command, again=options.again)
+    except (OutOfTime, KeyboardInterrupt) as error:
+        stopped = TIME_IS_OVER if isinstance(error, OutOfTime) else STOPPED
+        why = "The time is over" if isinstance(error, OutOfTime) else "Stopped"
+        print(f"{why}: the same command goes on from here.", file=sys.stderr)
+        entries = held(tasks, path, device)
     except (OSError, ValueError) as error:
         print(f"{path} cannot be used, move it away or name another with --out: {error}", file=sys.stderr)
-        return 2
+        return BAD_USE
     finally:
         machine.close()
     if not entries:
         print("Nothing was measured.", file=sys.stderr)
-        return 1
+        return stopped or 1
     print(table(entries))
     print(f"\n{configs.name_of(device)}: written to {path}")
     if path != read_from:
         print(f"log_attention reads {read_from}: copy it there, or set LOGPE_CONFIG_DIR")
-    return 0
+    return stopped

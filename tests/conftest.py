@@ -1,4 +1,8 @@
-"""What every test gets: the interpreter where there is no GPU, fresh seeds, and poisoned memory."""
+"""What every test gets: the interpreter where there is no GPU, a seed of its own, and poisoned memory.
+
+Random inputs are the same in every run. ``--seed 7`` draws others, ``--seed fresh`` new ones each time; the variable
+LOGPE_TEST_SEED does the same. A run that fails says which seed repeats it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,27 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of all random inputs: a number, or `fresh` for another in every run (default: LOGPE_TEST_SEED, else 0)"
+    parser.addoption("--seed", metavar="N", help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before that of hypothesis, which reads its seed
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, and Triton compiling for it")
     # A shell starts jobs in the background without Ctrl-C; tests of it, and the processes that they start, need it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Through the environment, where pytest-xdist's workers find the seed of the process that starts them.
-    os.environ.setdefault("LOGPE_TEST_SEED", str(int.from_bytes(os.urandom(4), "big")))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        seed = config.getoption("--seed") or os.environ.get("LOGPE_TEST_SEED", "0")
+        if seed == "fresh":
+            seed = str(int.from_bytes(os.urandom(4), "big"))
+        elif not seed.isdecimal():
+            raise pytest.UsageError(f"--seed must be a number or `fresh`, got {seed}")
+        os.environ["LOGPE_TEST_SEED"] = seed
+    if config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = os.environ["LOGPE_TEST_SEED"]
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -33,12 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"LOGPE_TEST_SEED={os.environ['LOGPE_TEST_SEED']}"
+    return f"--seed {os.environ['LOGPE_TEST_SEED']}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
-        terminalreporter.write_line(f"LOGPE_TEST_SEED={os.environ['LOGPE_TEST_SEED']} repeats these inputs")
+        terminalreporter.write_line(f"--seed {os.environ['LOGPE_TEST_SEED']} repeats these inputs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +76,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """A new one for every run and test, the same again under the same LOGPE_TEST_SEED."""
+    """Another for every test, and the same again under the same --seed."""
     digest = hashlib.sha256(f"{os.environ['LOGPE_TEST_SEED']} {request.node.nodeid}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     torch.manual_seed(seed)

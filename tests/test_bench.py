@@ -1,5 +1,6 @@
 """The extrapolation study in miniature: corpus, tasks, model, and a run that is interrupted and resumed."""
 
+import importlib
 import json
 import math
 import random
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 
 from bench import corpus, extrapolation, study, tasks, training
 from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
+from logpe import checkpoint
+from logpe.checkpoint import TIME_IS_OVER
+from logpe.command import STATUSES
 
 TINY = Shape(dim=16, layers=2, heads=2)
 
@@ -232,7 +236,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
         patch.setattr(training.Progress, "advance", interrupted)
         assert extrapolation.main(command, TINY) == 130
     printed = capsys.readouterr().out
-    assert "Stopped early" in printed
+    assert "Stopped: the same command" in printed
     assert "log-bias" in printed
     assert len(list((tmp_path / ".cache").glob("*.pt"))) == 1
 
@@ -247,6 +251,94 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
     assert extrapolation.main(command, TINY) == 0
     assert len(trained) == 6 + (6 - 2 if pieces == 3 else 0)  # what was done is not done again
     assert numbers(tmp_path / "extrapolation-quick.json") == whole
+
+
+def test_a_damaged_checkpoint_is_made_again(folder, tmp_path, monkeypatch, capsys, whole):
+    command = arguments(folder, tmp_path, "--encodings", "log-bias", "none")
+    advance = training.Progress.advance
+    calls = 0
+
+    def stopping(self, units):
+        nonlocal calls
+        calls += 1
+        self.interrupted = calls in (4, 12)  # in a training, and after one
+        advance(self, units)
+
+    monkeypatch.setattr(training.Progress, "advance", stopping)
+    for _ in range(2):
+        assert extrapolation.main(command, TINY) == 130
+        (checkpoint,) = (tmp_path / ".cache").glob("*.pt")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert extrapolation.main(command, TINY) == 0
+    assert f"{checkpoint} is damaged" in capsys.readouterr().err
+    assert numbers(tmp_path / "extrapolation-quick.json") == whole
+
+
+def test_two_at_once(tmp_path):
+    """Neither loses what the other measured, and what one is about to measure is refused to the other."""
+
+    def stage(trained, score):
+        return training.Stage(
+            build=lambda name, seed: torch.nn.Linear(1, 1),
+            train=lambda model, seed, path, advance: trained.append(seed) or {"steps": 1},
+            score=score,
+            training_work=1,
+            tests={"8": 1},
+        )
+
+    def measure(seeds, trained, score=lambda *_: {"value": 1}):
+        results = training.Results(tmp_path / "results.json", {"key": "key"})
+        training.measure(results, {"job": stage(trained, score)}, ["none"], seeds)
+
+    def meanwhile(*_):
+        if not theirs:
+            with pytest.raises(checkpoint.Busy, match="key-none-0-job"):
+                measure([0, 2], theirs)
+            measure([1], theirs)
+        return {"value": 0}
+
+    ours, theirs = [], []
+    measure([0, 1, 2], ours, meanwhile)
+    assert (ours, theirs) == ([0, 2], [1])
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]["none"]
+    assert {seed: jobs["job"]["lengths"]["8"]["value"] for seed, jobs in runs.items()} == {"0": 0, "1": 1, "2": 0}
+
+
+def test_results_of_another_kind_are_left_alone(folder, tmp_path, capsys):
+    path = tmp_path / "extrapolation-quick.json"
+    command = arguments(folder, tmp_path, "--encodings", "none", "--tasks")
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert extrapolation.main(command, TINY) == 0
+    whole = json.loads(path.read_text())
+    broken = [dict(whole, runs=runs) for runs in (None, [1], {"none": 1}, {"none": {"0": {"text": []}}})]
+    for content in ("", "[]", path.read_text()[:-9], *map(json.dumps, broken)):
+        path.write_text(content)
+        assert extrapolation.main(command, TINY) == 2
+        assert f"{path} is damaged or holds something else: move it away" in capsys.readouterr().err
+        assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
+        (["--learning-rate", "nan"], "--learning-rate: must be above 0, got nan"),
+        (["--learning-rate", "inf"], "--learning-rate: must be above 0, got inf"),
+        (["--steps", "-5"], "--steps: must be at least 1, got -5"),
+        (["--train-length", "4"], "--train-length: must be at least 8, got 4"),
+        (["--seeds", "-1"], "--seeds: must be at least 0, got -1"),
+        (["--device", "foo"], "--device foo: "),
+        (["--corpus", "/nowhere"], "/nowhere"),
+        (["--out", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_bad_use_is_named_in_one_line(folder, tmp_path, capsys, bad, message):
+    try:
+        status = extrapolation.main([*arguments(folder, tmp_path), *bad], TINY)
+    except SystemExit as refused:
+        status = refused.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_exception_keeps_what_was_measured(folder, tmp_path, monkeypatch):
@@ -288,7 +380,7 @@ def test_different_settings_do_not_mix(folder, tmp_path):
 
 def test_time_limit_and_fresh_start(folder, tmp_path, capsys):
     command = arguments(folder, tmp_path, "--encodings", "none")
-    assert extrapolation.main([*command, "--minutes", "0"], TINY) == 130
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
     assert "-" in capsys.readouterr().out
     assert extrapolation.main(command, TINY) == 0
     path = tmp_path / "extrapolation-quick.json"
@@ -308,3 +400,15 @@ def test_help_says_what_there_is(capsys):
     assert all(
         option in text for option in ("--quick", "--corpus", "--minutes", "--fresh", "log-rotary-bias", "needle")
     )
+
+
+@pytest.mark.parametrize("name", ["classification", "compile_report", "decode", "extrapolation", "throughput"])
+def test_programs_say_the_same_of_their_status_and_options(name, capsys):
+    """Of what is shared; bench.generation and bench.translation are made as bench.classification is."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"bench.{name}").main(["--help"])
+    text = capsys.readouterr().out
+    assert STATUSES.strip() in text
+    assert all(option in text for option in ("--out", "--fresh", "--minutes"))
+    assert "--resume" not in text
+    assert name == "compile_report" or "results (results)" in " ".join(text.split())

@@ -28,8 +28,12 @@ def test_lock(tmp_path: Path) -> None:
         for _ in range(2):  # refusing does not free it
             with pytest.raises(checkpoint.Busy, match=f"another run writes to {folder}: .*name another folder"):
                 checkpoint.locked(folder).__enter__()
-        with checkpoint.locked(tmp_path):  # another folder
-            pass
+        with (
+            checkpoint.locked(tmp_path),
+            checkpoint.locked(folder, "a file"),  # something else
+            pytest.raises(checkpoint.Busy, match=f"another run writes to {folder}/a file: "),
+        ):
+            checkpoint.locked(folder, "a file").__enter__()
     with pytest.raises(KeyError), checkpoint.locked(folder):
         raise KeyError
     with checkpoint.locked(folder):

@@ -18,6 +18,8 @@ pytest.importorskip("tqdm")
 
 from bench import compile_report as report  # noqa: E402
 from bench import roofline  # noqa: E402
+from logpe import checkpoint  # noqa: E402
+from logpe.checkpoint import TIME_IS_OVER  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -312,6 +314,8 @@ def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = row_of("none", loop_of(1, 4, 7), config=dict(good.config, TMA=False))
     assert list(moved.failures(budgets)) == []
     assert list(moved.failures(budgets, complete=True)) == ["no budget: run with --write-budgets"]
+    exact = row_of("none", loop_of(9, 9, 99), dtype="float32")
+    assert list(exact.failures(budgets, complete=True)) == []
     packed = row_of("none", loop_of(9, 9, 99), feature="packed")
     assert list(packed.failures(budgets, complete=True)) == []
 
@@ -347,14 +351,38 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         "--write-budgets",
     ]
     command += ["--presets", "none", "--out", str(out)]
-    assert report.main([*command, "--minutes", "0"]) == 1
-    assert "1 calls are left: --resume goes on" in capsys.readouterr().out
+    assert report.main([*command, "--minutes", "0"]) == TIME_IS_OVER
+    assert "1 calls are left: the same command goes on" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"][0]["clocks"]["matrix"] == 0.125
-    assert report.main([*command, "--resume"]) == 0
+    assert report.main(command) == 0
     assert [case.mask for case in compiled] == ["causal", "full"]
     assert "2 rows of 2 calls" in capsys.readouterr().out
-    assert report.main([*command, "--resume", "--kernels", "forward"]) == 0
+    assert report.main([*command, "--kernels", "forward"]) == 0
     assert "starting over" in capsys.readouterr().out
     assert len(compiled) == 4
-    with pytest.raises(SystemExit):
-        report.main(["--resume"])
+    assert report.main([*command, "--kernels", "forward", "--fresh"]) == 0
+    assert len(compiled) == 6
+    assert report.main([*command, "--dtypes", "float32", "--fresh"]) == 0
+    with checkpoint.locked(out.parent, out.name):
+        assert report.main(command) == 2
+    out.write_text(out.read_text()[:-9])
+    assert report.main(command) == 2
+    assert f"{out} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--dtypes", "float32"], "--quick has its own --dtypes"),
+        (["--kernels", "backward"], "--kernels: invalid choice: 'backward'"),
+        (["--features", "window", "--presets", "none"], "--features window: there is no such call"),
+        (["--features", "window", "--head-dims", "16"], "--features window: there is no such call"),
+        (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
+    ],
+)
+def test_what_would_check_nothing_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as refused:
+        report.parse(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err

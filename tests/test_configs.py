@@ -414,6 +414,19 @@ def test_doctor_on_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "tiles       " in text
 
 
+def test_doctor_reports_a_check_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> float:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(doctor, "_self_check", fail)
+    from logpe import __main__ as command
+
+    assert command.main(["doctor"]) == 1
+    assert "blocked     FAILED: RuntimeError: no compiler\n" in capsys.readouterr().out
+
+
 def test_entries_name_what_was_measured() -> None:
     """An entry's traits are those of the task that made it, and what the file says survives a copy."""
     task = measure.Task("forward", "bfloat16", 128, "log-invariant+gain", True, 3000, 4, 16, 4)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import logpe
 from logpe import log_attention
+from logpe.checkpoint import TIME_IS_OVER
 
 pytest.importorskip("triton")
 
@@ -482,7 +483,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert bench.main([*command, "--lengths", "100"]) == 0
     assert bench.main([*command, "--lengths", "100", "--minutes", "0"]) == 0  # nothing is missing
     assert [case.method for case in asked] == list(bench.METHODS)
-    assert bench.main([*command, "--lengths", "100", "33", "--minutes", "0"]) == 1
+    assert bench.main([*command, "--lengths", "100", "33", "--minutes", "0"]) == TIME_IS_OVER
     assert bench.main([*command, "--lengths", "100", "33", "--methods", "none"]) == 0
     assert [case.length for case in asked] == [100] * len(bench.METHODS) + [33]
     data = json.loads((tmp_path / "decode-cpu.json").read_text())
@@ -495,6 +496,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "failed: no such kernel" in printed
     assert "100%" in printed
     assert bench.main([*command, "--batch", "2"]) == 2
+    assert "decode-cpu.json has another setting: --fresh" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench.main([*command, "--heads", "3"])
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from bench import corpus, generation, training
 from bench.model import ENCODINGS, Model, Shape, encoding
+from logpe.checkpoint import TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (
@@ -297,19 +299,21 @@ def test_killed_at_any_moment_it_finds_the_same(whole, folder, tmp_path, monkeyp
     assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1]["runs"])
 
 
-def test_minutes_and_a_judge_that_is_gone(folder, tmp_path, capsys):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-100])])
+def test_minutes_and_a_judge_that_is_gone(folder, tmp_path, capsys, damage):
     command = arguments(folder, tmp_path, "--encodings", "none", "--seeds", "0")
-    assert generation.main([*command, "--minutes", "0"]) == 130
-    assert "Stopped early" in capsys.readouterr().out
+    assert generation.main([*command, "--minutes", "0"]) == TIME_IS_OVER
+    assert "The time is over: the same command" in capsys.readouterr().out
     assert generation.main(command) == 0
-    assert generation.main([*command, "0", "1", "--minutes", "0"]) == 130  # the table shows what there is
+    assert generation.main([*command, "0", "1", "--minutes", "0"]) == TIME_IS_OVER  # the table shows what there is
     assert "| none " in capsys.readouterr().out
     (judge,) = (tmp_path / ".cache").glob("*-judge.pt")
-    judge.unlink()
+    kept = torch.load(judge)["model"]
+    damage(judge)
     more = arguments(folder, tmp_path, "--encodings", "none", "alibi", "--seeds", "0")
-    with pytest.raises(FileNotFoundError, match="--fresh"):
-        generation.main(more)
-    assert generation.main([*more, "--fresh"]) == 0
+    assert generation.main(more) == 0  # it is trained again
+    again = torch.load(judge)["model"]
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
 def test_training_lowers_the_loss_and_the_judge_knows_text_from_noise(folder, tmp_path):

@@ -122,7 +122,7 @@ def test_counts_of_the_tests(tmp_path):
 
 
 def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
-    runs = [dict(commit=name, points=[]) for name in ("this", "other")]
+    runs = [dict(machine={}, commit=name, date="", command="", points=[]) for name in ("this", "other")]
     (tmp_path / "throughput-cuda.json").write_text(json.dumps(dict(format=throughput.FORMAT, runs=runs)))
     monkeypatch.setattr(gpu, "commit", lambda: "this")
     assert gpu.throughput_summary(tmp_path, gpu=True) == "0 points"

@@ -775,7 +775,6 @@ def test_the_same_bits_every_time(dtype: torch.dtype, device: torch.device) -> N
 # --- any shape --------------------------------------------------------------------------------------------------
 
 
-@hypothesis.seed(int(os.environ.get("LOGPE_TEST_SEED", "0")))
 @hypothesis.settings(
     max_examples=10,
     deadline=None,

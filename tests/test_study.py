@@ -12,6 +12,7 @@ import torch
 from bench import corpus, extrapolation, findings, study, tasks, training
 from bench.common import COLOURS, RESULTS
 from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
+from logpe.checkpoint import TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 FOUND = "log-bias+rotary=0.5+base=30+power=1:4"  # what the preset log-bias-rope is made of
@@ -375,8 +376,8 @@ def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
     command = arguments(
         folder, tmp_path, "--encodings", "none", "--tasks", "--seeds", "0", "--train-length", "16", "32"
     )
-    assert extrapolation.main([*command, "--minutes", "0"], TINY) == 130
-    assert "Stopped early" in capsys.readouterr().out
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert "The time is over: the same command" in capsys.readouterr().out
     assert extrapolation.main(command, TINY) == 0
     assert len(list(tmp_path.glob("*.json"))) == 2
     for bad in (

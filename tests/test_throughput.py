@@ -1,12 +1,14 @@
 """bench.throughput without its clock: what is compared, how it is counted, kept, judged and drawn."""
 
 import csv
+import errno
 import json
 import math
 import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ import torch
 from bench import extrapolation, findings, throughput
 from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
 from bench.throughput import METHODS, OURS, Case, Repeats
+from logpe import checkpoint
+from logpe.checkpoint import TIME_IS_OVER
 
 SMALL = Case("log-bias", "forward", 48, batch=2, heads=4, kv_heads=2, head_dim=16)
 CPU_METHODS = [name for name, m in METHODS.items() if "cpu" in m.devices]
@@ -305,7 +309,7 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
 def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(canned, "interrupt_at", 5)
     assert throughput.main(command(tmp_path)) == 130
-    assert "Stopped with 20 points to go" in capsys.readouterr().out
+    assert "20 points to go" in capsys.readouterr().out
     path = tmp_path / "throughput-cpu.json"
     before = json.loads(path.read_text())["runs"][0]["points"]
     assert len(before) == 4
@@ -313,18 +317,18 @@ def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(canned, "asked", [])
     monkeypatch.setattr(canned, "interrupt_at", math.inf)
-    assert throughput.main(command(tmp_path, "--resume")) == 0
+    assert throughput.main(command(tmp_path)) == 0
     assert not set(measured) & set(canned.asked)
     (run,) = json.loads(path.read_text())["runs"]
     assert run["points"][:4] == before
     assert len({Case.of(row) for row in run["points"]}) == len(run["points"]) == 24
 
     monkeypatch.setattr(canned, "asked", [])
-    assert throughput.main(command(tmp_path, "--resume")) == 0
+    assert throughput.main(command(tmp_path)) == 0
     assert not canned.asked  # all there
     monkeypatch.setattr(throughput, "commit", lambda: "4567")
-    assert throughput.main(command(tmp_path, "--resume")) == 0  # other code: another run
-    assert throughput.main(command(tmp_path)) == 0  # and so without --resume
+    assert throughput.main(command(tmp_path)) == 0  # other code: another run
+    assert throughput.main(command(tmp_path, "--fresh")) == 0
     runs = json.loads(path.read_text())["runs"]
     assert [(run["commit"], len(run["points"])) for run in runs] == [("0123", 24), ("4567", 24), ("4567", 24)]
 
@@ -332,6 +336,7 @@ def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
 def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # it sets this for its processes, not for these tests
+    monkeypatch.setattr(throughput.command, "parse_device", torch.device)
     monkeypatch.setattr(throughput, "describe_machine", lambda device: dict(device="made-up GPU", torch="0"))
     size = ["--lengths", "1024", "512", "--head-dims", "64", "--masks", "causal", "--kv-groups", "4", "--jobs", "3"]
     assert throughput.main(["--device", "cuda", "--out", str(tmp_path), *size]) == 0
@@ -356,8 +361,8 @@ def test_a_run_in_which_everything_fails_fails(canned, tmp_path):
 
 
 def test_the_time_is_over(canned, tmp_path, capsys):
-    assert throughput.main(command(tmp_path, "--minutes", "0")) == 0
-    assert "Stopped with 24 points to go" in capsys.readouterr().out
+    assert throughput.main(command(tmp_path, "--minutes", "0")) == TIME_IS_OVER
+    assert "24 points to go" in capsys.readouterr().out
     assert not canned.asked
 
 
@@ -371,7 +376,7 @@ def test_a_point_that_takes_too_long():
     worker = Slow(throughput.measure)
     row = throughput.run_case(worker, case, time.monotonic() + limit + 60)
     assert row == dict(missing=f"took more than {limit:.0f} s")
-    assert throughput.run_case(worker, case, time.monotonic() + limit - 60) is None  # --resume tries it again
+    assert throughput.run_case(worker, case, time.monotonic() + limit - 60) is None  # the next run tries it again
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch):
@@ -380,13 +385,59 @@ def test_what_would_not_fit_is_not_tried(monkeypatch):
     assert row == dict(missing="needs 640 GiB, 10 are free")
 
 
-def test_other_files_are_left_alone(canned, tmp_path):
+def test_other_files_are_left_alone(canned, tmp_path, capsys):
     path = tmp_path / "throughput-cpu.json"
-    for content in ("{", "[]", '{"format": 99, "runs": []}'):
+    whole = json.dumps(dict(format=1, runs=[dict(machine={}, commit="", date="", command="", points=[{"p50": 1}])]))
+    for content in ("{", "[]", '{"format": 99, "runs": []}', '{"format": 1, "runs": [[]]}', whole, whole[:-9], ""):
         path.write_text(content)
-        with pytest.raises(SystemExit, match="no results of format 1"):
-            throughput.main(command(tmp_path))
+        assert throughput.main(command(tmp_path)) == 2
+        assert f"{path} is damaged or holds something else: move it away" in capsys.readouterr().err
         assert path.read_text() == content
+
+
+def test_two_at_once(canned, tmp_path, capsys):
+    with checkpoint.locked(tmp_path, "throughput-cpu.json"):
+        assert throughput.main(command(tmp_path)) == 2
+    assert f"another run writes to {tmp_path / 'throughput-cpu.json'}: " in capsys.readouterr().err
+    assert not canned.asked
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
+        (["--lengths", "0"], "--lengths: must be at least 1, got 0"),
+        (["--tokens", "-5"], "--tokens: must be at least 1, got -5"),
+        (["--jobs", "-1"], "--jobs: must be at least 0, got -1"),
+        (["--hidden", "x"], "--hidden: invalid number value: 'x'"),
+        (["--device", "foo"], "--device must be cpu or cuda, got foo"),
+        (["--device", "cuda:99", "--methods", "log-bias"], "--device cuda:99: "),
+        (["--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    ],
+)
+def test_bad_use_is_named_in_one_line(canned, tmp_path, capsys, bad, message):
+    try:
+        status = throughput.main([*command(tmp_path), *bad])
+    except SystemExit as refused:
+        status = refused.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not canned.asked
+
+
+def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
+    assert throughput.main(command(tmp_path, "--lengths", "64")) == 0
+    path = tmp_path / "throughput-cpu.json"
+    before = path.read_text()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert throughput.main(command(tmp_path)) == 2
+    assert f"{path}: No space left on device" in capsys.readouterr().err
+    assert path.read_text() == before
 
 
 def test_committed_results_are_read():

@@ -12,10 +12,23 @@ import torch
 for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.translation ends
     pytest.importorskip(package)
 
-from babel.messages import Catalog, mofile
+from babel.messages import Catalog, mofile  # noqa: E402
 
-from bench import training, translation
-from bench.translation import BEGIN, END, NEWLINE, PAD, Examples, Shape, Translator, Vocabulary, join, make_tests, pad
+from bench import training, translation  # noqa: E402
+from bench.translation import (  # noqa: E402
+    BEGIN,
+    END,
+    NEWLINE,
+    PAD,
+    Examples,
+    Shape,
+    Translator,
+    Vocabulary,
+    join,
+    make_tests,
+    pad,
+)
+from logpe.checkpoint import TIME_IS_OVER  # noqa: E402
 
 CPU = torch.device("cpu")
 VERBS = {"open": "öffnen", "close": "schließen", "move": "verschieben", "read": "lesen", "delete": "löschen"}
@@ -376,7 +389,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
     statuses = [translation.main(command) for _ in range(3)]
     assert statuses == [130, 130, 0]
     assert numbers(tmp_path / "pieces" / "translation-cpu.json") == whole
-    assert translation.main([*command, "--steps", "5", "--minutes", "0"]) == 130  # other settings, another file
+    assert translation.main([*command, "--steps", "5", "--minutes", "0"]) == TIME_IS_OVER  # another file
     assert numbers(tmp_path / "pieces" / "translation-cpu.json") == whole
 
 

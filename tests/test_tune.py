@@ -24,7 +24,7 @@ from logpe_kernels.configs import Config, Entry
 import logpe
 from bench.compile_report import TARGETS
 from logpe import __main__ as command
-from logpe import measure, tune
+from logpe import checkpoint, measure, tune
 from logpe.measure import KERNELS, Comparison, Failed, Gpu, OutOfTime, Resources, Task, Worker
 
 ROOT = Path(__file__).parent.parent
@@ -256,10 +256,12 @@ def test_an_interruption_keeps_what_was_measured(path: Path, interruption: type[
         return 0.5
 
     machine.ratio = ratio
-    entries = tune.tune(TASKS, path, CPU, machine)
+    with pytest.raises(interruption):
+        tune.tune(TASKS, path, CPU, machine)
+    entries = tune.held(TASKS, path, CPU)
     assert [(x.kernel, x.length) for x in entries] == [("forward", 4096), ("backward_dq", 4096)]
     assert configs.read(path, CPU).entries == entries
-    assert os.listdir(path.parent) == [path.name]
+    assert sorted(os.listdir(path.parent)) == [f".{path.name}.lock", path.name]
     assert len(tune.tune(TASKS, path, CPU, Fake())) == 4
 
 
@@ -311,7 +313,11 @@ def test_shapes_of_one_kind_are_measured_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [["--head-dims", "512"], ["--lengths", "0"], ["--presets", "alibi"], ["--jobs", "-1"], ["--device", "x"]]
+    "bad",
+    [
+        *(["--head-dims", "512"], ["--lengths", "0"], ["--presets", "alibi"], ["--jobs", "-1"], ["--device", "x"]),
+        *(["--minutes", "nan"], ["--minutes", "-1"], ["--heads", "0"]),
+    ],
 )
 def test_bad_arguments(bad: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -375,7 +381,23 @@ def test_the_whole_command(
     assert f"{path} cannot be used" in capsys.readouterr().err
     assert machines[-1] == "closed"
 
+    path.unlink()
+    with checkpoint.locked(path.parent, path.name):
+        assert command.main(arguments) == 2
+    assert f"another run writes to {path}" in capsys.readouterr().err
+
+    for error, status in ((OutOfTime, checkpoint.TIME_IS_OVER), (KeyboardInterrupt, 130)):
+
+        def stop(self: Any, *_: Any, error: type[BaseException] = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(Machine, "compare", stop)
+        assert command.main(arguments) == status
+        assert "the same command goes on from here" in capsys.readouterr().err
+        assert machines[-1] == "closed"
+
     monkeypatch.setattr(Machine, "compare", lambda *_: "AcceleratorError")
+    path.write_text("")
     path.unlink()
     assert command.main(arguments) == 1
     assert "Nothing was measured" in capsys.readouterr().err

@@ -62,6 +62,15 @@ from .tile import (
 )
 
 
+@triton.constexpr_function
+def asynchronous_products(bits):
+    """Whether matrix products run on while a warpgroup goes on: wgmma. Here ptxas has to be kept from waiting for each.
+
+    It does where the accumulators of dk/dv run through two pipelined loops, and in dq with a key bias and three stages.
+    """
+    return bits == 16 and cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0)
+
+
 @triton.jit
 def weights_and_gradient(a, dp, delta, keep, dropout_scale):
     """P, the weights that met v, and g = dL/da of one tile, a less lse; keep is None without dropout."""
@@ -93,6 +102,8 @@ def dq_kernel(
     window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    BIASED: tl.constexpr = sequences.key_bias is not None
+    ASYNCHRONOUS: tl.constexpr = asynchronous_products(q.dtype.element_ty.primitive_bitwidth)
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     batch_head = tl.program_id(0) // num_tiles
     m0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
@@ -143,10 +154,10 @@ def dq_kernel(
 
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
-    tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
-    for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
+    tiles = tile_range(first, last, keys, window_left, window_right, BIASED, BLOCK_N)
+    for KIND in tl.static_range(MASKED_TILES if BIASED else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, False, BLOCK_N)
-        for x in range(start, stop, BLOCK_N):
+        for x in tl.range(start, stop, BLOCK_N, num_stages=2 if BIASED and ASYNCHRONOUS else None):
             n0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_N)
             tokens = n0 + columns
             j = keys.start + tokens  # [BLOCK_N]
@@ -197,16 +208,6 @@ def dq_kernel(
         tl.store(dposition.alpha + partial, corrected(alpha, alpha_mean, error) * factors(head).alpha)
 
 
-@triton.constexpr_function
-def masked_stages(kind, only_loop):
-    """num_stages of a loop: 1, which is no pipeline, for the second of two on sm_90; None for what the launch says.
-
-    Where accumulators run through two pipelined loops, ptxas makes every matrix product wait for the one before.
-    """
-    asynchronous = cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0)
-    return 1 if asynchronous and kind == MASKED_TILES and not only_loop else None
-
-
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
     q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv,
@@ -215,6 +216,8 @@ def dkdv_kernel(
     window_left, window_right, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    BIASED: tl.constexpr = sequences.key_bias is not None
+    ASYNCHRONOUS: tl.constexpr = asynchronous_products(q.dtype.element_ty.primitive_bitwidth)
     num_tiles = tl.cdiv(num_keys, BLOCK_N)
     n0 = tl.program_id(0) % num_tiles * BLOCK_N  # early keys are seen by the most queries: they start first
     kv_heads = num_heads // group_size
@@ -246,7 +249,7 @@ def dkdv_kernel(
 
     first_query, last_query = sight(j, keys, queries, window_right, window_left)
     first, last = keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1
-    tiles = tile_range(first, last, queries, window_right, window_left, sequences.key_bias is not None, BLOCK_M)
+    tiles = tile_range(first, last, queries, window_right, window_left, BIASED, BLOCK_M)
     # One loop over the query heads of the group and their tiles: the state that a loop in a loop keeps alive spills.
     first_head = kv_head * group_size
     first_parameters = Position(
@@ -255,11 +258,11 @@ def dkdv_kernel(
         None if position.sharpness is None else tl.load(position.sharpness + first_head),
         None if position.alpha is None else tl.load(position.alpha + first_head),
     )
-    for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else FULL_TILES, MASKED_TILES + 1):
+    for KIND in tl.static_range(MASKED_TILES if BIASED else FULL_TILES, MASKED_TILES + 1):
         start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
         trips = group_size * tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
         x, h, head = start, first_head, first_parameters
-        for _ in tl.range(0, trips, num_stages=masked_stages(KIND, sequences.key_bias is not None)):
+        for _ in tl.range(0, trips, num_stages=1 if ASYNCHRONOUS and KIND == MASKED_TILES and not BIASED else None):
             if group_size > 1:
                 head = Position(
                     None if position.power is None else tl.load(position.power + h),
