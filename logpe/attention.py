@@ -533,7 +533,9 @@ def _values_of(position: Position, q: Tensor) -> PositionValues:
     for x in position[:5]:
         if x is None:
             continue
-        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous() or x.is_neg():
+        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous():
+            break
+        if not torch.compiler.is_compiling() and x.is_neg():  # a graph has no negative views
             break
     else:
         if type(position.rotary_scale) is type(position.gain_length) is float:
@@ -541,7 +543,7 @@ def _values_of(position: Position, q: Tensor) -> PositionValues:
     given: dict[str, Any] = {name: _check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
     for name, x in _given(position).items():
         _check_dense(f"position.{name}", x)
-        given[name] = x.resolve_neg().contiguous()
+        given[name] = (x if torch.compiler.is_compiling() else x.resolve_neg()).contiguous()
     return PositionValues(**given)
 
 
