@@ -352,9 +352,6 @@ class LogAttention(nn.MultiheadAttention):
             key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
-        elif attn_mask is not None and key_bias is not None:  # their sum may be -inf, as that of two finfo.min is
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            attn_mask, key_bias = attn_mask.to(dtype) + key_bias.to(dtype)[:, None, None], None
         out, _, weights = reference.attention(
             q,
             k,
