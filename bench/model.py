@@ -20,12 +20,12 @@ from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, PositionV
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a model knows where a byte stands. Everything but ALiBi is a LogPosition or a LogSinusoid."""
+    """How a model knows where a byte stands: a LogPosition or a LogSinusoid."""
 
     preset: str = "none"  # of LogPosition
     rotary_scale: float | None = None  # math.inf: rotary on plain positions, that is RoPE; None: preset
     sinusoid_scale: float | None = None  # added to the embedding; math.inf: on plain positions
-    alibi: bool = False
+    learnable: bool = True
     query_gain: bool = False
     gain_on_bias: bool = False  # the gain multiplies the whole logit, not the score alone
     rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
@@ -41,6 +41,7 @@ class Encoding:
         """Of its LogPosition, beside the preset."""
         return dict(
             query_gain=self.query_gain,
+            learnable=self.learnable,
             rotary_scale=self.rotary_scale,
             rotary_fraction=self.rotary,
             rotary_base=self.rotary_base,
@@ -62,7 +63,7 @@ ENCODINGS = {
     "log-sinusoid": Encoding(sinusoid_scale=1.0),
     "rope": Encoding("log-rotary", rotary_scale=math.inf),
     "rope-yarn": Encoding("log-rotary", rotary_scale=math.inf, yarn=128),
-    "alibi": Encoding(alibi=True),
+    "alibi": Encoding("alibi", learnable=False),  # as in its paper
     "kerple": Encoding("log-bias", kerple=True),
     "log-bias": Encoding("log-bias"),
     "log-bias-rope": Encoding("log-bias-rope"),
@@ -70,7 +71,7 @@ ENCODINGS = {
     "log-rotary": Encoding("log-rotary"),
     "log-rotary-bias": Encoding("log-rotary-bias"),
 }
-ENCODINGS |= {f"{name}+gain": replace(e, query_gain=True) for name, e in ENCODINGS.items() if not e.alibi}
+ENCODINGS |= {f"{name}+gain": replace(e, query_gain=True) for name, e in ENCODINGS.items()}
 OPTIONS = {
     "gain": "a query gain on the scores",
     "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
@@ -88,8 +89,6 @@ def encoding(name: str, train_length: int) -> Encoding:
     if base not in ENCODINGS:
         raise ValueError(f"encoding must be one of {', '.join(n for n in ENCODINGS if '+' not in n)}, got {base!r}")
     found = ENCODINGS[base]
-    if found.alibi and options:
-        raise ValueError(f"alibi takes no options, got {name!r}")
     if found.yarn:
         found = replace(found, yarn=train_length)
     for option in options:
@@ -130,8 +129,8 @@ def layer_encoding(name: str) -> Encoding:
     """An encoding that torch's own layers can have, see replace_attention. Raises ValueError."""
     found = encoding(name, 1)
     added = found.rotary is not None and "rotary" not in PRESET_PARTS[found.preset]
-    if found.alibi or found.yarn or found.gain_on_bias or added:
-        raise ValueError(f"{name!r} is no LogPosition: ALiBi, YaRN, logit-gain and an added rotation do not apply here")
+    if found.yarn or found.gain_on_bias or added:
+        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
     return found
 
 
@@ -149,42 +148,6 @@ def replace_attention(model: nn.Module, encoding: Encoding) -> None:
             encoding.start(module)
 
 
-def alibi_slopes(heads: int) -> Tensor:
-    """(heads,): the geometric sequence of the ALiBi paper, 2^(-8/heads) to 2^-8."""
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
-
-
-def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-    """Causal attention with logits - slope * (i - j); q (B, H, Nq, D), k and v (B, H, Nk, D) -> as q.
-
-    Softmax does not see slope * i, which is one number per row: what is left is a bias per key and head. So heads
-    become batch entries, and ALiBi runs exactly, in float32, through the same kernel as the encodings it is
-    compared with. Distances are taken from the last key, to keep the numbers small.
-    """
-    batch, heads, length = k.shape[:3]
-    bias = slopes[:, None] * torch.arange(1 - length, 1, device=k.device)
-    q, k, v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
-    out = logpe.log_attention(q, k, v, is_causal=True, key_mask=bias.repeat(batch, 1))
-    return out.view(batch, heads, *out.shape[2:])
-
-
-class AlibiCache(logpe.KVCache):
-    """Keys and values for ALiBi, as alibi_attention has it: a batch entry and a bias over the keys for each head."""
-
-    def __init__(self, batch_size: int, slopes: Tensor, capacity: int, head_dim: int, **options: Any) -> None:
-        super().__init__(batch_size * len(slopes), 1, capacity, head_dim, **options)
-        self.slopes = slopes
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
-        """q, k and v (B, H, N, D), the next of each -> as q."""
-        batch, heads, length = k.shape[:3]
-        distance = torch.arange(1 - length, self.capacity + 1 - length, device=k.device) - self.lengths[0]
-        bias = (self.slopes[:, None] * distance).repeat(batch, 1)
-        q, k, v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
-        out = super().attend(q, k, v, *args, key_mask=bias, **options)
-        return out.view(batch, heads, *out.shape[2:])
-
-
 def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al., 2023): RoPE's angles per position for `length`, and the factor on the scores.
 
@@ -199,7 +162,6 @@ def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
 class Attention(language_model.Attention):
     """Causal self-attention; the encoding decides what the logits know of distance."""
 
-    slopes: Tensor | None
     theta: Tensor | None
     cache: logpe.KVCache | None = None  # of the tokens before those that come next, see Model.decoding
 
@@ -216,15 +178,12 @@ class Attention(language_model.Attention):
                 raise ValueError(f"rotary={encoding.rotary:g} of head_dim {head_dim} leaves no plane to rotate")
             theta = reference.inverse_frequencies(planes, self.position.rotary_base)
         self.register_buffer("theta", theta, persistent=False)
-        self.register_buffer("slopes", alibi_slopes(shape.heads) if encoding.alibi else None, persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
         if self.cache is not None:
             scale = self.values(self.cache.capacity)[1]
             return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale)
-        if self.slopes is not None:
-            return alibi_attention(q, k, v, self.slopes)
         if self.encoding.gain_on_bias:
             parts = q.split(256, dim=2)  # queries at once: what is eager holds (B, H, 256, N)
             starts = itertools.accumulate((part.shape[2] for part in parts), initial=k.shape[2] - q.shape[2])
@@ -241,8 +200,6 @@ class Attention(language_model.Attention):
             raise ValueError("a gain on the whole logit (logit-gain) has no kernel, and so it cannot use a cache")
         heads, head_dim = self.heads, self.qkv.in_features // self.heads
         options["device"] = self.qkv.weight.device
-        if self.slopes is not None:
-            return AlibiCache(batch_size, self.slopes, capacity, head_dim, **options)
         return logpe.KVCache(batch_size, heads, capacity, head_dim, self.values(capacity)[0], **options)
 
     def values(self, length: int) -> tuple[PositionValues, float]:
@@ -261,10 +218,11 @@ class Attention(language_model.Attention):
         i = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
         j = torch.arange(k.shape[2], device=q.device)
         bias = None
-        if self.slopes is not None:
-            bias = self.slopes[:, None, None] * (j - i)
-        elif self.encoding.gain_on_bias:  # the bias once more, as often as the gain exceeds 1
-            power, rate, alpha = (getattr(values, part)[:, None, None] for part in ("power", "rate", "alpha"))
+        if self.encoding.gain_on_bias:  # the bias once more, as often as the gain exceeds 1
+            parts = (values.power, values.rate, values.alpha)
+            power, rate, alpha = (x if x is None else x[:, None, None] for x in parts)
+            assert power is not None
+            assert alpha is not None
             gain = reference.query_gain(i, alpha, values.gain_length)
             bias = (gain - 1) * reference.distance_bias(reference.log_distance((i - j).abs(), rate), power)
         out, _, weights = reference.attention(

@@ -55,7 +55,7 @@ from bench.training import Advance
 from logpe.command import describe
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
-NAMES = [name for name, e in ENCODINGS.items() if not (e.alibi or e.yarn or e.qk_norm)]
+NAMES = [name for name, e in ENCODINGS.items() if not (e.yarn or e.qk_norm)]
 DEFAULT = ["sinusoid", "rope", "log-bias", "log-rotary-bias", "log-bias-rope"]
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": dict(

@@ -565,8 +565,8 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
             raise TypeError(f"position.{name} must be float32, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"position.{name} must be on the device of q, {device}, got {x.device}")
-    if values.rate is None and (values.power is not None or values.sharpness is not None):
-        raise ValueError("position.rate must be given where position.power or position.sharpness is")
+    if values.rate is None and values.sharpness is not None:
+        raise ValueError("position.rate must be given where position.sharpness is")
     for name in _LENGTHS:
         if not getattr(values, name) > 0:
             raise ValueError(f"position.{name} must be positive, got {getattr(values, name)}")
@@ -612,7 +612,7 @@ def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positi
 
 
 def _is_positional(values: PositionValues) -> bool:
-    return values.rate is not None or values.alpha is not None or values.theta is not None
+    return any(x is not None for x in (values.power, values.rate, values.alpha, values.theta))
 
 
 def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:

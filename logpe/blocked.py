@@ -337,8 +337,8 @@ class _Part:
         """The tables before the mask, (batch, query heads, distances); the gain, (batch, query heads, query rows)."""
         p = {name: x[:, None] for name, x in self.o.parameters.items()}
         curves = {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
-        if "rate" in p:
-            l = reference.log_distance(self.distances, p["rate"])  # noqa: E741
+        if "rate" in p or "power" in p:
+            l = reference.log_distance(self.distances, p.get("rate"))  # noqa: E741
             if "power" in p:
                 curves["bias"] = reference.distance_bias(l, p["power"])
             if "sharpness" in p:
@@ -359,9 +359,10 @@ class _Part:
         gradients: dict[str, Tensor | None] = {}
         dcurves = {name: self.by_query_head(x).sum(0) for name, x in dtables.items()}
         p = {name: x[:, None] for name, x in self.o.parameters.items()}
-        if "rate" in p:
+        if "rate" in p or "power" in p:
+            parts = (p.get(name) for name in ("power", "rate", "sharpness"))
             gradients["power"], gradients["rate"], gradients["sharpness"] = reference.distance_gradients(
-                self.distances, dcurves["bias"], dcurves.get("contrast"), p.get("power"), p["rate"], p.get("sharpness")
+                self.distances, dcurves["bias"], dcurves.get("contrast"), *parts
             )
         if self.gain is not None:
             dgain = self.by_query_head(torch.linalg.vecdot(dq, self.q).double() / self.gain)

@@ -20,6 +20,7 @@ from logpe.reference import inverse_frequencies, log_map
 #: The parts that each preset switches on. ``query_gain=True`` adds alpha to any of them.
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
     "none": (),
+    "alibi": ("power",),
     "log-bias": ("power", "rate"),
     "log-bias-rope": ("power", "rate", "rotary"),
     "log-invariant": ("power", "rate", "sharpness"),
@@ -39,7 +40,8 @@ LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 class PositionValues(NamedTuple):
     """A log position as the attention backends take it. A part that is None is absent.
 
-    power, rate, sharpness, alpha: float32 (num_heads,), positive. theta: float64 (planes,), the angle of
+    power, rate, sharpness, alpha: float32 (num_heads,), positive. A power without a rate counts distances as they are,
+    per token, not their log. theta: float64 (planes,), the angle of
     each rotated plane per unit of f_c. rotary_scale: c of f_c, in tokens. gain_length: n0, in tokens.
     """
 
@@ -59,6 +61,18 @@ class PositionValues(NamedTuple):
 def inverse_softplus(value: Tensor) -> Tensor:
     """The raw parameter whose softplus is ``value`` > 0."""
     return value + torch.log(-torch.expm1(-value))
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Return the slopes of ALiBi (Press et al., 2022) for any number of heads.
+
+    For a power of two they fall geometrically from 2^(-8 / num_heads) to 2^-8; otherwise those of the next lower power
+    of two come first, and every second one of the next higher follows.
+    """
+    power_of_two = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (h + 1) / power_of_two) for h in range(power_of_two)]
+    between = [2.0 ** (-8 * (h + 0.5) / power_of_two) for h in range(power_of_two)]
+    return slopes + between[: num_heads - power_of_two]
 
 
 def mapped(raw: Tensor | None) -> Tensor | None:
@@ -169,6 +183,8 @@ class LogPosition(nn.Module):
         preset: one of :data:`PRESETS`.
 
             * ``none``: no position at all; the fair baseline.
+            * ``alibi``: -power * d, ALiBi (Press et al., 2022): what ``log-bias`` tends to as its rate falls. power
+              starts as the paper's slopes, and ``learnable=False`` keeps them.
             * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there,
               but power from 1/2 to 4 over the heads where KERPLE draws from U(0, 2): most heads look near, which
               predicts better at any length, and some look far.
@@ -285,6 +301,8 @@ class LogPosition(nn.Module):
             "rate": lambda: torch.empty(self.num_heads, **like).uniform_(1e-2, 1.0),
             "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length), **like),
         }
+        if self.preset == "alibi":
+            initial["power"] = lambda: torch.tensor(alibi_slopes(self.num_heads), **like)
         if self.preset == "log-invariant":
             initial["sharpness"] = lambda: torch.full((self.num_heads,), 2.0, **like)
             initial["rate"] = lambda: torch.full((self.num_heads,), 0.1, **like)

@@ -30,9 +30,9 @@ def log_map(n: Tensor, scale: float) -> Tensor:
     return n if math.isinf(scale) else scale * torch.log1p(n / scale)
 
 
-def log_distance(distance: Tensor, rate: Tensor) -> Tensor:
-    """l = log(1 + rate * d), natural log; ``rate`` broadcasts against ``distance``."""
-    return torch.log1p(rate * distance)
+def log_distance(distance: Tensor, rate: Tensor | None) -> Tensor:
+    """l = log(1 + rate * d), natural log; ``rate`` broadcasts against ``distance``. Without a rate, d itself."""
+    return distance if rate is None else torch.log1p(rate * distance)
 
 
 def distance_bias(l: Tensor, power: Tensor) -> Tensor:  # noqa: E741
@@ -60,14 +60,16 @@ def distance_gradients(
     dbias: Tensor,
     dsharpening: Tensor | None,
     power: Tensor | None,
-    rate: Tensor,
+    rate: Tensor | None,
     sharpness: Tensor | None,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of power, rate and sharpness from those of ``distance_bias`` and ``sharpening``, without autograd.
 
     dbias, dsharpening: (..., L), at the distances (L,). Parameters: (..., 1); returned (...), None where absent.
     """
     l = log_distance(distance, rate)  # noqa: E741
+    if rate is None:
+        return -(dbias * l).sum(-1), None, None
     dl = torch.zeros_like(dbias)
     dpower = dsharpness = None
     if power is not None:
@@ -272,8 +274,9 @@ def attention(
         else:
             n = i if window_left is None else i.clamp(max=window_left)
         logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(values.alpha), values.gain_length)
-    if values.rate is not None:
-        l = log_distance((i - j).abs().to(compute), per_head(values.rate))  # noqa: E741
+    if values.rate is not None or values.power is not None:
+        rate = None if values.rate is None else per_head(values.rate)
+        l = log_distance((i - j).abs().to(compute), rate)  # noqa: E741
         if values.sharpness is not None:
             logit = sharpening(l, per_head(values.sharpness)) * logit
         if values.power is not None:

@@ -98,7 +98,10 @@ REFUSED = [
         TypeError,
         position=PositionValues(alpha=torch.ones(4, dtype=F64)),
     ),
-    refused("position.rate must be given where position.power", position=VALUES._replace(rate=None)),
+    refused(
+        "position.rate must be given where position.sharpness",
+        position=VALUES._replace(rate=None, sharpness=VALUES.power),
+    ),
     refused("position.theta must be float64...got torch.float32 (4,)", position=PositionValues(theta=torch.ones(4))),
     refused("position.theta...at most head_dim 8, got...(5,)", position=PositionValues(theta=torch.ones(5, dtype=F64))),
     refused("position.theta...(2, 2)", position=PositionValues(theta=torch.ones(2, 2, dtype=F64))),

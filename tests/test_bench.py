@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import corpus, extrapolation, study, tasks, training
-from bench.model import ENCODINGS, Model, Shape, alibi_attention, alibi_slopes
+from bench.model import ENCODINGS, Attention, Model, Shape
 from logpe import checkpoint
 from logpe.checkpoint import TIME_IS_OVER
 from logpe.command import STATUSES
@@ -139,7 +139,9 @@ def test_alibi_equals_its_definition():
     slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])  # the paper's, for four heads
     bias = torch.where(distance < 0, -math.inf, -slopes[:, None, None] * distance)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    torch.testing.assert_close(alibi_attention(q, k, v, alibi_slopes(4)), expected)
+    attention = Attention(Shape(dim=32, layers=1, heads=4), ENCODINGS["alibi"])
+    assert not any(parameter.requires_grad for parameter in attention.position.parameters())
+    torch.testing.assert_close(attention.attend(q, k, v), expected)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -150,7 +152,7 @@ def test_every_encoding_is_causal_and_learns(name):
     torch.testing.assert_close(model(tokens[:, :7]), logits[:, :7])
     torch.testing.assert_close(model(tokens, last=3), logits[:, -3:])
     logits.logsumexp(-1).mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_encodings_start_from_the_same_weights():

@@ -54,6 +54,7 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "window": ("none", "causal", "both sides", "left", "right", "causal and left"),
     "position": (
         ("none", {}),
+        ("alibi", {}),
         ("log-bias", {}),
         ("log-invariant", {}),
         ("log-rotary", dict(rotary_scale=INF)),

@@ -1046,7 +1046,7 @@ def test_compiles_into_one_graph(preset: str) -> None:
         ({"num_kv_heads": 2}, ValueError, "num_kv_heads must be a divisor of num_heads, 3, got 2"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads"),
         ({"dropout": 1.5}, ValueError, "dropout.*1.5"),
-        ({"position": "alibi"}, ValueError, "log-bias.*'alibi'"),
+        ({"position": "albi"}, ValueError, "log-bias.*'albi'"),
         ({"position": 3}, TypeError, "position.*int"),
         (
             {"position": LogPosition(4, 8)},

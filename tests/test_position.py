@@ -23,6 +23,7 @@ from logpe import LogPosition, LogSinusoid, PositionValues, log_attention, param
 
 PARTS = {
     "none": (),
+    "alibi": ("power",),
     "log-bias": ("power", "rate"),
     "log-bias-rope": ("power", "rate", "theta"),
     "log-invariant": ("power", "rate", "sharpness"),
@@ -66,6 +67,29 @@ def test_a_preset_has_its_parts_and_no_others(preset: str, query_gain: bool) -> 
 
 def test_all_presets_are_listed() -> None:
     assert set(logpe.PRESETS) == set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (1, [2**-8]),
+        (4, [2**-2, 2**-4, 2**-6, 2**-8]),
+        (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),  # as the authors' code has it
+        (12, [*(2 ** -(h + 1.0) for h in range(8)), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]),
+    ],
+)
+def test_alibi_starts_with_the_slopes_of_its_paper(heads: int, slopes: list[float]) -> None:
+    torch.testing.assert_close(LogPosition(heads, 8, "alibi").power.detach(), torch.tensor(slopes))
+
+
+def test_alibi_is_what_log_bias_tends_to() -> None:
+    """power / rate * log(1 + rate d) -> power * d as the rate falls."""
+    q, k, v = torch.randn(3, 1, 4, 30, 8, dtype=torch.float64)
+    power = torch.rand(4, dtype=torch.float64)
+    limit = log_attention(q, k, v, PositionValues(power=power), is_causal=True, backend="reference")
+    rate = torch.full_like(power, 1e-9)
+    near = log_attention(q, k, v, PositionValues(power=power / rate, rate=rate), is_causal=True, backend="reference")
+    torch.testing.assert_close(near, limit, rtol=1e-6, atol=1e-6)
 
 
 def test_log_bias_starts_with_some_heads_that_look_far() -> None:
@@ -772,7 +796,7 @@ def test_flags_become_plain(value: Any) -> None:
     [
         ((0, 8), {}, r"num_heads must be at least 1, got 0"),
         ((4, 0), {}, r"head_dim must be at least 1, got 0"),
-        ((4, 8, "alibi"), {}, r"preset must be one of none, log-bias, .*, got 'alibi'"),
+        ((4, 8, "albi"), {}, r"preset must be one of none, alibi, log-bias, .*, got 'albi'"),
         ((4, 8, "log-rotary"), dict(rotary_scale=0), r"rotary_scale must be positive, got 0"),
         ((4, 8, "log-rotary"), dict(rotary_scale=math.nan), r"rotary_scale must be positive, got nan"),
         ((4, 8, "log-rotary"), dict(rotary_base=-1), r"rotary_base must be positive, got -1"),
@@ -786,7 +810,7 @@ def test_flags_become_plain(value: Any) -> None:
         ((4, 8), dict(learnable=""), r"learnable must be .*, got ''"),
         ((4, 8), dict(learnable=None), r"learnable must be .*, got None"),
         ((4, 8), dict(learnable=1), r"learnable must be .*, got 1"),
-        ((4, 8, ["log-bias"]), {}, r"preset must be one of none, log-bias, .*, got \['log-bias'\]"),
+        ((4, 8, ["log-bias"]), {}, r"preset must be one of none, alibi, log-bias, .*, got \['log-bias'\]"),
         ((4, 8), dict(gain_length=math.nan), r"gain_length must be positive, got nan"),
         ((4, 8), dict(gain_length=math.inf), r"gain_length must be finite, got inf"),
         ((4, 8), dict(rotary_base=math.inf), r"rotary_base must be finite, got inf"),

@@ -240,7 +240,7 @@ def test_everything_at_once_against_plain_loops() -> None:
                 torch.testing.assert_close(out[b, h, m], expected)
 
 
-@pytest.mark.parametrize("preset", ["none", "log-bias", "log-invariant", "log-rotary", "log-rotary-bias"])
+@pytest.mark.parametrize("preset", ["none", "alibi", "log-bias", "log-invariant", "log-rotary", "log-rotary-bias"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(preset: str, causal: bool) -> None:
     """Gradients in every input and parameter, of out and of lse, with dead rows and dropout about."""

@@ -302,7 +302,7 @@ def test_bad_options_leave_the_model_as_it_was() -> None:
     model, ids = make(), tokens()
     expected = model(ids).logits
     for message, options in (
-        ("preset must be one of", dict(preset="alibi")),
+        ("preset must be one of", dict(preset="albi")),
         ("keep_positions must be False with preset 'log-rotary'", dict(preset="log-rotary", keep_positions=True)),
         ("gain_length must be positive", dict(query_gain=True, gain_length=0)),
         ("must not hold device", dict(device="cpu")),

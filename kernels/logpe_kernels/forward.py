@@ -80,7 +80,7 @@ def forward_kernel(
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
     tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
-    SPLIT: tl.constexpr = position.power is not None and far_tiles_pay(
+    SPLIT: tl.constexpr = position.power is not None and position.rate is not None and far_tiles_pay(
         q.pointer.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_N
     )
     UNMASKED: tl.constexpr = FAR_TILES if SPLIT else FULL_TILES

@@ -2,7 +2,7 @@
 
 For a query at position i and a key at position j, d = |i - j|, per query head:
 
-    log distance   l = log(1 + rate * d)
+    log distance   l = log(1 + rate * d); without a rate, d
     logit          a = u * s - power * l,   u = sqrt(1 + sharpness * l),   s = scale * gain(i) * <q, k>
     query gain     gain(i) = 1 + alpha * log(1 + n / n0)
 
@@ -66,8 +66,11 @@ def reciprocal(x):
 
 @triton.jit
 def log2_distance(distance, head):
-    """l / ln 2 = log2(1 + rate * d)."""
-    return log2(1.0 + head.rate * distance)
+    """l / ln 2 = log2(1 + rate * d); without a rate, d / ln 2."""
+    if head.rate is None:
+        return LOG2E * distance
+    else:
+        return log2(1.0 + head.rate * distance)
 
 
 @triton.jit
