@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
 _NO_TRANSFORM = (
     "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
-    'they work with backend="reference"'
+    'they work with backend="reference", and in LogAttention with need_weights=True'
 )
 _SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
@@ -166,6 +166,10 @@ def _run(
 def _is_elsewhere(q: Tensor) -> bool:
     """Whether q is on a GPU that is not the current one, on which kernels are launched."""
     return q.is_cuda and q.get_device() != torch.cuda.current_device()
+
+
+def _refuse_batch(*inputs: Any) -> NoReturn:
+    raise RuntimeError(_NO_TRANSFORM)
 
 
 def _check_transforms() -> None:
@@ -331,6 +335,8 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("logpe::attention", _forward_fake, lib=_library)
 torch.library.register_fake("logpe::attention_backward", _backward_fake, lib=_library)
 torch.library.register_fake("logpe::rotate", _rotate_fake, lib=_library)
+for _key in ("Batched", "FuncTorchBatched"):  # gradients in batches, as jacobian(vectorize=True) takes them
+    _library.impl("attention_backward", _refuse_batch, _key)
 _library.impl("attention", _forward_autograd, "Autograd")
 _library.impl("attention_backward", lambda *inputs: _OnceDifferentiable.apply(*inputs), "Autograd")
 _library.impl("rotate", lambda *inputs: _Rotate.apply(*inputs), "Autograd")

@@ -80,6 +80,11 @@ def distance_gradients(
     return dpower, (dl * distance / (1 + rate * distance)).sum(-1), dsharpness
 
 
+def device_of_angles(device: torch.device) -> torch.device:
+    """Where the angles of tokens on ``device`` are formed, in float64: on the CPU, if the device may not have it."""
+    return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+
+
 def inverse_frequencies(planes: int, base: float, device: torch.device | str | None = None) -> Tensor:
     """theta_t = base ** (-t / planes), float64 (planes,)."""
     return base ** (-torch.arange(planes, dtype=torch.float64, device=device) / planes)
@@ -90,8 +95,7 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
 
     x: (..., N, D), rotated in float32 at least, returned in its dtype. positions: broadcastable to
     x.shape[:-1]; those below 0 do not exist and turn by 0. theta: (planes,), 2 * planes <= D; later
-    dims stay as they are. The angles are formed in float64: c = inf at position 10^6 is still exact. They are formed
-    where theta lies: on the CPU, if the device of x has no float64.
+    dims stay as they are. The angles are formed in float64, where theta lies: c = inf at position 10^6 is still exact.
     """
     planes = theta.numel()
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -319,8 +323,8 @@ def attention_varlen(
     index_k, lengths_k = _padded_index(cu_seqlens_k)
     out = torch.zeros_like(q)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    if len(k) == 0:
-        k, v = (x.new_zeros((1, *x.shape[1:])) for x in (k, v))
+    if len(k) == 0:  # something to index, in the graph of k and v
+        k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))
     padded_out, padded_lse = attention(
         padded(q, index_q), padded(k, index_k), padded(v, index_k), values, key_lengths=lengths_k, **options
     )[:2]

@@ -820,9 +820,19 @@ def test_the_sinusoid_takes_plain_numbers() -> None:
                 LogSinusoid(**({"dim": 6} | {name: value}))
         with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got nan"):
             LogSinusoid(**({"dim": 6} | {name: math.nan}))
+    with pytest.raises(ValueError, match="base must be positive and finite, got inf"):
+        LogSinusoid(6, base=10**400)
     for positions in (2.5, True, "3", -1):
         with pytest.raises((TypeError, ValueError), match="positions must be"):
             LogSinusoid(6)(positions)
+
+
+def test_a_traced_sinusoid() -> None:
+    """torch.jit.trace makes a tensor of a length, which would be taken for one position."""
+    with pytest.raises(RuntimeError, match=r"positions must be .* under torch\.jit\.trace"):
+        torch.jit.trace(lambda x: x + LogSinusoid(6)(x.shape[0]), torch.ones(5, 6))
+    traced = torch.jit.trace(lambda x: LogSinusoid(6)(x), torch.arange(5))
+    assert torch.equal(traced(torch.arange(9)), LogSinusoid(6)(9))
 
 
 @pytest.mark.parametrize("module", [LogPosition(4, 8), LogSinusoid(8), nn.Sequential(LogPosition(4, 8))])
