@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from logpe import reference
+from logpe.position import LEARNABLE_PARTS
 
-# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it.
+# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it. It begins
+# with LEARNABLE_PARTS.
 OPTIONS = {
     "power": "Tensor?",
     "rate": "Tensor?",
@@ -47,7 +49,6 @@ OPTIONS = {
     "scale": "float",
     "dropout_p": "float",
 }
-LEARNED = ("power", "rate", "sharpness", "alpha")  # the first of them
 _TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
 _PLAIN = (Tensor, torch.nn.Parameter)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
@@ -150,7 +151,7 @@ def _by_name(options: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _learned(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [x for name, x in tensors.items() if name in LEARNED]
+    return [x for name, x in tensors.items() if name in LEARNABLE_PARTS]
 
 
 def _run(
@@ -247,7 +248,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    parameters, learned = rest[: len(LEARNED)], rest[-2]
+    parameters, learned = rest[: len(LEARNABLE_PARTS)], rest[-2]
     pairs = zip(parameters, learned, strict=True)
     gradients = (torch.empty_like(p) if p is not None and want else None for p, want in pairs)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *gradients
@@ -286,13 +287,13 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
-        present = [name for name in names if name in LEARNED]
+        present = [name for name in names if name in LEARNABLE_PARTS]
         wanted = dict(zip(present, ctx.needs_input_grad[-len(present) :], strict=False))
         dq, dk, dv, *gradients = torch.ops.logpe.attention_backward(
             dout, dlse, q, k, v, out, lse, *_in_order(dict(zip(names, saved, strict=True)), scalars),
-            [wanted.get(name, False) for name in LEARNED], backend,
+            [wanted.get(name, False) for name in LEARNABLE_PARTS], backend,
         )  # fmt: skip
-        by_name = dict(zip(LEARNED, gradients, strict=True))
+        by_name = dict(zip(LEARNABLE_PARTS, gradients, strict=True))
         return dq, dk, dv, None, None, None, None, *map(by_name.get, present)
 
 

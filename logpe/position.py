@@ -78,6 +78,11 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
 # --- options as plain values, which every file format can hold ------------------------------------------------------
 
 
+def _unwrapped(value: Any) -> Any:
+    """NumPy's scalars, and tensors of no dimensions, as Python's; all else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False) else value
+
+
 def plain_int(name: str, value: Any) -> int:
     """``value`` as an int of at least 1: an int, one of NumPy's, or a tensor of one.
 
@@ -120,22 +125,19 @@ def plain_float(name: str, value: Any) -> float:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
-    if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False):  # NumPy's, and tensors
-        value = value.item()
-    return check_number(name, value)
+    return check_number(name, _unwrapped(value))
 
 
 def plain_bool(name: str, value: Any) -> bool:
     """``value`` as a bool: one, one of NumPy's, or a tensor of one. Raises TypeError by ``name``."""
-    plain = value.item() if getattr(value, "shape", None) == () else value
+    plain = _unwrapped(value)
     if not isinstance(plain, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return plain
 
 
 def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
-    if getattr(value, "shape", None) == ():
-        value = value.item()
+    value = _unwrapped(value)
     if isinstance(value, bool):
         return value
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)

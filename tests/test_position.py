@@ -799,7 +799,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], mess
         LogPosition(*arguments, **options)
 
 
-@pytest.mark.parametrize("value", ["false", 1, None, np.array([True])])
+@pytest.mark.parametrize("value", ["false", 1, None, np.array([True]), torch.tensor(True, device="meta")])
 def test_query_gain_is_a_bool(value: Any) -> None:
     with pytest.raises(TypeError, match="query_gain must be True or False"):
         LogPosition(4, 8, query_gain=value)
