@@ -467,7 +467,7 @@ class LogSinusoid(nn.Module):
             if positions < 0:
                 raise ValueError(f"positions must be a length of at least 0, got {positions}")
             positions = torch.arange(positions, device=device)
-        elif positions.dim() == 0 and torch._C._get_tracing_state() is not None:
+        elif not torch.compiler.is_compiling() and positions.dim() == 0 and torch._C._get_tracing_state() is not None:
             raise RuntimeError(
                 "positions must be a tensor of at least one dimension under torch.jit.trace, which makes tensors of "
                 "lengths: pass torch.arange(length), or use torch.export or torch.compile"

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def log_map(n: Tensor, scale: float) -> Tensor:
     """f_c(n) = c log(1 + n/c) for c = ``scale`` in tokens; n itself for c = inf. Any float tensor n >= 0."""
-    return n if math.isinf(scale) else scale * torch.log1p(n / scale)
+    # Not math.isinf, which would break the graph of a model whose scale is symbolic.
+    return n if scale == math.inf else scale * torch.log1p(n / scale)
 
 
 def log_distance(distance: Tensor, rate: Tensor) -> Tensor:

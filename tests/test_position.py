@@ -827,6 +827,15 @@ def test_the_sinusoid_takes_plain_numbers() -> None:
             LogSinusoid(6)(positions)
 
 
+@pytest.mark.parametrize("scale", [8.0, math.inf])
+def test_a_compiled_sinusoid(scale: float) -> None:
+    torch._dynamo.reset()
+    sinusoid = LogSinusoid(7, scale)
+    compiled = torch.compile(sinusoid, fullgraph=True, dynamic=True, backend="aot_eager")
+    for positions in (5, 9, torch.arange(6), torch.tensor(3)):
+        torch.testing.assert_close(compiled(positions), sinusoid(positions))
+
+
 def test_a_traced_sinusoid() -> None:
     """torch.jit.trace makes a tensor of a length, which would be taken for one position."""
     with pytest.raises(RuntimeError, match=r"positions must be .* under torch\.jit\.trace"):
