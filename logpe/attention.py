@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from logpe import ops, reference
-from logpe.position import LogPosition, PositionValues
+from logpe.position import LogPosition, PositionValues, check_number
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
@@ -28,7 +28,6 @@ _NO_POSITION = PositionValues()
 _TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
 _LENGTHS = ("rotary_scale", "gain_length")  # then these
 _INTEGERS = (int, torch.SymInt, Integral)  # a lookup: int | SymInt would be formed anew in each call
-_NUMBERS = (float, torch.SymFloat, *_INTEGERS, Real)
 
 
 @overload
@@ -113,7 +112,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             result = ops.run(q, k, v, given, known, "triton")
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = _check_tensors(4, q=q, k=k, v=v)
-    dropout_p = _check_number("dropout_p", dropout_p)
+    dropout_p = check_number("dropout_p", dropout_p)
     _check_position(position, values, q, heads, head_dim)
     if block_table is not None:
         block_table = _check_block_table(block_table, k, q, values, dropout_p)
@@ -284,6 +283,7 @@ def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
     """
+    check_dense("x", x)
     values = _values_of(position, x)
     if values.theta is None:
         return x
@@ -313,7 +313,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         raise ValueError(f"outs and lses must be of one length, at least 1, got {len(outs)} and {len(lses)}")
     for name, parts in (("outs", outs), ("lses", lses)):
         for part in parts:
-            _check_dense(name, part)
+            check_dense(name, part)
             if not part.is_floating_point() or part.dtype != parts[0].dtype or part.device != outs[0].device:
                 raise TypeError(
                     f"{name} must be floating tensors of one dtype, all on one device, "
@@ -434,6 +434,7 @@ def _kind_of(
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
             v.shape, v.stride(), v.dtype, v.device, is_causal, key_start, window, scale,
             *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
+            values.theta is not None and values.theta.requires_grad,
             values.rotary_scale, values.gain_length,
             (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
         )  # fmt: skip
@@ -456,7 +457,7 @@ def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_dense(name, x)
+            check_dense(name, x)
     kind = "cuda" if q.is_cuda else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -464,12 +465,13 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, k, v
 
 
-def _check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
+def check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
+    """Raise TypeError by ``name`` for what is no dense tensor."""
     if not isinstance(x, Tensor):
         if isinstance(x, Proxy):
             raise TypeError(
-                f"{name} must be a tensor, got a Proxy: torch.fx.symbolic_trace needs the function as a leaf, which "
-                'torch.fx.wrap("log_attention") at the top of the module that calls it declares'
+                f"{name} must be a tensor, got a Proxy: torch.fx.symbolic_trace needs the function as a leaf; write "
+                'torch.fx.wrap("log_attention"), or the name of another, at the top of the module that calls it'
             )
         raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
     if x.is_nested:
@@ -490,7 +492,7 @@ def _check_tensors(rank: int, **tensors: Tensor) -> list[torch.Size]:
         )
     first, *_ = tensors
     for name, x in tensors.items():
-        _check_dense(name, x)
+        check_dense(name, x)
         if x.dim() != rank:
             layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
             raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
@@ -540,9 +542,9 @@ def _values_of(position: Position, q: Tensor) -> PositionValues:
     else:
         if type(position.rotary_scale) is type(position.gain_length) is float:
             return position
-    given: dict[str, Any] = {name: _check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
+    given: dict[str, Any] = {name: check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
     for name, x in _given(position).items():
-        _check_dense(f"position.{name}", x)
+        check_dense(f"position.{name}", x)
         given[name] = (x if torch.compiler.is_compiling() else x.resolve_neg()).contiguous()
     return PositionValues(**given)
 
@@ -555,7 +557,7 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
     device = q.device
     for name, x in _given(values).items():
-        _check_dense(f"position.{name}", x)
+        check_dense(f"position.{name}", x)
         if name == "theta":
             _check_theta(x, q)
             continue
@@ -574,20 +576,19 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
 
 def _check_theta(theta: Tensor, x: Tensor) -> None:
     head_dim, device = x.shape[-1], x.device
-    if theta.dim() != 1 or 2 * theta.shape[0] > head_dim or theta.dtype != torch.float64:
+    if theta.dim() != 1 or not 2 <= 2 * theta.shape[0] <= head_dim or theta.dtype != torch.float64:
         raise ValueError(
-            f"position.theta must be float64 (planes,) with 2 * planes at most head_dim {head_dim}, "
+            f"position.theta must be float64 (planes,) with 2 * planes from 2 to head_dim {head_dim}, "
             f"got {theta.dtype} {tuple(theta.shape)}"
         )
     if theta.requires_grad:
         raise ValueError("position.theta must not require a gradient: it has none")
-    # Some devices have no float64; there the angles are formed on the CPU.
-    if theta.device != device and (theta.device.type != "cpu" or device.type in ("cuda", "meta")):
+    if theta.device not in (device, reference.device_of_angles(device)):
         raise ValueError(f"position.theta must be on {device}, where the tokens are, got {theta.device}")
 
 
 def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
-    _check_dense("block_table", block_table, "an int32 or int64 tensor")
+    check_dense("block_table", block_table, "an int32 or int64 tensor")
     if block_table.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"block_table must be an int32 or int64 tensor, got {block_table.dtype}")
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
@@ -637,31 +638,17 @@ def _plain(x: Any) -> Any:
     return x if type(x) is torch.SymInt else int(x)
 
 
-def _check_number(name: str, x: Any, instead: str = "") -> float:
-    """A number as a float, or a TypeError: a tensor would be cut off from its gradient."""
-    if type(x) is float:
-        return x
-    if isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(x.shape)}{instead}")
-    if isinstance(x, bool) or not isinstance(x, _NUMBERS):
-        raise TypeError(f"{name} must be a number, got {x!r}")
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf
-
-
 def _resolve_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    scale = _check_number("scale", scale, ": to learn it, or for one per head, multiply q by it and pass scale=1.0")
+    scale = check_number("scale", scale, ": to learn it, or for one per head, multiply q by it and pass scale=1.0")
     if not abs(scale) < math.inf:  # nor NaN; math.isfinite would break the graph of a model whose scale is symbolic
         raise ValueError(f"scale must be finite, got {scale}")
     return scale
 
 
 def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
-    dropout_p = _check_number("dropout_p", dropout_p)
+    dropout_p = check_number("dropout_p", dropout_p)
     if dropout_p == 0:
         return dict(dropout_p=0.0, dropout_seed=None)
     if not 0 <= dropout_p < 1:
@@ -685,7 +672,7 @@ def _readable(x: Tensor, validate: bool) -> bool:
 
 
 def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tensor:
-    _check_dense(name, x, "an int32 or int64 tensor")
+    check_dense(name, x, "an int32 or int64 tensor")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
     if x.dim() != 1 or (length is not None and x.shape[0] != length):
@@ -735,7 +722,7 @@ def _check_longest(name: str, x: int) -> int:
 
 
 def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
-    _check_dense("key_mask", key_mask, "a bool or floating tensor")
+    check_dense("key_mask", key_mask, "a bool or floating tensor")
     if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
         raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
     if key_mask.shape != (batch, num_keys):

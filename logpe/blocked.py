@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logpe import reference
+from logpe.position import LEARNABLE_PARTS
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
 TILE_ELEMENTS = 2**19  # logits of a tile per thread, unless one head has more: they stay in cache
 UNLIMITED = 2**62
-PARAMETERS = ("power", "rate", "sharpness", "alpha")
 
 
 @dataclass
@@ -69,7 +69,7 @@ class _Options:
     def __post_init__(self) -> None:
         self.left = UNLIMITED if self.window_left is None else self.window_left
         self.right = UNLIMITED if self.window_right is None else self.window_right
-        self.parameters = {name: x.double() for name in PARAMETERS if (x := getattr(self, name)) is not None}
+        self.parameters = {name: x.double() for name in LEARNABLE_PARTS if (x := getattr(self, name)) is not None}
 
 
 @torch.autocast("cpu", enabled=False)  # the products below are float32 on purpose
@@ -128,7 +128,7 @@ def backward(
     q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
     if dlse is not None and dlse.dim() == 2:
         dlse = dlse[None]
-    wanted = [n for n, want in zip(PARAMETERS, learned, strict=True) if want and n in o.parameters]
+    wanted = [n for n, want in zip(LEARNABLE_PARTS, learned, strict=True) if want and n in o.parameters]
     gradients = {name: torch.zeros_like(o.parameters[name]) for name in wanted}
     for span in _spans(o, q, k):
         part = _Part(o, span, q, k, v)
@@ -179,7 +179,7 @@ def backward(
         full_dq[span.queries] = part.unreversed(part_dq)
         full_dk[span.keys] = part_dk.unflatten(0, (-1, part.key_heads))
         full_dv[span.keys] = part_dv.unflatten(0, (-1, part.key_heads))
-    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in wanted else None for n in PARAMETERS)
+    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in wanted else None for n in LEARNABLE_PARTS)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

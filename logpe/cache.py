@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logpe.attention import PAGE_SIZES, Position, log_attention, rotate
+from logpe.attention import PAGE_SIZES, Position, check_dense, log_attention, rotate
 from logpe.position import LogPosition, PositionValues
 
 
@@ -280,6 +280,8 @@ class KVCache:
 
     def _check_tokens(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
         """The number of new tokens of each sequence."""
+        check_dense("k", k)
+        check_dense("v", v)
         for name, x in (("k", k), ("v", v)):
             expected = (self.batch_size, self.num_kv_heads, k.shape[2] if k.dim() == 4 else "N", self.head_dim)
             if tuple(x.shape) != expected:
@@ -295,6 +297,8 @@ class KVCache:
         return list(counts)
 
     def _check_queries(self, q: Tensor, k: Tensor) -> None:
+        check_dense("q", q)
+        check_dense("k", k)
         good = q.dim() == 4 and q.shape[1] > 0 and q.shape[1] % self.num_kv_heads == 0
         if not good or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
             expected = f"({self.batch_size}, a multiple of {self.num_kv_heads}, {k.shape[-2]}, {self.head_dim})"

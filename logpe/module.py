@@ -37,8 +37,8 @@ class LogAttention(nn.MultiheadAttention):
     Two paths, one result. The kernel serves ``need_weights=False`` with any ``key_padding_mask`` and with
     ``is_causal=True``. What it cannot serve takes the exact eager path, which holds (B, H, L, S) tensors, and
     warns about it once per process and reason: ``need_weights=True`` (the default, as in
-    ``nn.MultiheadAttention``), an ``attn_mask`` without ``is_causal``, a ``key_padding_mask`` that requires a
-    gradient. Both drop the same weights for the same random state.
+    ``nn.MultiheadAttention``), an ``attn_mask`` without ``is_causal``, a mask that requires a gradient. Both
+    drop the same weights for the same random state.
 
     Args:
         position: a preset name (see :class:`LogPosition`), a LogPosition built for these heads, which may be
@@ -210,7 +210,8 @@ class LogAttention(nn.MultiheadAttention):
             average_attn_weights: average the weights over the heads.
             is_causal: hide the keys after each query, the first query aligned with the first key (top-left, as
                 in ``nn.MultiheadAttention``; ``query_start`` moves it). Given together with an ``attn_mask`` it
-                is the hint that this is the causal mask: the mask itself is read only with ``need_weights``.
+                is the hint that this is the causal mask: the mask itself is read only with ``need_weights``, or
+                where it requires a gradient.
             query_start, key_start: position of the first query and the first key, an int or an int tensor
                 (B,); negative positions do not exist. By default keys start at 0 and queries where the keys do,
                 which would be a guess where L != S without ``is_causal``: required there, with a position.
@@ -238,7 +239,8 @@ class LogAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask[None]
 
         appended = self.bias_k is not None or self.add_zero_attn
-        if is_causal and not need_weights and not (appended and key_padding_mask is not None):
+        hint = is_causal and not need_weights and not _is_learned(attn_mask)
+        if hint and not (appended and key_padding_mask is not None):
             attn_mask = None
         if attn_mask is not None:
             _check_mask("attn_mask", attn_mask, ((length, source), (batch * self.num_heads, length, source)))
@@ -577,11 +579,15 @@ def _why_slow(key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Te
     """What the kernel cannot serve; None if it can."""
     if need_weights:
         return "need_weights=True (say need_weights=False where the weights are not used)"
+    if _is_learned(attn_mask) or _is_learned(key_padding_mask):
+        return "a mask that requires a gradient"
     if attn_mask is not None:
         return "an arbitrary attn_mask (say is_causal=True for a causal one, key_padding_mask for padding)"
-    if key_padding_mask is not None and key_padding_mask.requires_grad and torch.is_grad_enabled():
-        return "a key_padding_mask that requires a gradient"
     return None
+
+
+def _is_learned(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
 
 
 def _warn_once(reason: str) -> None:

@@ -12,15 +12,17 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from logpe import reference
+from logpe.position import LEARNABLE_PARTS
 
-# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it.
+# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it. It begins
+# with LEARNABLE_PARTS.
 OPTIONS = {
     "power": "Tensor?",
     "rate": "Tensor?",
@@ -47,13 +49,12 @@ OPTIONS = {
     "scale": "float",
     "dropout_p": "float",
 }
-LEARNED = ("power", "rate", "sharpness", "alpha")  # the first of them
 _TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
 _PLAIN = (Tensor, torch.nn.Parameter)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
 _NO_TRANSFORM = (
     "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
-    'they work with backend="reference"'
+    'they work with backend="reference", and in LogAttention with need_weights=True'
 )
 _SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
@@ -150,7 +151,7 @@ def _by_name(options: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _learned(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [x for name, x in tensors.items() if name in LEARNED]
+    return [x for name, x in tensors.items() if name in LEARNABLE_PARTS]
 
 
 def _run(
@@ -166,6 +167,10 @@ def _run(
 def _is_elsewhere(q: Tensor) -> bool:
     """Whether q is on a GPU that is not the current one, on which kernels are launched."""
     return q.is_cuda and q.get_device() != torch.cuda.current_device()
+
+
+def _refuse_batch(*inputs: Any) -> NoReturn:
+    raise RuntimeError(_NO_TRANSFORM)
 
 
 def _check_transforms() -> None:
@@ -243,7 +248,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    parameters, learned = rest[: len(LEARNED)], rest[-2]
+    parameters, learned = rest[: len(LEARNABLE_PARTS)], rest[-2]
     pairs = zip(parameters, learned, strict=True)
     gradients = (torch.empty_like(p) if p is not None and want else None for p, want in pairs)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *gradients
@@ -282,13 +287,13 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
-        present = [name for name in names if name in LEARNED]
+        present = [name for name in names if name in LEARNABLE_PARTS]
         wanted = dict(zip(present, ctx.needs_input_grad[-len(present) :], strict=False))
         dq, dk, dv, *gradients = torch.ops.logpe.attention_backward(
             dout, dlse, q, k, v, out, lse, *_in_order(dict(zip(names, saved, strict=True)), scalars),
-            [wanted.get(name, False) for name in LEARNED], backend,
+            [wanted.get(name, False) for name in LEARNABLE_PARTS], backend,
         )  # fmt: skip
-        by_name = dict(zip(LEARNED, gradients, strict=True))
+        by_name = dict(zip(LEARNABLE_PARTS, gradients, strict=True))
         return dq, dk, dv, None, None, None, None, *map(by_name.get, present)
 
 
@@ -331,6 +336,8 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("logpe::attention", _forward_fake, lib=_library)
 torch.library.register_fake("logpe::attention_backward", _backward_fake, lib=_library)
 torch.library.register_fake("logpe::rotate", _rotate_fake, lib=_library)
+for _key in ("Batched", "FuncTorchBatched"):  # gradients in batches, as jacobian(vectorize=True) takes them
+    _library.impl("attention_backward", _refuse_batch, _key)
 _library.impl("attention", _forward_autograd, "Autograd")
 _library.impl("attention_backward", lambda *inputs: _OnceDifferentiable.apply(*inputs), "Autograd")
 _library.impl("rotate", lambda *inputs: _Rotate.apply(*inputs), "Autograd")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logpe.reference import inverse_frequencies, log_map
+from logpe.reference import device_of_angles, inverse_frequencies, log_map
 
 #: The parts that each preset switches on. ``query_gain=True`` adds alpha to any of them.
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
@@ -35,6 +35,7 @@ PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=
 INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)  # a union would be formed anew in each call
 
 
 class PositionValues(NamedTuple):
@@ -91,6 +92,11 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
 # --- options as plain values, which every file format can hold ------------------------------------------------------
 
 
+def _unwrapped(value: Any) -> Any:
+    """NumPy's scalars, and tensors of no dimensions, as Python's; all else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False) else value
+
+
 def plain_int(name: str, value: Any) -> int:
     """``value`` as an int of at least 1: an int, one of NumPy's, or a tensor of one.
 
@@ -108,32 +114,44 @@ def plain_int(name: str, value: Any) -> int:
     return plain
 
 
+def check_number(name: str, value: Any, instead: str = "") -> float:
+    """A number, NumPy's and a compiler's symbols included, as a float; inf where it is beyond the range of one.
+
+    Raises TypeError by ``name``. It refuses tensors too, which would be cut off from their gradients, and then adds
+    ``instead`` to the message.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}{instead}")
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def plain_float(name: str, value: Any) -> float:
     """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
 
     Raises TypeError by ``name``.
     """
-    plain = value
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
-    if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False):  # NumPy's, and tensors
-        plain = value.item()
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(plain)
+    return check_number(name, _unwrapped(value))
 
 
 def plain_bool(name: str, value: Any) -> bool:
     """``value`` as a bool: one, one of NumPy's, or a tensor of one. Raises TypeError by ``name``."""
-    plain = value.item() if getattr(value, "shape", None) == () else value
+    plain = _unwrapped(value)
     if not isinstance(plain, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return plain
 
 
 def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
-    if getattr(value, "shape", None) == ():
-        value = value.item()
+    value = _unwrapped(value)
     if isinstance(value, bool):
         return value
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
@@ -271,7 +289,7 @@ class LogPosition(nn.Module):
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} leaves no plane to rotate"
             )
-        self._theta = self._angles(torch.empty(0, device=device).device)
+        self._theta = self._angles(device_of_angles(torch.empty(0, device=device).device))
         self._mark()
         self.reset_parameters()
 
@@ -333,7 +351,8 @@ class LogPosition(nn.Module):
             return inverse_frequencies(self.planes, self.rotary_base, device)
 
     def _angles_on(self, device: torch.device) -> Tensor | None:
-        """theta on ``device``: the one at hand, or a new one where parameters were moved, but not by ``_apply``."""
+        """theta for tokens on ``device``: the one at hand, or a new one where parameters were moved past ``_apply``."""
+        device = device_of_angles(device)
         if self._theta is None or self._theta.device == device:
             return self._theta
         theta = self._angles(device)
@@ -449,9 +468,10 @@ class LogSinusoid(nn.Module):
         self.dim = plain_int("dim", dim)
         self.scale = plain_float("scale", scale)
         self.base = plain_float("base", base)
-        for name, value in (("scale", self.scale), ("base", self.base)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        if not 0 < self.base < math.inf:
+            raise ValueError(f"base must be positive and finite, got {self.base}")
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -465,9 +485,16 @@ class LogSinusoid(nn.Module):
             if positions < 0:
                 raise ValueError(f"positions must be a length of at least 0, got {positions}")
             positions = torch.arange(positions, device=device)
+        elif not torch.compiler.is_compiling() and positions.dim() == 0 and torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "positions must be a tensor of at least one dimension under torch.jit.trace, which makes tensors of "
+                "lengths: pass torch.arange(length), or use torch.export or torch.compile"
+            )
+        where = positions.device
+        positions = positions.to(device_of_angles(where))
         theta = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device=positions.device) / self.dim)
         angle = log_map(positions.double(), self.scale)[..., None] * theta  # (..., ceil(dim / 2))
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., : self.dim].to(dtype)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., : self.dim].to(dtype).to(where)
 
 
 def position_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

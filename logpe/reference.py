@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def log_map(n: Tensor, scale: float) -> Tensor:
     """f_c(n) = c log(1 + n/c) for c = ``scale`` in tokens; n itself for c = inf. Any float tensor n >= 0."""
-    return n if math.isinf(scale) else scale * torch.log1p(n / scale)
+    # Not math.isinf, which would break the graph of a model whose scale is symbolic.
+    return n if scale == math.inf else scale * torch.log1p(n / scale)
 
 
 def log_distance(distance: Tensor, rate: Tensor | None) -> Tensor:
@@ -82,6 +83,11 @@ def distance_gradients(
     return dpower, (dl * distance / (1 + rate * distance)).sum(-1), dsharpness
 
 
+def device_of_angles(device: torch.device) -> torch.device:
+    """Where the angles of tokens on ``device`` are formed, in float64: on the CPU, if the device may not have it."""
+    return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+
+
 def inverse_frequencies(planes: int, base: float, device: torch.device | str | None = None) -> Tensor:
     """theta_t = base ** (-t / planes), float64 (planes,)."""
     return base ** (-torch.arange(planes, dtype=torch.float64, device=device) / planes)
@@ -92,8 +98,7 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
 
     x: (..., N, D), rotated in float32 at least, returned in its dtype. positions: broadcastable to
     x.shape[:-1]; those below 0 do not exist and turn by 0. theta: (planes,), 2 * planes <= D; later
-    dims stay as they are. The angles are formed in float64: c = inf at position 10^6 is still exact. They are formed
-    where theta lies: on the CPU, if the device of x has no float64.
+    dims stay as they are. The angles are formed in float64, where theta lies: c = inf at position 10^6 is still exact.
     """
     planes = theta.numel()
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -322,8 +327,8 @@ def attention_varlen(
     index_k, lengths_k = _padded_index(cu_seqlens_k)
     out = torch.zeros_like(q)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    if len(k) == 0:
-        k, v = (x.new_zeros((1, *x.shape[1:])) for x in (k, v))
+    if len(k) == 0:  # something to index, in the graph of k and v
+        k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))
     padded_out, padded_lse = attention(
         padded(q, index_q), padded(k, index_k), padded(v, index_k), values, key_lengths=lengths_k, **options
     )[:2]

@@ -103,7 +103,13 @@ REFUSED = [
         position=VALUES._replace(rate=None, sharpness=VALUES.power),
     ),
     refused("position.theta must be float64...got torch.float32 (4,)", position=PositionValues(theta=torch.ones(4))),
-    refused("position.theta...at most head_dim 8, got...(5,)", position=PositionValues(theta=torch.ones(5, dtype=F64))),
+    *[
+        refused(
+            f"position.theta...from 2 to head_dim 8, got...({n},)",
+            position=PositionValues(theta=torch.ones(n, dtype=F64)),
+        )
+        for n in (0, 5)
+    ],
     refused("position.theta...(2, 2)", position=PositionValues(theta=torch.ones(2, 2, dtype=F64))),
     refused("position.theta...got meta", position=PositionValues(theta=torch.ones(2, dtype=F64, device="meta"))),
     refused("query_start must be an int or an int tensor (2,), got 1.5", TypeError, query_start=1.5),
@@ -517,6 +523,15 @@ def test_repeated_calls_see_their_own_values() -> None:
             with torch.no_grad():
                 assert torch.equal(log_attention(**x, position=where, **options, backend=backend), out)
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_a_remembered_call_accepts_no_more_than_the_first() -> None:
+    values, x = make_values(HEADS, D, "log-rotary"), tensors()
+    log_attention(**x, position=values, is_causal=True, backend="triton")
+    values = values._replace(theta=values.theta.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"position\.theta must not require a gradient"):
+        log_attention(**x, position=values, is_causal=True, backend="triton")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

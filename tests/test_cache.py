@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_values
@@ -385,6 +386,9 @@ def test_a_step_longer_than_a_window_leaves_room_for() -> None:
         (dict(q=torch.zeros(B, 4, 5, D).half()), TypeError, "q must be torch.float32 on cpu, got torch.float16"),
         (dict(k=torch.zeros(B, KV, 5, 8)), ValueError, r"k must have shape \(2, 2, 5, 16\), got \(2, 2, 5, 8\)"),
         (dict(v=torch.zeros(B, KV, 6, D)), ValueError, r"v must have shape \(2, 2, 5, 16\), got \(2, 2, 6, 16\)"),
+        (dict(q=torch.nested.nested_tensor([torch.zeros(4, 5, D)])), TypeError, "q must be .* got a nested one"),
+        (dict(v=torch.nested.nested_tensor([torch.zeros(2, 5, D)])), TypeError, "v must be .* got a nested one"),
+        (dict(k=np.zeros((B, KV, 5, D))), TypeError, "k must be a tensor, got ndarray"),
         (dict(v=torch.zeros(B, KV, 5, D).double()), TypeError, "v must be torch.float32 on cpu, got torch.float64"),
         (dict(lengths=[1, 6]), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1, 6\]"),
         (dict(lengths=torch.tensor([1])), ValueError, r"lengths must be 2 ints from 0 to 5, got \[1\]"),
@@ -478,7 +482,7 @@ def test_rotate() -> None:
 
     assert logpe.rotate(q, None) is q
     assert logpe.rotate(q, LogPosition(HEADS, D, "log-bias")) is q
-    with pytest.raises(ValueError, match=r"position.theta must be float64 .* at most head_dim 8"):
+    with pytest.raises(ValueError, match=r"position.theta must be float64 .* from 2 to head_dim 8"):
         logpe.rotate(q[..., :8].contiguous(), position)
     with pytest.raises(TypeError, match=r"start must be an int or an int tensor \(2,\), got 1.5"):
         logpe.rotate(q, position, 1.5)  # type: ignore[arg-type]

@@ -424,6 +424,20 @@ def test_qk_norm() -> None:
 # --- the slow path says so; dropout ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_learned_masks_get_their_gradient(is_causal: bool) -> None:
+    """A mask that is learned is no mere hint."""
+    plain, ours = pair()
+    x = [torch.randn(5, 2, EMBED)] * 3
+    mask = (torch.randn(5, 5) + causal_mask(5)).requires_grad_()
+    expected = outcome(plain, x, attn_mask=mask, need_weights=False)
+    assert_same(outcome(ours, x, attn_mask=mask, need_weights=False, is_causal=is_causal), expected)
+    padding = torch.randn(2, 5, requires_grad=True)
+    causal = causal_mask(5) if is_causal else None
+    expected = outcome(plain, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)
+    assert_same(outcome(ours, x, key_padding_mask=padding, need_weights=False, is_causal=is_causal), expected)
+
+
 def test_slow_path_warns_once_per_reason() -> None:
     ours = LogAttention(EMBED, HEADS)
     x = torch.randn(5, 2, EMBED)

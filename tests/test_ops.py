@@ -23,7 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from logpe import LogPosition, PositionValues, log_attention, log_attention_varlen, merge_partials, ops, rotate
+from logpe import (
+    LogPosition,
+    LogSinusoid,
+    PositionValues,
+    log_attention,
+    log_attention_varlen,
+    merge_partials,
+    ops,
+    rotate,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -177,9 +186,13 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
         torch.func.grad(lambda q: function(q[None]).square().sum()),
     )(q),
     "hessian": lambda function, q: torch.func.hessian(lambda q: function(q).square().sum())(q),
+    "batch of gradients": lambda function, q: torch.autograd.grad(
+        function(leaf := q.clone().requires_grad_()), leaf, torch.ones(3, *q.shape), is_grads_batched=True
+    )[0],
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_functional_transforms(transform: str) -> None:
     """Are refused, and work on the reference, as the message says."""
@@ -226,6 +239,15 @@ class Attend(nn.Module):
         return log_attention(q, q, q, is_causal=True)
 
 
+class Turn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = LogPosition(2, 8, "log-rotary")
+
+    def forward(self, q: Tensor) -> Tensor:
+        return rotate(q, self.position)
+
+
 def test_torchscript_is_refused() -> None:
     """A trace would keep the lengths of its example."""
     q = torch.randn(1, 2, 5, 8)
@@ -242,6 +264,8 @@ def test_torchscript_is_refused() -> None:
 def test_symbolic_trace_says_how() -> None:
     with pytest.raises(TypeError, match=r'q must be a tensor, got a Proxy.*torch\.fx\.wrap\("log_attention"\)'):
         torch.fx.symbolic_trace(Attend())
+    with pytest.raises(TypeError, match="x must be a tensor, got a Proxy"):
+        torch.fx.symbolic_trace(Turn())
     scope: dict[str, Any] = {}
     exec(  # a module that follows the advice
         "import torch\nfrom logpe import log_attention\ntorch.fx.wrap('log_attention')\n"
@@ -253,15 +277,19 @@ def test_symbolic_trace_says_how() -> None:
 
 
 def indexed(x: Tensor, key: Any) -> Tensor:
-    """x[key] for numbers, None, : and ..., without the C++ that wants the device to be there."""
+    """x[key] for numbers, None, slices and ..., without the C++ that wants the device to be there."""
     key = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in key:
         place = key.index(Ellipsis)
         key[place : place + 1] = [slice(None)] * (x.dim() - sum(k is not None for k in key) + 1)
     dim = 0
     for k in key:
-        assert k is None or isinstance(k, int) or k == slice(None)
-        x = x.unsqueeze(dim) if k is None else x.select(dim, k) if isinstance(k, int) else x
+        if isinstance(k, slice):
+            first, end, step = k.indices(x.shape[dim])
+            assert step == 1
+            x = x.narrow(dim, first, end - first)
+        else:
+            x = x.unsqueeze(dim) if k is None else x.select(dim, k)
         dim += not isinstance(k, int)
     return x
 
@@ -295,6 +323,13 @@ def test_other_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         turned = rotate(x[0], position)
         assert out.shape == turned.shape == x[0].shape
         assert out.device.type == turned.device.type == device
+        made, moved = (LogPosition(2, 8, "log-rotary", device=where) for where in (device, "cpu"))
+        for module in (made, moved.to_empty(device=device)):
+            out = log_attention(*x, module, is_causal=True, backend="reference")
+            assert out.device.type == rotate(x[0], module).device.type == device
+        for positions in (torch.empty(5, device=device), 5):
+            encoding = LogSinusoid(7)(positions, device=device)
+            assert (encoding.shape, encoding.device.type) == ((5, 7), device)
 
 
 def test_shapes_without_values() -> None:

@@ -823,7 +823,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], options: dict[str, Any], mess
         LogPosition(*arguments, **options)
 
 
-@pytest.mark.parametrize("value", ["false", 1, None, np.array([True])])
+@pytest.mark.parametrize("value", ["false", 1, None, np.array([True]), torch.tensor(True, device="meta")])
 def test_query_gain_is_a_bool(value: Any) -> None:
     with pytest.raises(TypeError, match="query_gain must be True or False"):
         LogPosition(4, 8, query_gain=value)
@@ -844,9 +844,28 @@ def test_the_sinusoid_takes_plain_numbers() -> None:
                 LogSinusoid(**({"dim": 6} | {name: value}))
         with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got nan"):
             LogSinusoid(**({"dim": 6} | {name: math.nan}))
+    with pytest.raises(ValueError, match="base must be positive and finite, got inf"):
+        LogSinusoid(6, base=10**400)
     for positions in (2.5, True, "3", -1):
         with pytest.raises((TypeError, ValueError), match="positions must be"):
             LogSinusoid(6)(positions)
+
+
+@pytest.mark.parametrize("scale", [8.0, math.inf])
+def test_a_compiled_sinusoid(scale: float) -> None:
+    torch._dynamo.reset()
+    sinusoid = LogSinusoid(7, scale)
+    compiled = torch.compile(sinusoid, fullgraph=True, dynamic=True, backend="aot_eager")
+    for positions in (5, 9, torch.arange(6), torch.tensor(3)):
+        torch.testing.assert_close(compiled(positions), sinusoid(positions))
+
+
+def test_a_traced_sinusoid() -> None:
+    """torch.jit.trace makes a tensor of a length, which would be taken for one position."""
+    with pytest.raises(RuntimeError, match=r"positions must be .* under torch\.jit\.trace"):
+        torch.jit.trace(lambda x: x + LogSinusoid(6)(x.shape[0]), torch.ones(5, 6))
+    traced = torch.jit.trace(lambda x: LogSinusoid(6)(x), torch.arange(5))
+    assert torch.equal(traced(torch.arange(9)), LogSinusoid(6)(9))
 
 
 @pytest.mark.parametrize("module", [LogPosition(4, 8), LogSinusoid(8), nn.Sequential(LogPosition(4, 8))])

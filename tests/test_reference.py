@@ -359,6 +359,14 @@ def test_packed_sequences_are_separate_calls() -> None:
     assert (lse[:, 9:] == -INF).all()
 
 
+def test_packed_sequences_of_nothing_have_gradients() -> None:
+    q, k, v = (torch.empty(0, 2, 6, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([0, 0, 0])
+    out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)] == [q.shape] * 3
+    assert [x.shape for x in torch.autograd.grad(lse.sum(), (q, k))] == [q.shape] * 2
+
+
 # --- dropout ----------------------------------------------------------------------------------------------------
 
 
