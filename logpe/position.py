@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -97,7 +98,7 @@ def plain_int(name: str, value: Any) -> int:
 def plain_float(name: str, value: Any) -> float:
     """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
 
-    Raises TypeError by ``name``.
+    Raises TypeError by ``name``, and ValueError for one beyond all floats.
     """
     plain = value
     if isinstance(value, Tensor) and value.requires_grad:
@@ -106,7 +107,10 @@ def plain_float(name: str, value: Any) -> float:
         plain = value.item()
     if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(plain)
+    try:
+        return float(plain)
+    except OverflowError:
+        raise ValueError(f"{name} must be at most {sys.float_info.max}, got a number beyond it") from None
 
 
 def plain_bool(name: str, value: Any) -> bool:
