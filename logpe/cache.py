@@ -208,7 +208,7 @@ class KVCache:
         if not good or any(not 0 <= end <= length for end, length in zip(ends, present, strict=True)):
             raise ValueError(
                 f"lengths must be an int or {self.batch_size} ints from 0 to the present lengths, {present}, "
-                f"got {given}"
+                f"got {given!r}"
             )
         self._crop(list(ends))
 
