@@ -950,12 +950,12 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[floa
             eos_token_id=None,
         )
         model = AutoModelForCausalLM.from_config(config)
-        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 600)]
+        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 500)]
         use_log_position(model, "log-rotary-bias", rotary_scale=LENGTH)
         losses.append(evaluate(model))
         groups = logpe.parameter_groups(model, weight_decay=0.1)
         groups[0]["lr"], groups[1]["lr"] = 5e-3 / 3, 1e-2
-        losses.append(train(model, groups, 150))
+        losses.append(train(model, groups, 100))
     folder = tmp_path_factory.mktemp("continued")
     model.save_pretrained(folder)
     return folder, losses
