@@ -193,9 +193,9 @@ class KVCache:
         end. ``cache.crop(cache.lengths - rejected)`` drops ``rejected`` tokens, one number or one per sequence.
 
         Args:
-            lengths: of all sequences, or B ints, or an int tensor (B,) (one on a GPU is read back), each from 0 to
-                the present length. A negative number does not count from the end, as it does in Transformers'
-                ``DynamicCache.crop``: there 0 keeps everything, here nothing.
+            lengths: one int for all sequences, or B ints, or an int tensor (B,), each from 0 to the present length,
+                which is read back from a GPU, as the tensor is. Negative numbers are refused: unlike in Transformers'
+                ``DynamicCache.crop``, they do not count from the end.
 
         Raises:
             ValueError: bad lengths, or a window that has let go of tokens that they need. What came before the last
@@ -208,7 +208,7 @@ class KVCache:
         if not good or any(not 0 <= end <= length for end, length in zip(ends, present, strict=True)):
             raise ValueError(
                 f"lengths must be an int or {self.batch_size} ints from 0 to the present lengths, {present}, "
-                f"got {given}"
+                f"got {given!r}"
             )
         self._crop(list(ends))
 

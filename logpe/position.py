@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -135,11 +136,15 @@ def check_number(name: str, value: Any, instead: str = "") -> float:
 def plain_float(name: str, value: Any) -> float:
     """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
 
-    Raises TypeError by ``name``.
+    Raises TypeError by ``name``, and ValueError for one beyond all floats.
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
-    return check_number(name, _unwrapped(value))
+    plain = _unwrapped(value)
+    number = check_number(name, plain)
+    if math.isinf(number) and not isinstance(plain, float):
+        raise ValueError(f"{name} must be at most {sys.float_info.max}, got a number beyond it")
+    return number
 
 
 def plain_bool(name: str, value: Any) -> bool:

@@ -78,6 +78,8 @@ from logpe.position import (
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 #: The name of the attention implementation, and of the masks that go with it.
 IMPLEMENTATION = "logpe"
+#: What :func:`_check_call` tells the attention: that it has seen the call.
+CHECKED = "log_position_checked"
 #: How callers say that a row of the batch holds several sequences, other than by position_ids that start again.
 PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 PACKED = (
@@ -306,11 +308,7 @@ def _check_call(
         conditions[f"attention_mask must hold 0 and 1; if it numbers packed sequences: {PACKED}"] = (
             (padding_mask == 0) | (padding_mask == 1)
         ).all()
-    if position_ids is not None and position_ids.shape[-1] > 1:
-        steps = position_ids.diff() == 1
-        if (shown := _shown(mask, cache, position_ids.shape[-1])) is not None:
-            steps = steps | ~(shown[..., 1:] & shown[..., :-1]).to(steps.device)
-        conditions[f"position_ids hold packed sequences, or do not count up by one: {PACKED}"] = steps.all()
+    conditions |= _counting(position_ids, mask, cache)
     visible = None if padding_mask is None else padding_mask.to(torch.bool, copy=True)
     padding = _left_padding(visible, conditions)
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
@@ -320,7 +318,17 @@ def _check_call(
     if visible is not None and not is_tracing(visible):
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask, which need not look again
         given["attention_mask"] = visible
-    return (), given
+    return (), given | {CHECKED: True}
+
+
+def _counting(position_ids: Tensor | None, mask: Any, cache: Any) -> dict[str, Tensor]:
+    """The condition, for :func:`_require`, that ``position_ids`` count up by one from each real token to the next."""
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return {}
+    steps = position_ids.diff() == 1
+    if (shown := _shown(mask, cache, position_ids.shape[-1])) is not None:
+        steps = steps | ~(shown[..., 1:] & shown[..., :-1]).to(steps.device)
+    return {f"position_ids hold packed sequences, or do not count up by one: {PACKED}": steps.all()}
 
 
 def _shown(mask: Any, cache: Any, length: int) -> Tensor | None:
@@ -454,9 +462,11 @@ def log_attention_forward(
         )
     if not (module.is_causal if is_causal is None else is_causal):
         raise ValueError("is_causal must be True: log positions serve causal self-attention")
-    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cache"):
+    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache", *PACKING_OPTIONS):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
+    if not options.get(CHECKED):  # a layer, or the forward of the base model, was called past the base model's hook
+        _require(_counting(options.get("position_ids"), attention_mask, None))
     starts = {}
     if attention_mask is not None:
         shape = (query.shape[0], 1, 1, 2)

@@ -800,6 +800,7 @@ def test_flags_become_plain(value: Any) -> None:
         ((4, 8, "log-rotary"), dict(rotary_scale=0), r"rotary_scale must be positive, got 0"),
         ((4, 8, "log-rotary"), dict(rotary_scale=math.nan), r"rotary_scale must be positive, got nan"),
         ((4, 8, "log-rotary"), dict(rotary_base=-1), r"rotary_base must be positive, got -1"),
+        ((4, 8, "log-rotary"), dict(rotary_scale=10**400), r"rotary_scale must be at most 1\.79.*, got a number"),
         ((4, 8), dict(gain_length=0), r"gain_length must be positive, got 0"),
         ((4, 8, "log-rotary"), dict(rotary_fraction=0), r"rotary_fraction must be in \(0, 1\], got 0"),
         ((4, 8, "log-rotary"), dict(rotary_fraction=1.5), r"rotary_fraction must be in \(0, 1\], got 1.5"),
@@ -845,6 +846,8 @@ def test_the_sinusoid_takes_plain_numbers() -> None:
         with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got nan"):
             LogSinusoid(**({"dim": 6} | {name: math.nan}))
     with pytest.raises(ValueError, match="base must be positive and finite, got inf"):
+        LogSinusoid(6, base=math.inf)
+    with pytest.raises(ValueError, match="base must be at most"):
         LogSinusoid(6, base=10**400)
     for positions in (2.5, True, "3", -1):
         with pytest.raises((TypeError, ValueError), match="positions must be"):

@@ -381,6 +381,9 @@ def test_packed_sequences(name: str) -> None:
     for (options, message), (caching, training) in itertools.product(ways, modes):
         with pytest.raises(ValueError, match=message):
             model.train(training)(input_ids=ids, **options, **caching)
+    for options, message in ways[:-1]:  # past all hooks, as AdaLoRA calls it
+        with pytest.raises(ValueError, match=message.partition(":")[0]):
+            model.forward(input_ids=ids, **options)
     names = list(inspect.signature(model.forward).parameters)
     names = names[: names.index("position_ids") + 1]
     with pytest.raises(ValueError, match="position_ids hold packed sequences"):
@@ -408,6 +411,7 @@ def test_position_ids_that_are_not_packed(name: str) -> None:
         for given in (positions, positions.expand(2, -1)):
             for options in (dict(), dict(attention_mask=torch.ones_like(ids)), dict(use_cache=False)):
                 close(model(ids, position_ids=given, **options).logits, expected)
+    close(model.lm_head(model.base_model.forward(ids, position_ids=positions)[0]), expected)
     count = mask.cumsum(-1) - 1
     right = mask.flip(1)
     for fill in (0, 1, 99):
@@ -946,12 +950,12 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[floa
             eos_token_id=None,
         )
         model = AutoModelForCausalLM.from_config(config)
-        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 600)]
+        losses = [train(model, [{"params": model.parameters(), "lr": 5e-3}], 500)]
         use_log_position(model, "log-rotary-bias", rotary_scale=LENGTH)
         losses.append(evaluate(model))
         groups = logpe.parameter_groups(model, weight_decay=0.1)
         groups[0]["lr"], groups[1]["lr"] = 5e-3 / 3, 1e-2
-        losses.append(train(model, groups, 150))
+        losses.append(train(model, groups, 100))
     folder = tmp_path_factory.mktemp("continued")
     model.save_pretrained(folder)
     return folder, losses
