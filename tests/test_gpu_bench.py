@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import status_of
 
 from bench import gpu, host_overhead, throughput
 from bench.gpu import Part
@@ -222,11 +223,7 @@ def test_the_interpreter_launches_nothing(monkeypatch, capsys):
 )
 def test_bad_use_is_named_in_one_line(bad, message, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    try:
-        status = host_overhead.main(bad)
-    except SystemExit as refused:
-        status = refused.code
-    assert status == BAD_USE
+    assert status_of(host_overhead.main, bad) == BAD_USE
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

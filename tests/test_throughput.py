@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import status_of
 
 from bench import extrapolation, findings, throughput
 from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
@@ -416,11 +417,7 @@ def test_two_at_once(canned, tmp_path, capsys):
     ],
 )
 def test_bad_use_is_named_in_one_line(canned, tmp_path, capsys, bad, message):
-    try:
-        status = throughput.main([*command(tmp_path), *bad])
-    except SystemExit as refused:
-        status = refused.code
-    assert status == 2
+    assert status_of(throughput.main, [*command(tmp_path), *bad]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not canned.asked
 
