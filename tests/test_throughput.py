@@ -440,7 +440,7 @@ def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
 def test_committed_results_are_read():
     for path in RESULTS.glob("throughput-*.json"):
         for run in throughput.read(path)["runs"]:
-            assert {Case.of(row).heads for row in run["points"]} == {8}, path
+            assert len({Case.of(row) for row in run["points"]}) == len(run["points"]) > 0, path
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
