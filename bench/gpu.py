@@ -8,8 +8,8 @@ process with a share of the time; what one does not need, the next ones get. A p
 is a line of the table that is printed last, and the others go on. DIR then holds JSON, CSV and PNG, and ``log.txt``
 with all that was printed. The same command on the same DIR goes on where throughput and tuner were stopped.
 
-Exit status: 0 if every part ended well, 1 if not, 2 without a GPU. ``--cpu`` runs what there is without one, in tiny
-sizes: it checks this command, and measures nothing.
+Exit status 1: a part did not end well. ``--cpu`` runs what there is without a GPU, in tiny sizes: it checks this
+command, and measures nothing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import throughput
+from bench import command, throughput
 from bench.common import commit, describe_machine, write_whole
-from logpe.checkpoint import TIME_IS_OVER
+from logpe.checkpoint import TIME_IS_OVER, locked
+from logpe.command import STOPPED
 
 ROOT = Path(__file__).parent.parent
+INTERRUPTED = "stopped by Ctrl-C"
 GRACE = 20.0  # seconds to write down what there is, after the time is over
 METHODS = ("log-bias", "none", "flex", "sdpa-cudnn", "sdpa-flash", "flex-learned", "log-rotary-bias")
 
@@ -198,7 +200,7 @@ def run_all(todo: Sequence[Part], seconds: float, log: Path) -> list[Outcome]:
         try:
             outcomes.append(run_part(part, max(1.0, left - GRACE / 2), log))
         except KeyboardInterrupt:
-            return outcomes + [Outcome(other.name, "not run", result="stopped by Ctrl-C") for other in todo[index:]]
+            return outcomes + [Outcome(other.name, "not run", result=INTERRUPTED) for other in todo[index:]]
     return outcomes
 
 
@@ -209,22 +211,25 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+@command.program("bench.gpu")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """The command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (%(default)s)")
+    parser = command.new_parser("bench.gpu", __doc__)
+    parser.add_argument("--minutes", type=command.minutes, default=9.0, help="for everything (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--cpu", action="store_true", help="without a GPU, in tiny sizes: checks this command")
     options = parser.parse_args(arguments)
     if not options.cpu and not torch.cuda.is_available():
-        print("bench.gpu: torch finds no GPU here, so there is nothing to measure (--cpu checks the command without)")
-        return 2
-    gpu = not options.cpu
+        raise ValueError("torch finds no GPU here, so there is nothing to measure (--cpu checks the command without)")
     folder = options.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return run_in(folder, options, shlex.join(["python", "-m", "bench.gpu", *arguments]))
+
+
+def run_in(folder: Path, options: argparse.Namespace, command_line: str) -> int:
+    """Run all parts, and write and print what they found; returns the exit status."""
+    gpu = not options.cpu
     for name in ("tests.xml", "host_overhead.json"):  # of an earlier call: not to be taken for this one's
         (folder / name).unlink(missing_ok=True)
     log = folder / "log.txt"
@@ -245,15 +250,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine=machine,
         commit=commit(),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        command=shlex.join(["python", "-m", "bench.gpu", *arguments]),
+        command=command_line,
         parts=[asdict(outcome) for outcome in outcomes],
         targets=dict(verdicts),
     )
     write_whole(folder / "gpu.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
-    lines += ["", *(str(path) for path in sorted(folder.iterdir())), "", table(outcomes)]
+    lines += ["", *(str(path) for path in sorted(folder.glob("[!.]*"))), "", table(outcomes)]
     with log.open("a") as file:
         file.write("\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
+    if any(outcome.result == INTERRUPTED for outcome in outcomes):
+        return STOPPED
     return int(any(outcome.state != "ok" for outcome in outcomes))
 
 

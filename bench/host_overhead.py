@@ -13,7 +13,6 @@ are those of the CPU. What is and is not in a number stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import cProfile
 import gc
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import logpe
+from bench import command
 from bench.common import commit, describe_machine, load, quantile, write_whole
 from logpe import ops
 
@@ -239,23 +239,25 @@ def verdict(found: dict[str, list[float]], gpu: bool) -> str:
     return f"{'met' if whole <= MOST_US and whole <= MOST_RATIO * sdpa else 'missed'}: {text}"
 
 
+@command.program("bench.host_overhead")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """The command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        "python -m bench.host_overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--length", type=int, default=128, help="tokens (%(default)s)")
-    parser.add_argument("--heads", type=int, default=16, help="of one sequence (%(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=100, help=f"blocks of {CALLS} calls of each step (%(default)s)")
-    parser.add_argument("--device", help="cuda or cpu (a GPU if there is one)")
+    parser = command.new_parser("bench.host_overhead", __doc__)
+    for name, default, text in (
+        ("--length", 128, "tokens"),
+        ("--heads", 16, "of one sequence"),
+        ("--head-dim", 64, "of a head"),
+        ("--rounds", 100, f"blocks of {CALLS} calls of each step"),
+    ):
+        parser.add_argument(name, type=command.count, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--profile", action="store_true", help="also print where log_attention spends its time")
     parser.add_argument("--out", type=Path, help="write it to this JSON file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: there is nothing to launch when interpreting")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = command.parse_device(options.device)
     gpu = device.type == "cuda"
     machine = describe_machine(device)
     with torch.cuda.device(device) if gpu else no_device():

@@ -168,7 +168,7 @@ class Results:
 
     def save(self) -> None:
         """Writes the whole file, or leaves the old one; the records of others stay as they are there."""
-        with filelock.FileLock(self.cache / f"{self.about['key']}-lock"):  # others write too: waits for them
+        with filelock.FileLock(self.cache / f".{self.about['key']}.lock"):  # others write too: waits for them
             runs = self._read()
             for (encoding, seed, job), record in self.mine.items():
                 runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record

@@ -52,7 +52,6 @@ from bench.command import at_least, count, positive, share
 from bench.common import device_name
 from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.training import Advance
-from logpe.command import describe
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.yarn or e.qk_norm)]
@@ -134,7 +133,7 @@ def read(folders: Sequence[Path]) -> tuple[int, list[Pair]]:
         home = root.resolve().name
         found = [p for p in found if TARGET in (home, *p.relative_to(root).with_suffix("").parts)]
         if not found:
-            raise ValueError(f"no catalogue of {TARGET} (.mo or .po) in {root}. {DATA_HELP}")
+            raise ValueError(f"--data {root} holds no catalogue of {TARGET} (.mo or .po). {DATA_HELP}")
         paths += found
     german: dict[str, Counter[str]] = defaultdict(Counter)
     for path in sorted(paths):
@@ -676,26 +675,22 @@ def parser() -> argparse.ArgumentParser:
 @command.program("bench.translation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    p = parser()
-    args = p.parse_args(arguments)
+    args = parser().parse_args(arguments)
     deadline = command.deadline(args.minutes)
-    try:
-        device = command.parse_device(args.device)
-        command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
-        if args.dim % args.heads:
-            raise ValueError(f"--dim must be a multiple of --heads, {args.heads}, got {args.dim}")
-        for name in args.encodings:
-            encoding(name)
-        pairs = load(args.data)
-        vocabulary = Vocabulary((text for pair in pairs.train for text in pair), args.vocabulary)
-        train_tokens, test_tokens = (
-            [(vocabulary.encode(source), vocabulary.encode(target)) for source, target in side]
-            for side in (pairs.train, pairs.test)
-        )
-        drawn = Examples(train_tokens, args.limit, args.batch)
-        tests = make_tests(test_tokens, args.limit, args.tested)
-    except (OSError, ValueError, RuntimeError) as error:
-        p.error(describe(error))
+    device = command.parse_device(args.device)
+    command.fill_in(args, BUDGETS["cpu" if device.type == "cpu" else "cuda"])
+    if args.dim % args.heads:
+        raise ValueError(f"--dim must be a multiple of --heads, {args.heads}, got {args.dim}")
+    for name in args.encodings:
+        encoding(name)
+    pairs = load(args.data)
+    vocabulary = Vocabulary((text for pair in pairs.train for text in pair), args.vocabulary)
+    train_tokens, test_tokens = (
+        [(vocabulary.encode(source), vocabulary.encode(target)) for source, target in side]
+        for side in (pairs.train, pairs.test)
+    )
+    drawn = Examples(train_tokens, args.limit, args.batch)
+    tests = make_tests(test_tokens, args.limit, args.tested)
     versions = {"torch": torch.__version__, "logpe": logpe.__version__}
     settings = Settings(
         pairs=pairs.sha256,

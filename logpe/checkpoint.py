@@ -65,7 +65,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         try:
             write(temporary)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ STATUSES = f"""exit status:
   {TIME_IS_OVER} the time of --minutes is over: the same command goes on; {STOPPED} stopped by Ctrl-C or SIGTERM;
   1 anything else, such as a check that failed or a closed pipe. (torchrun exits with 1 whenever a process does not
   exit with 0.)
+With LOGPE_DEBUG=1 in the environment, the traceback of an error stands above its message.
 """
 
 
@@ -33,7 +35,7 @@ def run(name: str, program: Callable[[], int]) -> int:
     """Return the exit status of ``program``: what it returns, or the one for what it raises, after one line about it.
 
     OSError, ValueError, FloatingPointError and Busy are about what the user gave, and so is the lack of memory. Any
-    other error is a fault of the program, and raised.
+    other error is a fault of the program, and raised. LOGPE_DEBUG=1 tells where an error comes from.
     """
     for stream in ("stdout", "stderr"):  # a program may be started without them
         if getattr(sys, stream) is None:
@@ -49,20 +51,26 @@ def run(name: str, program: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit
         return 1
     except (OSError, ValueError, FloatingPointError, Busy) as error:
-        print(f"{name}: {describe(error)}", file=sys.stderr)
-        return BAD_USE
+        return _refuse(name, describe(error))
     except (MemoryError, RuntimeError) as error:
         lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not lacking:
             raise
-        print(f"{name}: out of memory: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
-        return BAD_USE
+        return _refuse(name, f"out of memory: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _refuse(name: str, message: str) -> int:
+    """Print the message of the error in hand; returns the exit status."""
+    if os.environ.get("LOGPE_DEBUG", "0") != "0":
+        traceback.print_exc()
+    print(f"{name}: {message}", file=sys.stderr)
+    return BAD_USE
 
 
 def describe(error: BaseException) -> str:
     """One error as a message: the file first, where there is one."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 

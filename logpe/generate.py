@@ -98,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     except OSError:  # a closed pipe
         raise
     except Exception as error:  # its generation_config.json is anybody's
-        raise ValueError(f"{folder} cannot generate: {error}") from error
+        raise ValueError(f"{folder} cannot generate: {language_model.one_line(error)}") from error
     return 0
 
 
@@ -120,7 +120,10 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the folder is anybody's
-            raise ValueError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+            if "trust_remote_code" in str(error):  # which the message advises
+                raise ValueError(f"the tokenizer in {folder} needs code from there, which is never run") from None
+            why = language_model.one_line(error)
+            raise ValueError(f"the tokenizer in {folder} cannot be loaded: {why}") from None
     if vocab_size != 256:
         raise ValueError(f"{folder} holds no tokenizer, and a vocabulary of {vocab_size}: bytes are 256")
     return ByteTokenizer()

@@ -186,6 +186,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library, which may have many lines."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def load_converted(folder: Path, **options: Any) -> Any:
     """Return a Transformers model that was saved with log positions.
 
@@ -209,7 +214,7 @@ def load_converted(folder: Path, **options: Any) -> Any:
     try:
         return from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # the folder is anybody's, and Transformers raises what comes
-        raise ValueError(f"{folder} cannot be loaded: {error}") from None
+        raise ValueError(f"{folder} cannot be loaded: {one_line(error)}") from None
 
 
 def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:

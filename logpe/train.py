@@ -593,7 +593,8 @@ def find_start(
         then["steps"] = now["steps"]
         if manifest["step"] == manifest["settings"]["steps"]:
             say(f"--steps was {manifest['step']:,}: the learning rate follows the cosine of {now['steps']:,} from here")
-    if changed := [f"{_flag(n)} was {then.get(n)!r}, now {now[n]!r}" for n in now if now[n] != then.get(n)]:
+    shown = {n: "the text" if n == "source" else _flag(n) for n in now}
+    if changed := [f"{shown[n]} was {then.get(n)!r}, now {now[n]!r}" for n in now if now[n] != then.get(n)]:
         raise ValueError(f"{folder} is of another training: {'; '.join(changed)}; {advice}")
     try:
         same = text.load(data, check=True).sha256 == sha256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -242,3 +242,11 @@ def _uncancelled(call: Call) -> dict[str, Tensor]:
     if call.dlse is not None:
         rows = rows + call.dlse.double().nan_to_num(0, 0, 0).abs()
     return run(call.replace(dout=torch.zeros_like(call.dout), dlse=rows), "reference", torch.float64)
+
+
+def status_of(main: Callable[..., int], *arguments: Any) -> Any:
+    """Return the exit status of a program, which argparse raises where it refuses an option itself."""
+    try:
+        return main(*arguments)
+    except SystemExit as refused:
+        return refused.code

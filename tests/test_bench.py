@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import status_of
 
 from bench import corpus, extrapolation, study, tasks, training
 from bench.model import ENCODINGS, Attention, Model, Shape
@@ -75,8 +76,7 @@ def test_standard_library_has_long_held_out_documents():
 def test_empty_corpus_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="0 documents to train on"):
         corpus.load(str(tmp_path))
-    with pytest.raises(SystemExit):
-        extrapolation.main(arguments(tmp_path, tmp_path))
+    assert status_of(extrapolation.main, arguments(tmp_path, tmp_path)) == 2
 
 
 def test_sampler_stays_within_documents():
@@ -335,11 +335,7 @@ def test_results_of_another_kind_are_left_alone(folder, tmp_path, capsys):
     ],
 )
 def test_bad_use_is_named_in_one_line(folder, tmp_path, capsys, bad, message):
-    try:
-        status = extrapolation.main([*arguments(folder, tmp_path), *bad], TINY)
-    except SystemExit as refused:
-        status = refused.code
-    assert status == 2
+    assert status_of(extrapolation.main, [*arguments(folder, tmp_path), *bad], TINY) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

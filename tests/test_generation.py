@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import status_of
 
 from bench import corpus, generation, training
 from bench.model import ENCODINGS, Model, Shape, encoding
@@ -80,8 +81,7 @@ def test_what_cannot_be_decoded_says_so(folder, tmp_path, capsys):
     model = Model(TINY, encoding("log-bias+logit-gain", 16), seed=0)
     with pytest.raises(ValueError, match="logit-gain"), model.decoding(1, 8):
         pass
-    with pytest.raises(SystemExit):
-        generation.main(arguments(folder, tmp_path, "--encodings", "rope", "log-bias+logit-gain"))
+    assert status_of(generation.main, arguments(folder, tmp_path, "--encodings", "rope", "log-bias+logit-gain")) == 2
     assert "log-bias+logit-gain: a gain on the whole logit" in capsys.readouterr().err
     model = Model(TINY, encoding("alibi", 16), seed=0)
     with pytest.raises(ValueError, match="cache is full"), model.decoding(1, 8):
@@ -346,5 +346,4 @@ def test_bad_arguments(folder, tmp_path):
         ["--seeds", "1000"],
         ["--corpus", "nowhere"],
     ):
-        with pytest.raises(SystemExit):
-            generation.main([*arguments(folder, tmp_path), *bad])
+        assert status_of(generation.main, [*arguments(folder, tmp_path), *bad]) == 2

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import status_of
 
 from bench import gpu, host_overhead, throughput
 from bench.gpu import Part
+from logpe import checkpoint
+from logpe.command import BAD_USE, STATUSES, STOPPED
 
 PICTURES = importlib.util.find_spec("matplotlib") is not None
 
@@ -133,9 +136,26 @@ def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path / "folder")]) == 2
-    assert "torch finds no GPU" in capsys.readouterr().out
+    assert gpu.main(["--out", str(tmp_path / "folder")]) == BAD_USE
+    assert "python -m bench.gpu: torch finds no GPU" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
+
+
+def test_statuses(tmp_path, monkeypatch, capsys):
+    out = ["--cpu", "--out", str(tmp_path)]
+    stopped = gpu.Outcome("part", "not run", result=gpu.INTERRUPTED)
+    for outcome, status in ((gpu.Outcome("part", "ok"), 0), (gpu.Outcome("part", "failed (1)"), 1), (stopped, STOPPED)):
+        monkeypatch.setattr(gpu, "run_all", lambda *_, outcome=outcome: [outcome])
+        assert gpu.main(out) == status
+    with checkpoint.locked(tmp_path):
+        assert gpu.main(out) == BAD_USE
+    assert f"another run writes to {tmp_path}" in capsys.readouterr().err
+    assert gpu.main(["--cpu", "--out", "/dev/null/x"]) == BAD_USE
+    assert "python -m bench.gpu: /dev/null/x: Not a directory" in capsys.readouterr().err
+    for main in (gpu.main, host_overhead.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert STATUSES.strip() in capsys.readouterr().out
 
 
 def test_all_parts_in_tiny_sizes(tmp_path):
@@ -195,6 +215,16 @@ def test_the_interpreter_launches_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         host_overhead.main([])
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(["--device", "foo"], "--device foo: "), (["--rounds", "0"], "must be at least 1"), (["--head-dim", "x"], "'x'")],
+)
+def test_bad_use_is_named_in_one_line(bad, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert status_of(host_overhead.main, bad) == BAD_USE
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.gpu

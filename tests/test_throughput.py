@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import status_of
 
 from bench import extrapolation, findings, throughput
 from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
@@ -416,11 +417,7 @@ def test_two_at_once(canned, tmp_path, capsys):
     ],
 )
 def test_bad_use_is_named_in_one_line(canned, tmp_path, capsys, bad, message):
-    try:
-        status = throughput.main([*command(tmp_path), *bad])
-    except SystemExit as refused:
-        status = refused.code
-    assert status == 2
+    assert status_of(throughput.main, [*command(tmp_path), *bad]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not canned.asked
 
@@ -443,7 +440,7 @@ def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
 def test_committed_results_are_read():
     for path in RESULTS.glob("throughput-*.json"):
         for run in throughput.read(path)["runs"]:
-            assert {Case.of(row).heads for row in run["points"]} == {8}, path
+            assert len({Case.of(row) for row in run["points"]}) == len(run["points"]) > 0, path
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):

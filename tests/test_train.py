@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 
 from logpe import checkpoint, language_model, text, train
 from logpe.__main__ import main
+from logpe.command import BAD_USE
+from logpe.command import run as run_program
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
@@ -102,6 +105,8 @@ import os, signal, sys
 import safetensors.torch
 from logpe import train
 from logpe.__main__ import main
+from logpe.command import BAD_USE
+from logpe.command import run as run_program
 
 place, count = sys.argv[1], int(sys.argv[2])
 owner = {"gradients": train, "save_file": safetensors.torch, "rename": os}[place]
@@ -732,6 +737,17 @@ def test_help_tells_the_statuses(capsys: pytest.CaptureFixture[str]) -> None:
         assert "75 the time of --minutes is over: the same command goes on; 130 stopped" in capsys.readouterr().out
 
 
+def test_traceback_of_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ValueError may be the program's own fault."""
+    fault = ValueError("too many values to unpack")
+    for debug, traceback in (("1", True), ("0", False)):
+        monkeypatch.setenv("LOGPE_DEBUG", debug)
+        assert run_program("program", Mock(side_effect=fault)) == BAD_USE
+        *above, message = capsys.readouterr().err.splitlines()
+        assert message == "program: too many values to unpack"
+        assert any(line.startswith("Traceback") for line in above) == traceback
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused([str(folder), "--out", str(tmp_path), *SMALL, "--device=cuda"], capsys)
@@ -747,7 +763,7 @@ def test_checkpoint_of_another_training(
     message = refused([str(folder), *arguments, "--preset=log-bias", "--dim=32"], capsys)
     assert "step-00000012 is of another training: --preset was 'log-invariant', now 'log-bias'" in message
     assert "--dim was 16, now 32; name another --out, or give --fresh" in message
-    assert "--source was" in refused([str(tmp_path / "text"), *arguments], capsys)
+    assert "the text was" in refused([str(tmp_path / "text"), *arguments], capsys)
 
     arguments = [str(tmp_path / "text"), "--out", str(tmp_path / "other"), *SMALL, "--minutes=0"]
     assert main(["train", *arguments]) == 75

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import status_of
 
 for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.translation ends
     pytest.importorskip(package)
@@ -151,8 +152,7 @@ def test_split_does_not_leak(folder, tmp_path):
 
 def test_missing_data_says_how_to_get_it(tmp_path, capsys):
     for root in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(SystemExit):
-            translation.main(arguments(root, tmp_path))
+        assert status_of(translation.main, arguments(root, tmp_path)) == 2
         printed = capsys.readouterr().err
         assert str(root) in printed
         assert "apt-get download libreoffice-l10n-de" in printed
@@ -396,8 +396,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
 
 def test_bad_arguments_are_named(folder, tmp_path, capsys):
     for more in (["--steps", "0"], ["--heads", "3"], ["--vocabulary", "100"], ["--limit", "2"], ["--data", "/no"]):
-        with pytest.raises(SystemExit):
-            translation.main(arguments(folder, tmp_path, *more))
+        assert status_of(translation.main, arguments(folder, tmp_path, *more)) == 2
         assert more[0] in capsys.readouterr().err
 
 
