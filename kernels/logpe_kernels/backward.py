@@ -64,9 +64,10 @@ from .tile import (
 
 @triton.constexpr_function
 def asynchronous_products(bits):
-    """Whether matrix products run on while a warpgroup goes on: wgmma. Here ptxas has to be kept from waiting for each.
+    """Return whether a warpgroup may go on while its matrix products run (wgmma).
 
-    It does where the accumulators of dk/dv run through two pipelined loops, and in dq with a key bias and three stages.
+    ptxas makes it wait for each of them where the accumulators of dk/dv run through two pipelined loops, and in dq with
+    a key bias and three stages.
     """
     return bits == 16 and cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0)
 
@@ -334,8 +335,7 @@ def backward(
     dq, dk, dv = (new_output(x, sizes.packed) for x in (q, k, v))
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    if dlse is not None:
-        dlse = dlse.contiguous()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
     gain = torch.empty_like(lse) if problem.position.alpha is not None else None
     config = configs.lookup("backward_dq", sizes.traits)

@@ -82,7 +82,7 @@ def load_axes(
 
 @triton.jit
 def lse_rows(b, h, row, num_heads, num_queries, total_queries, PACKED: tl.constexpr):
-    """The first element of one sequence and head in lse, delta or dlse, which are contiguous: (B, H, N), (H, total)."""
+    """Return where one sequence and head begins in lse, delta and dlse, contiguous (B, H, N) or packed (H, total)."""
     if PACKED:
         return h.to(tl.int64) * total_queries + row
     else:
