@@ -671,7 +671,7 @@ def load(path: Path, state: str) -> tuple[list[Row], list[str]]:
 
 
 def kernel_names() -> list[str]:
-    """Those that the launchers have."""
+    """Return the names of the kernels that the launchers have."""
     import logpe_kernels
 
     sources = Path(logpe_kernels.__path__[0]).glob("*.py")

@@ -280,7 +280,7 @@ def tune(
 
 
 def held(tasks: list[Task], path: Path, device: torch.device) -> list[Entry]:
-    """The entries for the tasks that the file holds."""
+    """Return the entries of the file that belong to these tasks."""
     from logpe_kernels import configs
 
     if not path.exists():

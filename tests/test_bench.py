@@ -402,7 +402,7 @@ def test_help_says_what_there_is(capsys):
 
 @pytest.mark.parametrize("name", ["classification", "compile_report", "decode", "extrapolation", "throughput"])
 def test_programs_say_the_same_of_their_status_and_options(name, capsys):
-    """Of what is shared; bench.generation and bench.translation are made as bench.classification is."""
+    """Check what the studies share; bench.generation and bench.translation are made as bench.classification is."""
     with pytest.raises(SystemExit):
         importlib.import_module(f"bench.{name}").main(["--help"])
     text = capsys.readouterr().out

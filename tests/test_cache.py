@@ -201,7 +201,7 @@ def test_crop(make: Callable[..., KVCache], window: int | None, preset: str, bac
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_crop_leaves_nothing_behind(make: Callable[..., KVCache], backend: str) -> None:
-    """Of rejected tokens, not even NaN."""
+    """Nothing is left of rejected tokens, not even NaN."""
     if backend == "triton":
         pytest.importorskip("triton")
     gpu = backend == "triton" and torch.cuda.is_available()
