@@ -40,7 +40,7 @@ from logpe.command import STOPPED
 ROOT = Path(__file__).parent.parent
 INTERRUPTED = "stopped by Ctrl-C"
 GRACE = 20.0  # seconds to write down what there is, after the time is over
-METHODS = ("log-bias", "none", "flex", "sdpa-cudnn", "sdpa-flash", "flex-learned", "log-rotary-bias")
+METHODS = ("log-bias", "log-bias-rope", "none", "flex", "sdpa-cudnn", "sdpa-flash", "flex-learned", "log-rotary-bias")
 
 
 @dataclass(frozen=True)

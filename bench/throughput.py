@@ -11,7 +11,7 @@ end of ``--minutes``, loses nothing, and the same command goes on from there. St
 What is compared:
 
 * ``log-bias``: log_attention with the learned bias, gradients of its parameters included. ``log-bias-frozen``: with
-  the bias as constants. ``log-invariant``, ``log-rotary-bias``: the other presets, learned. ``none``: no position.
+  the bias as constants. ``log-bias-rope``, ``log-invariant``, ``log-rotary-bias``: other presets, learned. ``none``: no position.
   Triton kernels on a GPU, the blocked backend on the CPU.
 * ``flex``: compiled flex_attention with the bias as a score_mod whose parameters are constants; ``flex-learned``: with
   gradients of these parameters. The block mask is formed beforehand and not timed.
@@ -222,6 +222,11 @@ def _log_attention(x: Inputs, preset: str, learnable: bool = True, backend: str 
 @method("log-bias", compiled="once")
 def _log_bias(x: Inputs) -> Attention:
     return _log_attention(x, "log-bias")
+
+
+@method("log-bias-rope", compiled="once")
+def _log_bias_rope(x: Inputs) -> Attention:
+    return _log_attention(x, "log-bias-rope")
 
 
 @method("none", compiled="once")
