@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from bench.common import commit
-from logpe.checkpoint import TIME_IS_OVER
-from logpe.command import STATUSES, STOPPED, find_device, minutes, run
+from logpe.command import STATUSES, STOPPED, TIME_IS_OVER, find_device, minutes, run
 
 Budgets = Mapping[str, Mapping[str, Any]]  # of "cuda" and "cpu", and of "quick" where there is one: option, value
 

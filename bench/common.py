@@ -50,10 +50,11 @@ LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "kerple":
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """The file at `path`, in a folder that is made, is either the old one or the whole new one."""
-    from logpe import checkpoint
+
+    from logpe import files
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(path, write)
+    files.write_whole(path, write)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from logpe import command, doctor, generate, train, tune
+from logpe import command
+from logpe.lm import generate, train
+from logpe.tuning import doctor, tune
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from logpe.checkpoint import TIME_IS_OVER, Busy
+from logpe.files import Busy
 
+#: Exit status of a program that stopped because its --minutes are over: the same command goes on (EX_TEMPFAIL).
+TIME_IS_OVER = 75
 #: Exit status of a program that Ctrl-C or SIGTERM stopped.
 STOPPED = 130
 #: Of an option, a file or a folder that cannot be used.

@@ -156,7 +156,7 @@ class Reference:
     rotation. Scale, gain, bias, softmax and lse are float32, but made of rounded products; so are the gradients
     of the position's parameters, which is why their bound, too, goes by the dtype of the inputs.
 
-    One draw of a few tokens is no statistic, so a single call is given three allowances (test_kernels also pools
+    One draw of a few tokens is no statistic, so a single call is given four allowances (test_kernels also pools
     the errors of many draws, and there it needs none):
 
     * g = P (dP - delta + dlse) is a difference, and its rounding goes by the size of its terms: dq and dk of a
@@ -166,6 +166,8 @@ class Reference:
     * Eager forms the weights once. The kernels form them again in the backward, from a float32 lse, with a
       relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times; in half precision, where it
       shows if scores are in the thousands, 2 max |lse| times float32's eps is added to the eps of the dtype.
+    * A logit is a sum of D products and a bias, which may cancel: in float32 the size of lse is at least that of the
+      products, scale max |q| max |k|.
     * The gradient of a parameter is one number per head, and eager's may be right by luck. In half precision its
       error is the largest of four, at inputs that differ in the last bit.
     """
@@ -193,6 +195,8 @@ class Reference:
                 if parameter:
                     size = max(size, _largest(uncancelled[name]) / rows**0.5)
                 size *= 2 * (1 + largest_lse)
+                if name == "lse":
+                    size = max(size, _largest_product(call))
             elif dtype in HALF:
                 size *= 1 + 2 * largest_lse * torch.finfo(torch.float32).eps / self.eps
             self.eager[name], self.size[name] = max(errors), size
@@ -224,6 +228,13 @@ def check(call: Call, backend: str = "triton") -> dict[str, Tensor]:
 def _largest(x: Tensor) -> float:
     """The largest finite magnitude, 0 where there is none."""
     return float(x.double().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0
+
+
+def _largest_product(call: Call) -> float:
+    """scale times the largest norms of a query and of a key, which no scaled product of the two exceeds."""
+    q, k = (_largest(x.double().nan_to_num(0, 0, 0).norm(dim=-1)) for x in (call.q, call.k))
+    scale = call.options.get("scale")
+    return q * k * (call.q.shape[-1] ** -0.5 if scale is None else abs(scale))
 
 
 def _moved(x: Tensor) -> Tensor:

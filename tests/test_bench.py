@@ -1,6 +1,5 @@
 """The extrapolation study in miniature: corpus, tasks, model, and a run that is interrupted and resumed."""
 
-import importlib
 import json
 import math
 import random
@@ -11,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from helpers import status_of
 
-from bench import corpus, extrapolation, study, tasks, training
-from bench.model import ENCODINGS, Attention, Model, Shape
-from logpe import checkpoint
-from logpe.checkpoint import TIME_IS_OVER
-from logpe.command import STATUSES
+from bench.__main__ import main as bench_main
+from bench.study import corpus, extrapolation, tasks, training
+from bench.study import protocol as study
+from bench.study.model import ENCODINGS, Attention, Model, Shape
+from logpe import files
+from logpe.command import STATUSES, TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 
@@ -294,7 +294,7 @@ def test_two_at_once(tmp_path):
 
     def meanwhile(*_):
         if not theirs:
-            with pytest.raises(checkpoint.Busy, match="key-none-0-job"):
+            with pytest.raises(files.Busy, match="key-none-0-job"):
                 measure([0, 2], theirs)
             measure([1], theirs)
         return {"value": 0}
@@ -402,9 +402,9 @@ def test_help_says_what_there_is(capsys):
 
 @pytest.mark.parametrize("name", ["classification", "compile_report", "decode", "extrapolation", "throughput"])
 def test_programs_say_the_same_of_their_status_and_options(name, capsys):
-    """Check what the studies share; bench.generation and bench.translation are made as bench.classification is."""
+    """Check what the studies share; generation and translation are made as classification is."""
     with pytest.raises(SystemExit):
-        importlib.import_module(f"bench.{name}").main(["--help"])
+        bench_main([name, "--help"])
     text = capsys.readouterr().out
     assert STATUSES.strip() in text
     assert all(option in text for option in ("--out", "--fresh", "--minutes"))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench import classification as cl
-from bench import training
-from bench.model import encoding
-from logpe.language_model import Shape
+from bench.study import classification as cl
+from bench.study import training
+from bench.study.model import encoding
+from logpe.lm.model import Shape
 
 pytest.importorskip("tokenizers")
 

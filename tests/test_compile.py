@@ -16,10 +16,10 @@ import pytest
 triton = pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
-from bench import compile_report as report  # noqa: E402
-from bench import roofline  # noqa: E402
-from logpe import checkpoint  # noqa: E402
-from logpe.checkpoint import TIME_IS_OVER  # noqa: E402
+from bench.speed import compile_report as report  # noqa: E402
+from bench.speed import roofline  # noqa: E402
+from logpe import files  # noqa: E402
+from logpe.command import TIME_IS_OVER  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), *sys.path]))
-    command = [sys.executable, "-m", "bench.compile_report", "--jobs", "1", *arguments]
+    command = [sys.executable, "-m", "bench", "compile_report", "--jobs", "1", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -363,7 +363,7 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert report.main([*command, "--kernels", "forward", "--fresh"]) == 0
     assert len(compiled) == 6
     assert report.main([*command, "--dtypes", "float32", "--fresh"]) == 0
-    with checkpoint.locked(out.parent, out.name):
+    with files.locked(out.parent, out.name):
         assert report.main(command) == 2
     out.write_text(out.read_text()[:-9])
     assert report.main(command) == 2

@@ -20,8 +20,9 @@ from logpe_kernels import configs
 from logpe_kernels.configs import Config, Traits
 
 import logpe
-from bench.compile_report import TARGETS
-from logpe import doctor, measure
+from bench.speed.compile_report import TARGETS
+from logpe.tuning import doctor
+from logpe.tuning import trial as measure
 
 NAME = "NVIDIA H100 80GB HBM3"
 FILE = "NVIDIA-H100-80GB-HBM3.json"

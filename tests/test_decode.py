@@ -17,7 +17,7 @@ from torch import Tensor
 
 import logpe
 from logpe import log_attention
-from logpe.checkpoint import TIME_IS_OVER
+from logpe.command import TIME_IS_OVER
 
 pytest.importorskip("triton")
 
@@ -344,7 +344,7 @@ COMPILE = """
 import dataclasses, functools, json, sys
 import torch
 import logpe_kernels
-from bench import compile_report
+from bench.speed import compile_report
 from logpe import LogPosition
 
 def call(case, preset):
@@ -374,7 +374,7 @@ print(json.dumps(rows))
 def test_compiles_for_every_target() -> None:
     """Nothing spills, shared memory suffices, and loads are pipelined: two pairs of tiles are held at once.
 
-    One case for each target; ``bench.compile_report`` has more.
+    One case for each target; ``bench.speed.compile_report`` has more.
     """
     cases = [
         ("bfloat16", 128, "log-bias", "dense+1"),
@@ -461,13 +461,13 @@ def test_no_compilation_as_the_length_changes(device: torch.device) -> None:
     assert compiled() == before
 
 
-# --- bench.decode ---------------------------------------------------------------------------------------------------
+# --- bench.speed.decode ---------------------------------------------------------------------------------------------
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, plot and resuming; a method that fails is a row that says so; other settings do not mix."""
     pytest.importorskip("matplotlib")
-    from bench import decode as bench
+    from bench.speed import decode as bench
 
     def answer(worker: Any, case: bench.Case, timeout: float) -> dict[str, Any]:  # in this process, which is warm
         asked.append(case)
@@ -502,7 +502,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_the_benchs_methods_agree() -> None:
-    from bench import decode as bench
+    from bench.speed import decode as bench
 
     case = bench.Case("", 130, 2, 4, 2, 16, "float32", "cpu")
     with torch.no_grad():

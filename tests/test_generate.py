@@ -18,9 +18,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from logpe import language_model
 from logpe.__main__ import main
-from logpe.language_model import LanguageModel, Shape
+from logpe.lm import model as language_model
+from logpe.lm.model import LanguageModel, Shape
 
 ROOT = Path(__file__).parents[1]
 

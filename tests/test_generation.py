@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from helpers import status_of
 
-from bench import corpus, generation, training
-from bench.model import ENCODINGS, Model, Shape, encoding
-from logpe.checkpoint import TIME_IS_OVER
+from bench.study import corpus, generation, training
+from bench.study.model import ENCODINGS, Model, Shape, encoding
+from logpe.command import TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (

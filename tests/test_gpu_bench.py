@@ -1,4 +1,4 @@
-"""bench.gpu and bench.host_overhead: everything but the figures, which need a GPU."""
+"""bench.speed.gpu and bench.speed.host_overhead: everything but the figures, which need a GPU."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench import gpu, host_overhead, throughput
-from bench.gpu import Part
-from logpe import checkpoint
+from bench.speed import gpu, host_overhead, throughput
+from bench.speed.gpu import Part
+from logpe import files
 from logpe.command import BAD_USE, STATUSES, STOPPED
 
 PICTURES = importlib.util.find_spec("matplotlib") is not None
@@ -41,7 +41,7 @@ def test_a_part_finds_the_checkout_and_no_interpreter(log, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     code = "import os, sys; print(os.getcwd(), sys.path[1:4], os.environ.get('TRITON_INTERPRET'))"
-    root = Path(gpu.__file__).parents[1]
+    root = Path(gpu.__file__).parents[2]
     outcome = gpu.run_part(part(code), 60, log)
     assert outcome.result == f"{root} {[str(root), str(root / 'kernels'), '/elsewhere']} None"
 
@@ -137,7 +137,7 @@ def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "folder")]) == BAD_USE
-    assert "python -m bench.gpu: torch finds no GPU" in capsys.readouterr().err
+    assert "python -m bench gpu: torch finds no GPU" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
 
 
@@ -147,11 +147,11 @@ def test_statuses(tmp_path, monkeypatch, capsys):
     for outcome, status in ((gpu.Outcome("part", "ok"), 0), (gpu.Outcome("part", "failed (1)"), 1), (stopped, STOPPED)):
         monkeypatch.setattr(gpu, "run_all", lambda *_, outcome=outcome: [outcome])
         assert gpu.main(out) == status
-    with checkpoint.locked(tmp_path):
+    with files.locked(tmp_path):
         assert gpu.main(out) == BAD_USE
     assert f"another run writes to {tmp_path}" in capsys.readouterr().err
     assert gpu.main(["--cpu", "--out", "/dev/null/x"]) == BAD_USE
-    assert "python -m bench.gpu: /dev/null/x: Not a directory" in capsys.readouterr().err
+    assert "python -m bench gpu: /dev/null/x: Not a directory" in capsys.readouterr().err
     for main in (gpu.main, host_overhead.main):
         with pytest.raises(SystemExit):
             main(["--help"])
@@ -160,7 +160,7 @@ def test_statuses(tmp_path, monkeypatch, capsys):
 
 def test_all_parts_in_tiny_sizes(tmp_path):
     """As a user starts it: the processes, the files, the table."""
-    command = [sys.executable, "-m", "bench.gpu", "--cpu", "--minutes", "6", "--out", str(tmp_path / "folder")]
+    command = [sys.executable, "-m", "bench", "gpu", "--cpu", "--minutes", "6", "--out", str(tmp_path / "folder")]
     paths = {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "kernels")])}
     done = subprocess.run(command, cwd=gpu.ROOT, env=os.environ | paths, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,7 +27,7 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.host_overhead import NoDevice
+from bench.speed.host_overhead import NoDevice
 from logpe import LogPosition, PositionValues, attention, log_attention, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench import corpus, extrapolation, findings, study, tasks, training
 from bench.common import COLOURS, RESULTS
-from bench.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
-from logpe.checkpoint import TIME_IS_OVER
+from bench.study import corpus, extrapolation, findings, tasks, training
+from bench.study import protocol as study
+from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
+from logpe.command import TIME_IS_OVER
 
 TINY = Shape(dim=16, layers=2, heads=2)
 FOUND = "log-bias+rotary=0.5+base=30+power=1:4"  # what the preset log-bias-rope is made of
@@ -264,7 +265,7 @@ def test_tables_of_known_numbers():
     assert paired_needle[3] == "+0.250 [+0.250, +0.250]"
     assert cells["rope"][0][3] == "2.000 ± 0.000"
     assert set(cells["none"][0]) == {"0", "-"}
-    assert list(cells)[2] == "none"  # in the order of bench.model
+    assert list(cells)[2] == "none"  # in the order of bench.study.model
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

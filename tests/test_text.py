@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from logpe import text
+from logpe.lm import text
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 NAMES = """
 import sys
 from pathlib import Path
-from logpe import text
+from logpe.lm import text
 
 for document in text.documents([Path(sys.argv[1])]):
     print(document.name.hex(), document.hash, document.text.decode())

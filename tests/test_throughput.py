@@ -1,4 +1,4 @@
-"""bench.throughput without its clock: what is compared, how it is counted, kept, judged and drawn."""
+"""bench.speed.throughput without its clock: what is compared, how it is counted, kept, judged and drawn."""
 
 import csv
 import errno
@@ -14,11 +14,12 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench import extrapolation, findings, throughput
 from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
-from bench.throughput import METHODS, OURS, Case, Repeats
-from logpe import checkpoint
-from logpe.checkpoint import TIME_IS_OVER
+from bench.speed import throughput
+from bench.speed.throughput import METHODS, OURS, Case, Repeats
+from bench.study import extrapolation, findings
+from logpe import files
+from logpe.command import TIME_IS_OVER
 
 SMALL = Case("log-bias", "forward", 48, batch=2, heads=4, kv_heads=2, head_dim=16)
 CPU_METHODS = [name for name, m in METHODS.items() if "cpu" in m.devices]
@@ -277,7 +278,7 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
     assert data["format"] == 1
     assert run["commit"] == "0123"
     assert run["machine"]["torch"] == torch.__version__
-    assert run["command"].startswith("python -m bench.throughput --device cpu")
+    assert run["command"].startswith("python -m bench throughput --device cpu")
     assert len(run["points"]) == 4 * 2 * 3
     assert [case.length for case in canned.asked] == [128] * 10 + [64] * 10  # flex: forward alone
     assert "killed by signal 9 (SIGKILL) (at 64, 128)" in printed
@@ -397,7 +398,7 @@ def test_other_files_are_left_alone(canned, tmp_path, capsys):
 
 
 def test_two_at_once(canned, tmp_path, capsys):
-    with checkpoint.locked(tmp_path, "throughput-cpu.json"):
+    with files.locked(tmp_path, "throughput-cpu.json"):
         assert throughput.main(command(tmp_path)) == 2
     assert f"another run writes to {tmp_path / 'throughput-cpu.json'}: " in capsys.readouterr().err
     assert not canned.asked

@@ -22,10 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from logpe import checkpoint, language_model, text, train
+from logpe import files
 from logpe.__main__ import main
 from logpe.command import BAD_USE
 from logpe.command import run as run_program
+from logpe.lm import checkpoint, text, train
+from logpe.lm import model as language_model
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
@@ -103,7 +105,7 @@ def run(arguments: list[str], *command: str) -> subprocess.CompletedProcess[str]
 DYING = """
 import os, signal, sys
 import safetensors.torch
-from logpe import train
+from logpe.lm import train
 from logpe.__main__ import main
 from logpe.command import BAD_USE
 from logpe.command import run as run_program
@@ -316,7 +318,7 @@ def test_two_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
     assert main([*arguments, "--minutes=0"]) == 75
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with checkpoint.locked(tmp_path):
+    with files.locked(tmp_path):
         for more in ([], ["--fresh"]):
             assert f"another run writes to {tmp_path}" in refused([*arguments[1:], *more], capsys)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import status_of
 
-for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.translation ends
+for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.study.translation ends
     pytest.importorskip(package)
 
 from babel.messages import Catalog, mofile  # noqa: E402
 
-from bench import training, translation  # noqa: E402
-from bench.translation import (  # noqa: E402
+from bench.study import training, translation  # noqa: E402
+from bench.study.translation import (  # noqa: E402
     BEGIN,
     END,
     NEWLINE,
@@ -29,7 +29,7 @@ from bench.translation import (  # noqa: E402
     make_tests,
     pad,
 )
-from logpe.checkpoint import TIME_IS_OVER  # noqa: E402
+from logpe.command import TIME_IS_OVER  # noqa: E402
 
 CPU = torch.device("cpu")
 VERBS = {"open": "öffnen", "close": "schließen", "move": "verschieben", "read": "lesen", "delete": "löschen"}
@@ -163,7 +163,7 @@ def test_missing_data_says_how_to_get_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["sacrebleu", "tokenizers", "babel"])
 def test_missing_package_says_how_to_get_it(name):
-    code = f"import sys; sys.modules[{name!r}] = None; import bench.translation"
+    code = f"import sys; sys.modules[{name!r}] = None; import bench.study.translation"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [

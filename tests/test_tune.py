@@ -22,10 +22,13 @@ from logpe_kernels import configs
 from logpe_kernels.configs import Config, Entry
 
 import logpe
-from bench.compile_report import TARGETS
+from bench.speed.compile_report import TARGETS
 from logpe import __main__ as command
-from logpe import checkpoint, measure, tune
-from logpe.measure import KERNELS, Comparison, Failed, Gpu, OutOfTime, Resources, Task, Worker
+from logpe import files
+from logpe.lm import checkpoint
+from logpe.tuning import trial as measure
+from logpe.tuning import tune
+from logpe.tuning.trial import KERNELS, Comparison, Failed, Gpu, OutOfTime, Resources, Task, Worker
 
 ROOT = Path(__file__).parent.parent
 NAME = "Some GPU"
@@ -382,7 +385,7 @@ def test_the_whole_command(
     assert machines[-1] == "closed"
 
     path.unlink()
-    with checkpoint.locked(path.parent, path.name):
+    with files.locked(path.parent, path.name):
         assert command.main(arguments) == 2
     assert f"another run writes to {path}" in capsys.readouterr().err
 
@@ -536,8 +539,8 @@ def test_candidates_compile_without_being_launched() -> None:
     script = """
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
-from bench.compile_report import _Driver
-from logpe import measure
+from bench.speed.compile_report import _Driver
+from logpe.tuning import trial as measure
 from logpe_kernels.configs import Config
 
 def load(self):

@@ -1,4 +1,4 @@
-"""What the extrapolation study measures, and how: see bench.extrapolation, the command."""
+"""What the extrapolation study measures, and how: see bench.study.extrapolation, the command."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logpe
-from bench import corpus, tasks, training
-from bench.model import Attention, Model, Shape, encoding
-from bench.training import Advance, Stage, fit
+from bench.study import corpus, tasks, training
+from bench.study.model import Attention, Model, Shape, encoding
+from bench.study.training import Advance, Stage, fit
 from logpe.position import LEARNABLE_PARTS
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
@@ -131,7 +131,7 @@ class Text:
 
 
 class Retrieval:
-    """One of the tasks in bench.tasks; prompts of any length up to the training length."""
+    """One of the tasks in bench.study.tasks; prompts of any length up to the training length."""
 
     def __init__(self, task: tasks.Task, settings: Settings) -> None:
         self.task, self.settings = task, settings

@@ -1,14 +1,14 @@
 """Compile every shipped configuration for every target, without a GPU, and report what the compilers made of it.
 
-    python -m bench.compile_report --out report.json                # everything, about an hour on two cores
-    python -m bench.compile_report --targets sm_90 --head-dims 64 128 --presets none log-bias --check
-    python -m bench.compile_report --quick --check                  # the slice that the tests run
-    python -m bench.compile_report --features plain --write-budgets # after a change of kernels or tiles
+    python -m bench compile_report --out report.json                # everything, about an hour on two cores
+    python -m bench compile_report --targets sm_90 --head-dims 64 128 --presets none log-bias --check
+    python -m bench compile_report --quick --check                  # the slice that the tests run
+    python -m bench compile_report --features plain --write-budgets # after a change of kernels or tiles
 
 The launchers themselves run, on tensors without storage, against a driver that claims to be the target: what is
 compiled is what a GPU would be given. Read from the result: registers, spills and stack per thread, shared memory
 against what the target has, the number of matrix instructions, and what the loops over tiles cost per score element
-(:mod:`bench.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
+(:mod:`bench.speed.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
 that they imply if all units overlap perfectly, beside those of ``none``. With ``--out`` the same command goes on from
 the file that an earlier one left, if the kernels are the same. ``--check`` exits with 1 if nothing was compiled, or if
 a kernel
@@ -41,7 +41,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -54,10 +53,12 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from bench import command, roofline
+from bench import command
 from bench.common import reading, write_whole
-from bench.roofline import Loop, Rates
-from logpe.checkpoint import TIME_IS_OVER, locked
+from bench.speed import roofline
+from bench.speed.roofline import Loop, Rates
+from logpe.command import TIME_IS_OVER
+from logpe.files import locked
 
 KIB = 1024
 HALF = ("bfloat16", "float16")
@@ -651,7 +652,7 @@ def sources(*settings: object) -> str:
     state = hashlib.sha256(repr((settings, versions())).encode())
     for folder in (Path(__file__).parent, Path(logpe_kernels.__path__[0])):
         for file in sorted((*folder.glob("*.py"), *folder.glob("configs/*.json"))):
-            if folder.name != "bench" or file.name in ("compile_report.py", "roofline.py"):
+            if folder.name != "speed" or file.name in ("compile_report.py", "roofline.py"):
                 state.update(file.read_bytes())
     return state.hexdigest()[:16]
 
@@ -680,7 +681,7 @@ def kernel_names() -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; with the calls to compile, of which there is one or more, as ``todo``."""
-    parser = command.new_parser("bench.compile_report", __doc__)
+    parser = command.new_parser("bench compile_report", __doc__)
     grid = dict(
         targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=list(PRESETS),
         features=list(FEATURES),
@@ -716,7 +717,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-@command.program("bench.compile_report")
+@command.program("bench compile_report")
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parse(arguments)
@@ -775,7 +776,3 @@ def compile_and_judge(options: argparse.Namespace) -> int:
     if options.check and (failed or not rows):
         return 1
     return TIME_IS_OVER if left else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

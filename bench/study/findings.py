@@ -1,4 +1,4 @@
-"""Tables and pictures of the extrapolation study: see bench.extrapolation, the command."""
+"""Tables and pictures of the extrapolation study: see bench.study.extrapolation, the command."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench import tasks
 from bench.common import COLOURS, LABELS, write_whole
-from bench.model import ENCODINGS
-from bench.study import Settings, Text
+from bench.study import tasks
+from bench.study.model import ENCODINGS
+from bench.study.protocol import Settings, Text
 
 Runs = dict[str, Any]  # runs[encoding][seed][job]: a record with `train` and `lengths`
 
@@ -214,7 +214,7 @@ seeds, so with "seeds" - 1 degrees of freedom. What a task shows at L counts whe
 
 
 def rows(runs: Runs) -> list[str]:
-    """Encodings in the order of bench.model, each followed by its variants."""
+    """Encodings in the order of bench.study.model, each followed by its variants."""
     order = {name: index for index, name in enumerate(ENCODINGS)}
     return sorted(runs, key=lambda name: (order.get(name.partition("+")[0], len(order)), name))
 

@@ -28,10 +28,10 @@ import torch
 
 import logpe
 from logpe import ops
-from logpe.checkpoint import TIME_IS_OVER, locked
-from logpe.command import BAD_USE, STOPPED, count, minutes
-from logpe.measure import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
+from logpe.command import BAD_USE, STOPPED, TIME_IS_OVER, count, minutes
+from logpe.files import locked
 from logpe.position import PRESET_PARTS, PRESETS
+from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
 
 if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
     from logpe_kernels.configs import Entry, Traits

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from logpe import language_model
 from logpe.command import find_device
+from logpe.lm import model as language_model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

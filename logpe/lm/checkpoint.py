@@ -1,103 +1,19 @@
-"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept.
-
-And what a program needs to write them safely: files that are whole, and a lock on the folder of its output.
-"""
+"""Checkpoints that are whole or not there: a folder ``step-00000100`` each, of which the last good ones are kept."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from logpe.files import naming, sync
+
 MANIFEST = "checkpoint.json"
-#: Exit status of a program that stopped because its --minutes are over: the same command goes on (EX_TEMPFAIL).
-TIME_IS_OVER = 75
-
-
-class Busy(RuntimeError):
-    """Another process writes to the folder."""
-
-
-@contextlib.contextmanager
-def locked(folder: Path, name: str = "") -> Iterator[None]:
-    """Keep other processes from writing to ``folder``, or only to ``name`` in it, while the context lasts.
-
-    The lock is the file ``.lock``, or ``.name.lock``, in the folder, which stays there. It is free as soon as the
-    process that holds it has ended, however it ended.
-
-    Args:
-        folder: made where it does not exist.
-
-    Raises:
-        Busy: another process, or another context of this one, holds the lock.
-        OSError: the folder cannot be written.
-    """
-    import filelock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / (f".{name}.lock" if name else ".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise Busy(f"another run writes to {folder / name}: wait until it has ended, or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that is raised inside, such as that of a full disk, name ``path`` if it names no file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
-        try:
-            write(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-        except Exception:  # it may fill the disk
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync(path.parent)
-
-
-def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file of safetensors. Raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError where it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str, Any], keep: int) -> Path:
@@ -123,11 +39,11 @@ def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str
         manifest = dict(step=step, **about, files=files)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for file in (*temporary.iterdir(), temporary):
-            _sync(file)
+            sync(file)
     if path.exists():
         _remove(path)
     os.rename(temporary, path)
-    _sync(root)
+    sync(root)
     tidy(root, keep)
     return path
 
@@ -196,14 +112,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk (Windows knows no way for a folder)."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

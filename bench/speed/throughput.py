@@ -3,15 +3,15 @@
 Self-attention on random inputs. Every row (method, direction, size) is on disk as soon as it is known; Ctrl-C, or the
 end of ``--minutes``, loses nothing, and the same command goes on from there. Status 1: nothing could be measured.
 
-    python -m bench.throughput
-    python -m bench.throughput --lengths 512 2048 --methods log-bias sdpa --minutes 5
-    python -m bench.throughput --out bench/results                  # the record that is kept in this repository
-    python -m bench.throughput --report          # tables, targets and picture of the last run again, measuring nothing
+    python -m bench throughput
+    python -m bench throughput --lengths 512 2048 --methods log-bias sdpa --minutes 5
+    python -m bench throughput --out bench/results                  # the record that is kept in this repository
+    python -m bench throughput --report          # tables, targets and picture of the last run again, measuring nothing
 
 What is compared:
 
 * ``log-bias``: log_attention with the learned bias, gradients of its parameters included. ``log-bias-frozen``: with
-  the bias as constants. ``log-bias-rope``, ``log-invariant``, ``log-rotary-bias``: other presets, learned. ``none``: no position.
+  the bias as constants. ``log-bias-rope``, ``log-invariant``, ``log-rotary-bias``: others. ``none``: no position.
   Triton kernels on a GPU, the blocked backend on the CPU.
 * ``flex``: compiled flex_attention with the bias as a score_mod whose parameters are constants; ``flex-learned``: with
   gradients of these parameters. The block mask is formed beforehand and not timed.
@@ -25,7 +25,7 @@ that is not timed; ``both`` is a forward pass and its backward pass together. Me
 gradient of out; that of ``backward`` includes what its forward pass kept.
 
 On a GPU, CUDA events take the time of the device. Before each repeat the L2 cache is overwritten, and the device waits
-while the host runs ahead, so that the host's time does not count (it has a bench of its own, bench.host_overhead). One
+while the host runs ahead, so that the host's time does not count (it has a bench of its own, host_overhead). One
 process measures point after point; one that it dies of is a row that says so, and another process goes on. Kernels are
 compiled beforehand, in several processes at once. On the CPU each point has a process, so that its peak memory is its
 own; times on a CPU that is busy otherwise say little.
@@ -72,7 +72,7 @@ from bench.common import (
     write_whole,
 )
 from logpe import reference
-from logpe.checkpoint import locked
+from logpe.files import locked
 
 FORMAT = 1
 DIRECTIONS = ("forward", "backward", "both")
@@ -890,7 +890,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, with the defaults of the device filled in."""
-    parser = command.new_parser("bench.throughput", __doc__)
+    parser = command.new_parser("bench throughput", __doc__)
 
     def add(name: str, text: str, **how: Any) -> None:
         def show(value: Any) -> str:
@@ -974,7 +974,7 @@ def show(run: dict[str, Any], rows: Rows, path: Path) -> None:
         print("No figure: matplotlib is not installed.")
 
 
-@command.program("bench.throughput")
+@command.program("bench throughput")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print what the command line asks for; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -989,7 +989,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     about = dict(machine=describe_machine(command.parse_device(options.device)), commit=commit())
     with locked(options.out, path.name):
-        return measure_all(options, path, about, shlex.join(["python", "-m", "bench.throughput", *arguments]))
+        return measure_all(options, path, about, shlex.join(["python", "-m", "bench", "throughput", *arguments]))
 
 
 def measure_all(options: argparse.Namespace, path: Path, about: dict[str, Any], command_line: str) -> int:
@@ -1018,7 +1018,3 @@ def measure_all(options: argparse.Namespace, path: Path, about: dict[str, Any], 
         print(f"{missing} points to go.")
         return command.stopped(stop or command.TimeIsOver())
     return int(all("missing" in row for row in rows.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

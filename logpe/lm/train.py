@@ -42,10 +42,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import logpe
-from logpe import checkpoint, language_model, text
-from logpe.checkpoint import TIME_IS_OVER, Busy
-from logpe.command import STOPPED, count, find_device, minutes
-from logpe.language_model import LanguageModel, Shape
+from logpe import files
+from logpe.command import STOPPED, TIME_IS_OVER, count, find_device, minutes
+from logpe.files import Busy
+from logpe.lm import checkpoint, text
+from logpe.lm import model as language_model
+from logpe.lm.model import LanguageModel, Shape
 
 Result = TypeVar("Result")
 
@@ -249,9 +251,9 @@ def save(
     def write(folder: Path) -> None:
         for name in _tied(model):
             weights.pop(name, None)
-        checkpoint.save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+        files.save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
         tensors = {f"{name}.{kind}": x for name, state in moments["state"].items() for kind, x in state.items()}
-        checkpoint.save_tensors(tensors, folder / "optimizer.safetensors")
+        files.save_tensors(tensors, folder / "optimizer.safetensors")
         config: Any = _unwrapped(model).config
         written = json.dumps(config, indent=1) if isinstance(config, dict) else config.to_json_string()
         (folder / "config.json").write_text(written.strip() + "\n")
@@ -266,13 +268,13 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     from torch.distributed.checkpoint import state_dict as states
 
     options = states.StateDictOptions(full_state_dict=dist.is_initialized())
-    weights: Any = checkpoint.load_tensors(folder / "model.safetensors")
+    weights: Any = files.load_tensors(folder / "model.safetensors")
     weights |= {name: weights[original] for name, original in _tied(model).items()}
     states.set_model_state_dict(model, weights, options=options)
     # Of its own state, the optimiser keeps the groups: Settings hold what is in them.
     moments: Any = states.get_optimizer_state_dict(model, optimizer)
     moments["state"] = {}
-    for name, tensor in checkpoint.load_tensors(folder / "optimizer.safetensors").items():
+    for name, tensor in files.load_tensors(folder / "optimizer.safetensors").items():
         parameter, _, kind = name.rpartition(".")
         moments["state"].setdefault(parameter, {})[kind] = tensor
     states.set_optimizer_state_dict(model, optimizer, moments, options=options)
@@ -291,7 +293,7 @@ class Metrics:
     def __init__(self, path: Path, steps: int, board: Path | None, say: Callable[[str], object]) -> None:
         self.path = path
         kept = [json.dumps(record) + "\n" for record in self.read(say) if record["step"] <= steps]
-        checkpoint.write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+        files.write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
         self.file = path.open("a")
         self.writer: Any = None
         if board is not None:
@@ -301,7 +303,7 @@ class Metrics:
 
     def append(self, record: dict[str, Any], tokens: int) -> None:
         """Safe from the end of the process, though not yet of the machine. ``tokens``: of a step."""
-        with checkpoint.naming(self.path):
+        with files.naming(self.path):
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
         if self.writer is not None:
@@ -313,7 +315,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Safe from the end of the machine too: before a checkpoint, which must not know more than this file."""
-        with checkpoint.naming(self.path):
+        with files.naming(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -533,9 +535,9 @@ def export(
     else:
         out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
-            checkpoint.write_whole(out / name, functools.partial(shutil.copyfile, found[0] / name))
+            files.write_whole(out / name, functools.partial(shutil.copyfile, found[0] / name))
     if options.tokenizer is not None:
-        checkpoint.write_whole(out / "tokenizer.json", functools.partial(shutil.copyfile, options.tokenizer))
+        files.write_whole(out / "tokenizer.json", functools.partial(shutil.copyfile, options.tokenizer))
     plot(options.out / "loss.png", metrics.read(), settings, say)
 
 
@@ -676,7 +678,7 @@ def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Cal
         for axis in axes[0]:
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
-        checkpoint.write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
+        files.write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
         pyplot.close(drawing)
 
 
@@ -791,8 +793,8 @@ def _output(folder: Path) -> Iterator[None]:
         raise ValueError(f"--out {os.fsencode(folder)!r} must be a name in UTF-8, as safetensors wants it") from None
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(checkpoint.locked(folder))
-            checkpoint.write_whole(folder / ".writable", lambda path: path.touch())
+            stack.enter_context(files.locked(folder))
+            files.write_whole(folder / ".writable", lambda path: path.touch())
             (folder / ".writable").unlink()
         except OSError as error:
             raise OSError(f"--out {folder} cannot be written: {error.strerror or error}") from None

@@ -4,14 +4,14 @@ Small byte-level transformers that differ in nothing but the position encoding (
 batches) are trained on short windows of text. Then the same held-out bytes are scored with ever more context, and
 retrieval tasks are trained short and asked long.
 
-    python -m bench.extrapolation --quick        minutes on two CPU cores
-    python -m bench.extrapolation                the study: hours on a GPU, or a smaller one on the CPU
+    python -m bench extrapolation --quick        minutes on two CPU cores
+    python -m bench extrapolation                the study: hours on a GPU, or a smaller one on the CPU
 
 Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from
 there. On many GPUs one process each does its part of the same study:
 
-    CUDA_VISIBLE_DEVICES=3 python -m bench.extrapolation --shard 3/8 --minutes 8.5
-    torchrun --nproc-per-node 8 -m bench.extrapolation
+    CUDA_VISIBLE_DEVICES=3 python -m bench extrapolation --shard 3/8 --minutes 8.5
+    torchrun --nproc-per-node 8 -m bench extrapolation
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import logpe
-from bench import command, corpus, findings, study, tasks, training
+from bench import command
 from bench.command import at_least, count, positive
 from bench.common import device_name
-from bench.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
+from bench.study import corpus, findings, tasks, training
+from bench.study import protocol as study
+from bench.study.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 
 QUICK = ["rope", "alibi", "log-bias", "log-bias-rope"]
 CPU = ["rope", "rope-yarn", "alibi", "kerple", "log-bias", "log-bias-rope"]
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     options = "\n".join(f"  +{name:<56}{what}" for name, what in OPTIONS.items())
     listed = "\n".join(f"  {name:<57}{task.summary}" for name, task in tasks.TASKS.items())
     p = command.new_parser(
-        "bench.extrapolation",
+        "bench extrapolation",
         __doc__,
         f"encodings: {', '.join(name for name in ENCODINGS if '+' not in name)};\n"
         f"options of an encoding, as in log-bias+gain+power=0.5:4:\n{options}\n"
@@ -146,7 +148,7 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     )
 
 
-@command.program("bench.extrapolation")
+@command.program("bench extrapolation")
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(arguments)
@@ -170,7 +172,7 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
     found = []
     for settings, jobs, reading in studies:
         about = command.about(
-            "bench.extrapolation",
+            "bench extrapolation",
             arguments,
             settings,
             stamp,

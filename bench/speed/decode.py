@@ -1,7 +1,7 @@
 """How many tokens per second attention generates from a cache, by its length, beside its alternatives.
 
-    python -m bench.decode                     # on a GPU: 1k to 128k tokens, bfloat16, 32 query heads on 8 of 128
-    python -m bench.decode --device cpu --lengths 256 1024 --methods log-bias sdpa copy
+    python -m bench decode                     # on a GPU: 1k to 128k tokens, bfloat16, 32 query heads on 8 of 128
+    python -m bench decode --device cpu --lengths 256 1024 --methods log-bias sdpa copy
 
 One new query of each sequence against all keys of its cache; one layer, attention alone. Every method works on the
 same tensors in one process. On a GPU a step is a CUDA graph, as decoders run it, and the L2 cache is overwritten before
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import logpe
 from bench import command
 from bench.common import COLOURS, Worker, commit, describe_machine, load, quantile, reading, write_whole
-from logpe.checkpoint import locked
+from logpe.files import locked
 
 FORMAT = 1
 PAGE_SIZE = 64
@@ -314,7 +314,7 @@ def figure(path: Path, rows: Rows, caption: str) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command.new_parser("bench.decode", __doc__)
+    parser = command.new_parser("bench decode", __doc__)
     parser.add_argument("--lengths", type=command.count, nargs="+", help="tokens (1k to 128k; CPU: 512 to 8k)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=", ".join(METHODS))  # fmt: skip
@@ -334,14 +334,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-@command.program("bench.decode")
+@command.program("bench decode")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print what the command line asks for; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     path = options.out / f"decode-{options.device.split(':')[0]}.json"
     with locked(options.out, path.name):
-        return measure_all(options, path, shlex.join(["python", "-m", "bench.decode", *arguments]))
+        return measure_all(options, path, shlex.join(["python", "-m", "bench", "decode", *arguments]))
 
 
 def read(path: Path, about: dict[str, Any]) -> Rows:
@@ -389,7 +389,3 @@ def measure_all(options: argparse.Namespace, path: Path, command_line: str) -> i
     if stop:
         return command.stopped(stop)
     return int(all("missing" in row for row in rows.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

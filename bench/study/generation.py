@@ -16,8 +16,8 @@ all beside real held-out text, among it the true continuations of the same promp
 from a perfect model would score. Text that decays into noise has more bits than real text; text that goes round in
 circles has fewer, and repeats itself.
 
-    python -m bench.generation                 the standard library; nothing to download
-    python -m bench.generation --corpus linux  the kernel's source; see below for how to get it
+    python -m bench generation                 the standard library; nothing to download
+    python -m bench generation --corpus linux  the kernel's source; see below for how to get it
 
 Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from
 there.
@@ -44,11 +44,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logpe
-from bench import command, corpus, findings, study, training
+from bench import command
 from bench.command import at_least, count, positive
 from bench.common import device_name
-from bench.model import Attention, Model, Shape, encoding
-from bench.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
+from bench.study import corpus, findings, training
+from bench.study import protocol as study
+from bench.study.model import Attention, Model, Shape, encoding
+from bench.study.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 REAL = "real"  # stands among the encodings: the text that the judge is tested on
@@ -270,7 +272,7 @@ def train(
     checkpoint: Path,
     advance: Advance,
 ) -> dict[str, Any]:
-    """Next-byte prediction, as bench.training.fit; -> what to record."""
+    """Next-byte prediction, as bench.study.training.fit; -> what to record."""
     device = next(model.parameters()).device
     generator = torch.Generator()
 
@@ -491,9 +493,9 @@ def caption(runs: dict[str, Any], settings: Settings, source: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
     p = command.new_parser(
-        "bench.generation",
+        "bench generation",
         __doc__,
-        "encodings and their options: those of python -m bench.extrapolation --help, but for logit-gain\n"
+        "encodings and their options: those of python -m bench extrapolation --help, but for logit-gain\n"
         f"corpora:\n  stdlib: the standard library beside the interpreter; nothing to download\n"
         f"  linux, linux-docs: C source, or Documentation, of the folder linux-source-* here or in /usr/src\n"
         f"{corpus.LINUX_HELP}  any folder of text",
@@ -564,7 +566,7 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, device: torch.dev
     )
 
 
-@command.program("bench.generation")
+@command.program("bench generation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(arguments)
@@ -576,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = Texts(text, settings, args.seeds)
     stamp = command.stamp()
     about = command.about(
-        "bench.generation",
+        "bench generation",
         arguments,
         settings,
         stamp,

@@ -1,4 +1,4 @@
-"""Compiling and timing one configuration of one kernel, in a process that may come to grief: for :mod:`logpe.tune`."""
+"""Compile and time one configuration of one kernel, in a process that may fail: for :mod:`logpe.tuning.tune`."""
 
 from __future__ import annotations
 

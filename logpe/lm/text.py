@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from logpe.checkpoint import save_tensors, write_whole
+from logpe.files import save_tensors, write_whole
 
 TEST_SHARE = 10  # one document in ten is held out
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logpe.attention import log_attention
-from logpe.checkpoint import load_tensors, save_tensors, write_whole
+from logpe.files import load_tensors, save_tensors, write_whole
 from logpe.module import HeadNorm
 from logpe.position import ROTATION, LogPosition
 

@@ -1,7 +1,7 @@
 """Host time of one short call of log_attention, forward under autograd, and what each of its layers costs.
 
-    python -m bench.host_overhead
-    python -m bench.host_overhead --profile      # and the functions that take it
+    python -m bench host_overhead
+    python -m bench host_overhead --profile      # and the functions that take it
 
 Every step of the ladder is a call that includes the steps above it, down to the whole of
 log_attention(q, k, v, position). Calls are repeated, as a model repeats them: what is known of one is looked up. On a
@@ -239,11 +239,11 @@ def verdict(found: dict[str, list[float]], gpu: bool) -> str:
     return f"{'met' if whole <= MOST_US and whole <= MOST_RATIO * sdpa else 'missed'}: {text}"
 
 
-@command.program("bench.host_overhead")
+@command.program("bench host_overhead")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = command.new_parser("bench.host_overhead", __doc__)
+    parser = command.new_parser("bench host_overhead", __doc__)
     for name, default, text in (
         ("--length", 128, "tokens"),
         ("--heads", 16, "of one sequence"),
@@ -283,14 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load=load(),
             commit=commit(),
             date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            command=shlex.join(["python", "-m", "bench.host_overhead", *arguments]),
+            command=shlex.join(["python", "-m", "bench", "host_overhead", *arguments]),
             size=size,
             microseconds={name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in found.items()},
             target=verdict(found, gpu),
         )
         write_whole(options.out, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

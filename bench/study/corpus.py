@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from logpe.text import TEST_SHARE, Document, folder
+from logpe.lm.text import TEST_SHARE, Document, folder
 
 MIN_BYTES = 1024  # shorter documents are left out
 

@@ -7,7 +7,7 @@ those, longer messages, and texts of so many lines that no training example was 
 
     apt-get download libreoffice-l10n-de && dpkg -x libreoffice-l10n-de_*.deb data/libreoffice
     python -m pip install --no-deps --target data/django Django==5.2.19
-    python -m bench.translation --data data/libreoffice data/django
+    python -m bench translation --data data/libreoffice data/django
 
 --data takes any folders with catalogues, .mo or .po, in a folder named `de` or named `de` themselves. Every finished
 measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from there.
@@ -47,11 +47,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logpe
-from bench import command, findings, study, training
+from bench import command
 from bench.command import at_least, count, positive, share
 from bench.common import device_name
-from bench.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
-from bench.training import Advance
+from bench.study import findings, training
+from bench.study import protocol as study
+from bench.study.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
+from bench.study.training import Advance
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.yarn or e.qk_norm)]
@@ -647,7 +649,7 @@ def examples(runs: findings.Runs, tests: Sequence[str]) -> str:
 def parser() -> argparse.ArgumentParser:
     """What is left out is taken from BUDGETS, by the device."""
     p = command.new_parser(
-        "bench.translation",
+        "bench translation",
         __doc__,
         f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}",
     )
@@ -672,7 +674,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command.program("bench.translation")
+@command.program("bench translation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(arguments)
@@ -713,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     stamp = command.stamp()
     about = command.about(
-        "bench.translation",
+        "bench translation",
         arguments,
         settings,
         stamp,

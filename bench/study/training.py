@@ -23,7 +23,7 @@ from tqdm import tqdm
 import logpe
 from bench.command import TimeIsOver
 from bench.common import reading, write_whole
-from logpe.checkpoint import locked
+from logpe.files import locked
 
 CHECKPOINT_SECONDS = 60.0
 

@@ -1,7 +1,7 @@
 """All that a machine with a GPU can tell about logpe, in one command of bounded time.
 
-    python -m bench.gpu --minutes 9 --out DIR
-    PYTHONPATH=.:kernels python -m bench.gpu --out DIR        # from a checkout that is not installed
+    python -m bench gpu --minutes 9 --out DIR
+    PYTHONPATH=.:kernels python -m bench gpu --out DIR        # from a checkout that is not installed
 
 Runs the GPU tests, the throughput comparison in its most telling points, the host overhead, and the tuner, each as a
 process with a share of the time; what one does not need, the next ones get. A part that fails, or runs out of time,
@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import command, throughput
+from bench import command
 from bench.common import commit, describe_machine, write_whole
-from logpe.checkpoint import TIME_IS_OVER, locked
-from logpe.command import STOPPED
+from bench.speed import throughput
+from logpe.command import STOPPED, TIME_IS_OVER
+from logpe.files import locked
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INTERRUPTED = "stopped by Ctrl-C"
 GRACE = 20.0  # seconds to write down what there is, after the time is over
 METHODS = ("log-bias", "log-bias-rope", "none", "flex", "sdpa-cudnn", "sdpa-flash", "flex-learned", "log-rotary-bias")
@@ -82,11 +83,11 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         if not gpu:
             size = ["--device", "cpu", "--methods", throughput.OURS, "--directions", "forward"]
             size += ["--hidden", "64", "--lengths", "64", "128", "--long"]
-        return ["-m", "bench.throughput", *size, "--resume", "--minutes", minutes(seconds), "--out", str(folder)]
+        return ["-m", "bench", "throughput", *size, "--resume", "--minutes", minutes(seconds), "--out", str(folder)]
 
     def host(seconds: float) -> list[str]:
         size = [] if gpu else ["--device", "cpu", "--rounds", "5"]
-        return ["-m", "bench.host_overhead", *size, "--out", str(folder / "host_overhead.json")]
+        return ["-m", "bench", "host_overhead", *size, "--out", str(folder / "host_overhead.json")]
 
     def tune(seconds: float) -> list[str]:
         size = ["--masks", "causal", "--presets", "log-bias", "--lengths", "8192"]
@@ -211,11 +212,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-@command.program("bench.gpu")
+@command.program("bench gpu")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = command.new_parser("bench.gpu", __doc__)
+    parser = command.new_parser("bench gpu", __doc__)
     parser.add_argument("--minutes", type=command.minutes, default=9.0, help="for everything (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--cpu", action="store_true", help="without a GPU, in tiny sizes: checks this command")
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError("torch finds no GPU here, so there is nothing to measure (--cpu checks the command without)")
     folder = options.out.resolve()
     with locked(folder):
-        return run_in(folder, options, shlex.join(["python", "-m", "bench.gpu", *arguments]))
+        return run_in(folder, options, shlex.join(["python", "-m", "bench", "gpu", *arguments]))
 
 
 def run_in(folder: Path, options: argparse.Namespace, command_line: str) -> int:
@@ -262,7 +263,3 @@ def run_in(folder: Path, options: argparse.Namespace, command_line: str) -> int:
     if any(outcome.result == INTERRUPTED for outcome in outcomes):
         return STOPPED
     return int(any(outcome.state != "ok" for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Speed and memory, and what the compiled kernels tell."""

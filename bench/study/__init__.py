@@ -1,0 +1,1 @@
+"""Studies of models trained short and run long."""

@@ -1,0 +1,100 @@
+"""Files that are whole or not there, files of tensors, and the lock on a folder that a program writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Busy(RuntimeError):
+    """Another process writes to the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = "") -> Iterator[None]:
+    """Keep other processes from writing to ``folder``, or only to ``name`` in it, while the context lasts.
+
+    The lock is the file ``.lock``, or ``.name.lock``, in the folder, which stays there. It is free as soon as the
+    process that holds it has ended, however it ended.
+
+    Args:
+        folder: made where it does not exist.
+
+    Raises:
+        Busy: another process, or another context of this one, holds the lock.
+        OSError: the folder cannot be written.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / (f".{name}.lock" if name else ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise Busy(f"another run writes to {folder / name}: wait until it has ended, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that is raised inside, such as that of a full disk, name ``path`` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with naming(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        except Exception:  # it may fill the disk
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
+
+
+def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk (Windows knows no way for a folder)."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
