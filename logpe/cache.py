@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logpe.attention import PAGE_SIZES, Position, check_dense, log_attention, rotate
-from logpe.position import LogPosition, PositionValues
+from logpe.attention import log_attention, rotate
+from logpe.checks import PAGE_SIZES, check_dense
+from logpe.position import LogPosition, Position
+from logpe.reference import PositionValues
 
 
 def _is_int(value: Any) -> bool:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 
-from logpe import reference
-from logpe.attention import _per_batch, _resolve_dropout, _resolve_start, log_attention
-from logpe.position import LogPosition, plain_bool, plain_float, plain_int, refuse_scripting
+from logpe import checks, reference
+from logpe.attention import log_attention
+from logpe.checks import plain_bool, plain_float, plain_int
+from logpe.position import LogPosition, refuse_scripting
 
 _warned: set[str] = set()
 
@@ -347,13 +348,17 @@ class LogAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor]:
         """The definition itself: any mask, and the weights (B, H, L, S) in the dtype of q."""
         batch = q.shape[0]
-        key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+        key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q)
+        query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q)
+        context_lengths = None
+        if context_length is not None:
+            context_lengths = checks.per_sequence("context_length", context_length, batch, q)
         key_bias = key_padding_mask
         if key_bias is not None and key_bias.dtype == torch.bool:
             key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
+        dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, None, q)
         out, _, weights = reference.attention(
             q,
             k,
@@ -364,12 +369,13 @@ class LogAttention(nn.MultiheadAttention):
             key_start=key_start,
             key_starts=key_starts,
             key_bias=key_bias,
-            context_lengths=None if context_length is None else _per_batch("context_length", context_length, batch, q),
+            context_lengths=context_lengths,
             window_right=0 if is_causal and attn_mask is None else None,
             scale=self.head_dim**-0.5,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             attn_mask=attn_mask,
             return_weights=True,
-            **_resolve_dropout(dropout_p, None, q),
         )
         return out, weights.to(q.dtype)
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logpe.reference import device_of_angles, inverse_frequencies, log_map
+from logpe.checks import check_dense, check_number, plain_bool, plain_float, plain_int, plain_value
+from logpe.reference import PositionValues, device_of_angles, inverse_frequencies, log_map
 
 #: The parts that each preset switches on. ``query_gain=True`` adds alpha to any of them.
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
@@ -36,28 +35,6 @@ PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=
 INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
 LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)  # a union would be formed anew in each call
-
-
-class PositionValues(NamedTuple):
-    """A log position as the attention backends take it. A part that is None is absent.
-
-    power, rate, sharpness, alpha: float32 (num_heads,), positive. A power without a rate counts distances as they are,
-    per token, not their log. theta: float64 (planes,), the angle of
-    each rotated plane per unit of f_c. rotary_scale: c of f_c, in tokens. gain_length: n0, in tokens.
-    """
-
-    power: Tensor | None = None
-    rate: Tensor | None = None
-    sharpness: Tensor | None = None
-    alpha: Tensor | None = None
-    theta: Tensor | None = None
-    rotary_scale: float = 1.0
-    gain_length: float = 512.0
-
-    def unrotated(self) -> PositionValues:
-        """The same without the rotation: for queries and keys that :func:`logpe.rotate` has turned."""
-        return self._replace(theta=None)
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -90,73 +67,8 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
     raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.compile or torch.export")
 
 
-# --- options as plain values, which every file format can hold ------------------------------------------------------
-
-
-def _unwrapped(value: Any) -> Any:
-    """NumPy's scalars, and tensors of no dimensions, as Python's; all else as it is."""
-    return value.item() if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False) else value
-
-
-def plain_int(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1: an int, one of NumPy's, or a tensor of one.
-
-    Raises TypeError or ValueError by ``name``.
-    """
-    try:
-        boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-        plain = None if boolean else operator.index(value)
-    except TypeError:
-        plain = None
-    if plain is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if plain < 1:
-        raise ValueError(f"{name} must be at least 1, got {plain}")
-    return plain
-
-
-def check_number(name: str, value: Any, instead: str = "") -> float:
-    """A number, NumPy's and a compiler's symbols included, as a float; inf where it is beyond the range of one.
-
-    Raises TypeError by ``name``. It refuses tensors too, which would be cut off from their gradients, and then adds
-    ``instead`` to the message.
-    """
-    if type(value) is float:
-        return value
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}{instead}")
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def plain_float(name: str, value: Any) -> float:
-    """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
-
-    Raises TypeError by ``name``, and ValueError for one beyond all floats.
-    """
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
-    plain = _unwrapped(value)
-    number = check_number(name, plain)
-    if math.isinf(number) and not isinstance(plain, float):
-        raise ValueError(f"{name} must be at most {sys.float_info.max}, got a number beyond it")
-    return number
-
-
-def plain_bool(name: str, value: Any) -> bool:
-    """``value`` as a bool: one, one of NumPy's, or a tensor of one. Raises TypeError by ``name``."""
-    plain = _unwrapped(value)
-    if not isinstance(plain, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return plain
-
-
 def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
-    value = _unwrapped(value)
+    value = plain_value(value)
     if isinstance(value, bool):
         return value
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
@@ -455,6 +367,42 @@ class LogPosition(nn.Module):
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._mark()
+
+
+#: What takes a position takes one of these; None is plain attention.
+Position = LogPosition | PositionValues | None
+_NO_POSITION = PositionValues()
+
+
+def values_of(position: Position, q: Tensor) -> PositionValues:
+    """Return the values of a position for q as the kernels read them: contiguous tensors and plain numbers."""
+    if position is None:
+        return _NO_POSITION
+    if isinstance(position, LogPosition):
+        return position(q.device)
+    if isinstance(position, nn.Module):  # a LogPosition inside of FSDP, torch.compile, or an adapter of PEFT
+        position = position(q.device)
+    if not isinstance(position, PositionValues):
+        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+    tensors = [x for x in position[:5] if x is not None]
+    if all(map(_ready, tensors)) and type(position.rotary_scale) is type(position.gain_length) is float:
+        return position
+    ready: dict[str, Any] = {}
+    x: Any
+    for name, x in zip(position._fields, position, strict=True):
+        if name in ("rotary_scale", "gain_length"):
+            ready[name] = check_number(f"position.{name}", x)
+        elif x is not None:
+            check_dense(f"position.{name}", x)
+            ready[name] = (x if torch.compiler.is_compiling() else x.resolve_neg()).contiguous()
+    return PositionValues(**ready)
+
+
+def _ready(x: Any) -> bool:
+    """Whether the kernels can read ``x`` as it lies in memory."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous():
+        return False
+    return torch.compiler.is_compiling() or not x.is_neg()  # a graph has no negative views
 
 
 class LogSinusoid(nn.Module):

@@ -14,13 +14,32 @@ All other implementations are tested against this file. It holds N x N tensors: 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from logpe.position import PositionValues
+
+class PositionValues(NamedTuple):
+    """A log position as the attention backends take it. A part that is None is absent.
+
+    power, rate, sharpness, alpha: float32 (num_heads,), positive. A power without a rate counts distances as they are,
+    per token, not their log. theta: float64 (planes,), the angle of
+    each rotated plane per unit of f_c. rotary_scale: c of f_c, in tokens. gain_length: n0, in tokens.
+    """
+
+    power: Tensor | None = None
+    rate: Tensor | None = None
+    sharpness: Tensor | None = None
+    alpha: Tensor | None = None
+    theta: Tensor | None = None
+    rotary_scale: float = 1.0
+    gain_length: float = 512.0
+
+    def unrotated(self) -> PositionValues:
+        """The same without the rotation: for queries and keys that :func:`logpe.rotate` has turned."""
+        return self._replace(theta=None)
+
 
 # --- the mathematics of positions ---------------------------------------------------------------------------
 
@@ -227,8 +246,6 @@ def attention(
         -inf. Then the weights, if asked for.
     """
     if values is None:
-        from logpe.position import PositionValues
-
         values = PositionValues()
     if block_table is not None:
         k, v, key_bias = gather_pages(k, v, block_table, key_bias)

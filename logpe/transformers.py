@@ -64,15 +64,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_tracing
 
-from logpe.attention import MAX_HEAD_DIM, log_attention
-from logpe.position import (
-    LEARNABLE_PARTS,
-    PRESET_ROTATION,
-    LogPosition,
-    PositionValues,
-    plain_bool,
-    plain_options,
-)
+from logpe.attention import log_attention
+from logpe.checks import MAX_HEAD_DIM, plain_bool
+from logpe.position import LEARNABLE_PARTS, PRESET_ROTATION, LogPosition, plain_options
+from logpe.reference import PositionValues
 
 #: Values of ``config.model_type`` that can be converted.
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
