@@ -453,6 +453,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 
+
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
     if isinstance(position, LogPosition):
         if position.num_heads != heads:
