@@ -1,4 +1,4 @@
-"""The definition itself: against torch's attention, against plain loops, and against numbers worked out by hand."""
+"""Test the definition against torch's attention, plain loops, and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def normal(*shape: int) -> Tensor:
 
 
 def wide(values: PositionValues) -> PositionValues:
-    """The same values as float64 leaves."""
+    """Return the values as float64 leaves."""
     parts = {name: getattr(values, name) for name in PARAMETERS}
     return values._replace(**{n: x.detach().double().requires_grad_() for n, x in parts.items() if x is not None})
 
 
 def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """reference.attention at scale 1."""
+    """Run reference.attention at scale 1."""
     return reference.attention(*tensors, **{"scale": 1.0, **options})
 
 
@@ -78,7 +78,7 @@ def test_the_inverse_rotation_undoes_the_rotation(rotary_scale: float) -> None:
 
 
 def test_an_infinite_scale_is_rotary_embedding() -> None:
-    """As Hugging Face writes it: x cos + rotate_half(x) sin."""
+    """Hugging Face writes it as x cos + rotate_half(x) sin."""
     x, positions = normal(9, 8), torch.arange(9)
     frequencies = 1.0 / 10000 ** (torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     angles = torch.cat((positions[:, None] * frequencies,) * 2, -1)
@@ -143,7 +143,7 @@ def test_rotation_by_hand() -> None:
 
 
 def test_visibility_by_hand() -> None:
-    """Uniform weights over what each query sees."""
+    """Each query has uniform weights over what it sees."""
 
     def seen(queries: int = 4, **options: Any) -> list[list[int]]:
         zeros = torch.zeros(1, 1, 5, 1).double()
@@ -195,7 +195,7 @@ def test_the_distance_bias_is_a_dense_mask_of_torchs_attention() -> None:
 
 @torch.no_grad()
 def test_everything_at_once_against_plain_loops() -> None:
-    """The formulas of the module's docstring, one float at a time."""
+    """The loops go through the formulas of the module's docstring, one float at a time."""
     batch, heads, kv_heads, num_queries, num_keys, dim = 2, 4, 2, 6, 9, 7
     q, k, v = normal(batch, heads, num_queries, dim), *normal(2, batch, kv_heads, num_keys, dim)
     values = wide(make_values(heads, dim, "log-invariant", query_gain=True, gain_length=4))
@@ -243,7 +243,7 @@ def test_everything_at_once_against_plain_loops() -> None:
 @pytest.mark.parametrize("preset", ["none", "alibi", "log-bias", "log-invariant", "log-rotary", "log-rotary-bias"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(preset: str, causal: bool) -> None:
-    """Gradients in every input and parameter, of out and of lse, with dead rows and dropout about."""
+    """Gradients of out and lse reach every input and parameter, beside rows without keys and with dropout."""
     values = wide(make_values(2, 4, preset, query_gain=True, gain_length=3))
     names = [name for name in PARAMETERS if getattr(values, name) is not None]
     inputs = [normal(2, 2, 4, 4), normal(2, 1, 5, 4), normal(2, 1, 5, 4)]
@@ -277,7 +277,7 @@ def test_half_precision_positions_stay_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_products_do_not_overflow(dtype: torch.dtype) -> None:
-    """Past 65504 everything is finite, and lse is that of the same numbers in float64."""
+    """Beyond 65504 everything is finite, and lse is that of the same numbers in float64."""
     q, k = 100 * normal(1, 2, 6, 64), 100 * normal(1, 2, 6, 64)
     q, k, v = (x.to(dtype) for x in (q, k, normal(1, 2, 6, 64)))
     assert (q.double() @ k.double().mT).abs().max() > 65504
@@ -291,7 +291,7 @@ def test_half_precision_products_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 def test_two_masks_of_the_lowest_number() -> None:
-    """Their sum is no number; a row that they cover is that of no mask at all."""
+    """Their sum overflows; a row that they cover is as without any mask."""
     q, k, v = (normal(1, 2, 4, 8).float() for _ in range(3))
     lowest = torch.finfo(torch.float32).min
     mask = torch.tensor([[0.0] * 4, [lowest] * 4, [0.0] * 4, [-INF] * 4])
@@ -371,7 +371,7 @@ def test_packed_sequences_of_nothing_have_gradients() -> None:
 
 
 def philox4(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    """Philox-4x32-10 in Python's integers, after Salmon et al. (2011)."""
+    """Compute Philox-4x32-10 in Python's integers, after Salmon et al. (2011)."""
     c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -381,7 +381,7 @@ def philox4(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
 
 
 def test_philox_against_the_published_vectors() -> None:
-    """Of Random123's known answers; the eager function fixes the fourth word of the counter to 0."""
+    """Random123 publishes known answers; the eager function fixes the fourth word of the counter to 0."""
     ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert philox4((0, 0, 0, 0), 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox4((ones,) * 4, 2**64 - 1) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -434,7 +434,7 @@ def test_log_sinusoid(dim: int, scale: float, length: int) -> None:
 
 
 def test_log_sinusoid_of_an_infinite_scale_is_the_classic_one() -> None:
-    """Vaswani et al. (2017), as PyTorch's tutorial writes it."""
+    """The classic encoding is that of Vaswani et al. (2017), as PyTorch's tutorial writes it."""
     position = torch.arange(50).unsqueeze(1)
     factor = torch.exp(torch.arange(0, 12, 2) * (-math.log(10000.0) / 12))
     classic = torch.zeros(50, 12)
