@@ -215,7 +215,7 @@ class LogPosition(nn.Module):
               over ever more keys; and ordinary rotary embedding on half of each head, with periods of 6 to at most
               190 tokens, which tell order, and which a model that was trained on windows as long has all seen. The
               default: the best one measured, in language models, translation and generation
-              (bench/EXTRAPOLATION.md), where texts were as short as 16 tokens in training, too.
+              (bench/results/extrapolation.md), where texts were as short as 16 tokens in training, too.
             * ``log-invariant``: the bias and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score;
               starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al.,
               2025). Assumes logits of unit variance: normalise q and k.
