@@ -162,7 +162,8 @@ class Comparison(NamedTuple):
         return self.milliseconds / self.default
 
 
-class Launch(NamedTuple):
+@dataclasses.dataclass
+class Launch:
     """One launch of a kernel."""
 
     kernel: Any
