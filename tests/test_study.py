@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench.common import COLOURS, RESULTS
+from bench.common import RESULTS
+from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, tasks, training
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
