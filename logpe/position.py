@@ -130,7 +130,7 @@ class LogPosition(nn.Module):
               attention over ever more keys. Half of each head has ordinary rotary embedding, which tells order. Its
               periods are 6 to at most 190 tokens, so that training windows of that length show all of them. The
               default: the best preset measured in language models, translation and generation
-              (bench/EXTRAPOLATION.md), also where training texts were as short as 16 tokens.
+              (bench/results/extrapolation.md), also where training texts were as short as 16 tokens.
             * ``log-invariant``: the bias, and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score. It
               starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al., 2025).
               That assumes logits of unit variance: normalise q and k.
