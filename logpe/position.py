@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor, nn
 
 from logpe.reference import device_of_angles, inverse_frequencies, log_map
@@ -35,7 +36,6 @@ PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=
 #: Of the first and of the last head; in between, powers grow geometrically.
 INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
-LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)  # a union would be formed anew in each call
 
 
