@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal, overload
 
 import torch
+from logpe_kernels.options import Options
 from torch import Tensor
 
 from logpe import checks, ops, reference
@@ -101,7 +102,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         given = _given(values)
         kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
         if kind is not None and (known := _known.get(kind)):
-            result = ops.run(q, k, v, given, known, "triton")
+            options, same = known
+            result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
     dropout_p = checks.check_number("dropout_p", dropout_p)
@@ -154,7 +156,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         "dropout_p": dropout_p,
     }
     if kind is not None and context_lengths is None:
-        result = ops.run(q, k, v, _given(values), _remember(kind, scalars, values), "triton")
+        options, same = _remember(kind, scalars, values)
+        result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
     else:
         result = _attend(q, k, v, values, tensors, scalars, backend)
     return result if return_lse else result[0]
@@ -355,14 +358,14 @@ def _attend(
     scalars: dict[str, Any],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; tensors and scalars are named as in ops.OPTIONS."""
+    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options."""
     backend = _resolve_backend(backend, q)
     dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
     scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
     given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
     if backend != "reference":
         scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-        return ops.attention(q, k, v, _given(values) | given, scalars, backend)
+        return ops.attention(q, k, v, Options(**(_given(values) | given | scalars)), backend)
     del scalars["max_seqlen_q"], scalars["max_seqlen_k"]
     run = reference.attention_varlen if "cu_seqlens_q" in given else reference.attention
     out, lse = run(q, k, v, values, **given, **scalars)[:2]
@@ -398,8 +401,8 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 
 # --- calls like an earlier one --------------------------------------------------------------------------------
 
-#: The scalars of calls that passed all checks, by their kind.
-_known: dict[Hashable, dict[str, Any]] = {}
+#: The options of calls that passed all checks, without tensors, and an object that stands for their layout; by kind.
+_known: dict[Hashable, tuple[Options, object]] = {}
 
 
 def _kind_of(
@@ -419,7 +422,7 @@ def _kind_of(
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, given):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *given.values()):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
@@ -436,12 +439,11 @@ def _kind_of(
         return None
 
 
-def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> dict[str, Any]:
-    """Returns all scalars, among them a kind for the kernels: a key that takes no time to look up."""
+def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> tuple[Options, object]:
     rest = dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length, dropout_p=0.0)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
-    _known[kind] = known = scalars | rest | dict(kind=object())
+    _known[kind] = known = Options(**(scalars | rest)), object()
     return known
 
 

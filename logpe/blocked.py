@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor
 
 from logpe import reference
-from logpe.position import LEARNABLE_PARTS
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
 TILE_ELEMENTS = 2**19  # logits of a tile per thread, unless one head has more: they stay in cache
@@ -39,11 +39,11 @@ UNLIMITED = 2**62
 
 @dataclass
 class _Options:
-    """The keywords of :func:`forward` and :func:`backward`, as ``logpe.ops.OPTIONS`` lists them."""
+    """The fields of Options."""
 
     scale: float
-    max_seqlen_q: int
-    max_seqlen_k: int
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
     power: Tensor | None = None
     rate: Tensor | None = None
     sharpness: Tensor | None = None
@@ -73,13 +73,13 @@ class _Options:
 
 
 @torch.autocast("cpu", enabled=False)  # the products below are float32 on purpose
-def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention with log positions, below autograd; shapes and options as ``torch.ops.logpe.attention``.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D), or packed (total, H, D); float16 and bfloat16 compute in
     float32. Returns out like q, and lse (B, Hq, Nq) or (Hq, total_q), float32 or, for float64, float64.
     """
-    o = _Options(**options)
+    o = _Options(**options._asdict())
     if o.block_table is not None:
         k, v, o.key_bias = reference.gather_pages(k, v, o.block_table, o.key_bias)
     out = torch.zeros_like(q)
@@ -114,16 +114,15 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
+    options: Options,
     learned: Sequence[bool],
-    **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
 
     The weights are formed anew from whole rows, and neither ``out`` nor ``lse`` is needed: sum_j P dP is right
     even where ``out`` was rounded to half precision.
     """
-    o = _Options(**options)
+    o = _Options(**options._asdict())
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
     if dlse is not None and dlse.dim() == 2:

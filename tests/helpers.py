@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor
 
 from logpe import PRESETS, LogPosition, PositionValues, log_attention, log_attention_varlen
 
-PARAMETERS = ("power", "rate", "sharpness", "alpha")
+PARAMETERS = LEARNABLE_PARTS
 HALF = (torch.float16, torch.bfloat16)
 
 

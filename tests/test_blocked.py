@@ -13,9 +13,10 @@ import torch
 from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, presets_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logpe_kernels.options import Options
 from torch import Tensor
 
-from logpe import PRESETS, blocked, log_attention, ops
+from logpe import PRESETS, blocked, log_attention
 
 NAN, INF = math.nan, math.inf
 
@@ -230,7 +231,7 @@ def test_any_shape(data: st.DataObject) -> None:
 def test_gradcheck(packed: bool) -> None:
     values = make_values(4, 4, "log-invariant", query_gain=True)
     theta = torch.tensor([1.0, 0.3], dtype=torch.float64)
-    options: dict[str, Any] = dict.fromkeys(ops.OPTIONS) | dict(
+    options: dict[str, Any] = dict(
         theta=theta, query_start=1, key_start=0, window_left=4, window_right=1, max_seqlen_q=5, max_seqlen_k=6,
         rotary_scale=2.0, gain_length=3.0, scale=0.6, dropout_p=0.25, dropout_seed=torch.tensor([3]),
     )  # fmt: skip
@@ -243,7 +244,7 @@ def test_gradcheck(packed: bool) -> None:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         given = options | dict(zip(PARAMETERS, parameters, strict=True))
-        out, lse = torch.ops.logpe.attention(q, k, v, *(given[name] for name in ops.OPTIONS), "blocked")
+        out, lse = torch.ops.logpe.attention(q, k, v, *Options(**given), "blocked")
         return out, lse.masked_fill(lse == -INF, 0)
 
     assert torch.autograd.gradcheck(attention, inputs)

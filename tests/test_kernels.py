@@ -29,6 +29,7 @@ import triton.language as tl  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from logpe_kernels import configs  # noqa: E402
 from logpe_kernels.configs import Config  # noqa: E402
+from logpe_kernels.options import Options  # noqa: E402
 
 # The interpreter computes the hidden rows too.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -720,12 +721,12 @@ def test_frozen_parts_get_no_gradient(device: torch.device) -> None:
     """Nor is one computed: the operator returns None for them."""
     call = make_call(1, 2, 2, 20, 20, 16, preset="log-invariant", query_gain=True, device=device, is_causal=True)
     values = {name: getattr(call.values, name).detach() for name in PARAMETERS}
-    options = dict(values, window_right=0, max_seqlen_q=20, max_seqlen_k=20, scale=0.25, gain_length=512.0)
-    out, lse = logpe_kernels.forward(call.q, call.k, call.v, **options)
+    options = Options(**values, window_right=0, scale=0.25)
+    out, lse = logpe_kernels.attention(call.q, call.k, call.v, options)
     tensors = call.dout, call.dlse, call.q, call.k, call.v, out, lse
-    full = logpe_kernels.backward(*tensors, **options, learned=(True,) * 4)
+    full = logpe_kernels.attention_backward(*tensors, options, (True,) * 4)
     for learned in itertools.product((True, False), repeat=4):
-        gradients = logpe_kernels.backward(*tensors, **options, learned=learned)
+        gradients = logpe_kernels.attention_backward(*tensors, options, learned)
         for want, gradient, expected in zip((True,) * 3 + learned, gradients, full, strict=True):
             assert (gradient is not None) == want
             assert gradient is None or torch.equal(gradient, expected)
@@ -734,9 +735,8 @@ def test_frozen_parts_get_no_gradient(device: torch.device) -> None:
 def test_sequences_longer_than_max_seqlen_are_cut(device: torch.device) -> None:
     call = make_packed_call([30, 10], [30, 10], heads=2, head_dim=16, device=device)
     cu, scale = int32([0, 30, 40], device), 0.25
-    out, lse = logpe_kernels.forward(
-        call.q, call.k, call.v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=12, scale=scale
-    )
+    options = Options(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=12, scale=scale)
+    out, lse = logpe_kernels.attention(call.q, call.k, call.v, options)
     q, k, v = (x[:n].transpose(0, 1)[None] for x, n in ((call.q, 20), (call.k, 12), (call.v, 12)))
     expected = reference.attention(q, k, v, scale=scale)[0][0].transpose(0, 1)
     torch.testing.assert_close(out[:20], expected)
@@ -750,16 +750,13 @@ def test_bad_values_read_nothing_out_of_bounds(bounds: list[int], device: torch.
     """On a GPU they are not checked: the kernels clamp them to the tensors, around which all is NaN."""
     call = with_strides(make_packed_call([40], [40], heads=2, head_dim=16, device=device), "sliced")
     cu = int32(bounds, device)
-    out, lse = logpe_kernels.forward(
-        call.q, call.k, call.v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=1000, max_seqlen_k=1000, scale=0.2
-    )
+    options = Options(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=1000, max_seqlen_k=1000, scale=0.2)
+    out, lse = logpe_kernels.attention(call.q, call.k, call.v, options)
     assert out.isfinite().all()
     assert not lse.isnan().any()
     dense = with_strides(make_call(2, 2, 2, 20, 20, 16, device=device), "sliced")
     lengths = int32([10**6, -5], device)
-    out, lse = logpe_kernels.forward(
-        dense.q, dense.k, dense.v, key_lengths=lengths, max_seqlen_q=20, max_seqlen_k=20, scale=0.2
-    )
+    out, lse = logpe_kernels.attention(dense.q, dense.k, dense.v, Options(key_lengths=lengths, scale=0.2))
     assert out.isfinite().all()
     assert (out[1] == 0).all()
 

@@ -15,7 +15,7 @@ da_ij/dtheta from its parameter gradients, and leaves the corrected delta, and t
 Parameter gradients are summed in registers, written as one partial per program, and added up in a fixed order.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from . import configs
 from .launch import launch
+from .options import Options
 from .position import (
     LOG2E,
     Position,
@@ -318,17 +319,16 @@ def dkdv_kernel(
     store_tile(dv, n0, dv_acc, stored, HEAD_DIM, BLOCK_D)
 
 
-def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, learned: tuple[bool, bool, bool, bool] = (True, True, True, True), query_start: int = 0, key_start: int = 0,
-    **options: Any,
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
+    learned: Sequence[bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of :func:`forward`, called with the same q, k, v and options and what it returned.
+    """Gradients of :func:`attention`, called with the same q, k, v and options and what it returned.
 
-    dout like out; dlse like lse, or None for zero. learned: which of power, rate, sharpness, alpha need a
-    gradient. Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
+    dout like out; dlse like lse, or None for zero. learned: which of LEARNABLE_PARTS need a gradient.
+    Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
     """
-    problem = Problem(q, k, v, options, query_start, key_start)
+    problem = Problem(q, k, v, options)
     sizes = problem.sizes
     if problem.block_table is not None:
         raise ValueError("there is no gradient through a block_table")

@@ -1,7 +1,6 @@
 """The forward kernel and its launcher: one program per tile of queries, an online softmax over tiles of keys."""
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 import triton
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from . import configs, decode
 from .launch import launch
+from .options import Options
 from .position import LN2, LOG2E, Position, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
 from .tile import (
@@ -80,8 +80,10 @@ def forward_kernel(
     first_key, last_key = sight(i, queries, keys, window_left, window_right)
     first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
     tiles = tile_range(first, last, keys, window_left, window_right, sequences.key_bias is not None, BLOCK_N)
-    SPLIT: tl.constexpr = position.power is not None and position.rate is not None and far_tiles_pay(
-        q.pointer.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_N
+    SPLIT: tl.constexpr = (
+        position.power is not None
+        and position.rate is not None
+        and far_tiles_pay(q.pointer.dtype.element_ty.primitive_bitwidth, position.sharpness is not None, BLOCK_N)
     )
     UNMASKED: tl.constexpr = FAR_TILES if SPLIT else FULL_TILES
     for KIND in tl.static_range(MASKED_TILES if sequences.key_bias is not None else UNMASKED, MASKED_TILES + 1):
@@ -113,18 +115,16 @@ def forward_kernel(
     tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, query_start: int = 0, key_start: int = 0, kind: Hashable = None, **options: Any
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, kind: Hashable = None) -> tuple[Tensor, Tensor]:
     """Attention with a log position.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
     float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
-    (num_pages, Hkv, page_size, D), see :mod:`decode`. For the other arguments see :class:`Problem`.
+    (num_pages, Hkv, page_size, D), see :mod:`decode`. For ``kind`` see :class:`Problem`.
 
     Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
     """
-    problem = Problem(q, k, v, options, query_start, key_start, kind)
+    problem = Problem(q, k, v, options, kind)
     sizes = problem.sizes
     out = new_output(q, sizes.packed)
     if sizes.packed:
