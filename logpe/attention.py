@@ -363,12 +363,12 @@ def _attend(
     dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
     scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
     given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
+    scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
+    options = Options(**(_given(values) | given | scalars))
     if backend != "reference":
-        scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-        return ops.attention(q, k, v, Options(**(_given(values) | given | scalars)), backend)
-    del scalars["max_seqlen_q"], scalars["max_seqlen_k"]
-    run = reference.attention_varlen if "cu_seqlens_q" in given else reference.attention
-    out, lse = run(q, k, v, values, **given, **scalars)[:2]
+        return ops.attention(q, k, v, options, backend)
+    run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
+    out, lse = run(q, k, v, options)[:2]
     return out, lse
 
 

@@ -738,7 +738,7 @@ def test_sequences_longer_than_max_seqlen_are_cut(device: torch.device) -> None:
     options = Options(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=12, scale=scale)
     out, lse = logpe_kernels.attention(call.q, call.k, call.v, options)
     q, k, v = (x[:n].transpose(0, 1)[None] for x, n in ((call.q, 20), (call.k, 12), (call.v, 12)))
-    expected = reference.attention(q, k, v, scale=scale)[0][0].transpose(0, 1)
+    expected = reference.attention(q, k, v, Options(scale=scale))[0][0].transpose(0, 1)
     torch.testing.assert_close(out[:20], expected)
     assert (out[20:30] == 0).all()
     assert (lse[:, 20:30] == -INF).all()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PARAMETERS, make_values
+from logpe_kernels.options import Options
 from torch import Tensor
 
 from logpe import LogSinusoid, PositionValues, reference
@@ -31,9 +32,21 @@ def wide(values: PositionValues) -> PositionValues:
     return values._replace(**{n: x.detach().double().requires_grad_() for n, x in parts.items() if x is not None})
 
 
-def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """Run reference.attention at scale 1."""
-    return reference.attention(*tensors, **{"scale": 1.0, **options})
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: PositionValues = PositionValues(),  # noqa: B008
+    *,
+    attn_mask: Tensor | None = None,
+    return_weights: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Run reference.attention, or reference.attention_varlen, with options by name."""
+    given = Options(**values._asdict(), **options)
+    if given.cu_seqlens_q is not None:
+        return reference.attention_varlen(q, k, v, given)
+    return reference.attention(q, k, v, given, attn_mask=attn_mask, return_weights=return_weights)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------
@@ -346,7 +359,7 @@ def test_packed_sequences_are_separate_calls() -> None:
     q, k, v = normal(11, 4, 6), normal(10, 2, 6), normal(10, 2, 6)  # two tokens and one outside
     values = wide(make_values(4, 6, "log-rotary-bias", query_gain=True))
     starts = torch.tensor([2, 0, 0, 1])
-    out, lse = reference.attention_varlen(
+    out, lse = attention(
         q, k, v, values, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, query_starts=starts, window_right=0, scale=0.5
     )
     for b in range(4):
@@ -362,7 +375,7 @@ def test_packed_sequences_are_separate_calls() -> None:
 def test_packed_sequences_of_nothing_have_gradients() -> None:
     q, k, v = (torch.empty(0, 2, 6, requires_grad=True) for _ in range(3))
     bounds = torch.tensor([0, 0, 0])
-    out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
+    out, lse = attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
     assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)] == [q.shape] * 3
     assert [x.shape for x in torch.autograd.grad(lse.sum(), (q, k))] == [q.shape] * 2
 
