@@ -109,11 +109,11 @@ def default_of(budgets: Budgets) -> Callable[[str], str]:
     return default
 
 
-def add_run_options(p: argparse.ArgumentParser, most: float | None = None) -> None:
-    """Where, how long, and what becomes of it. most: minutes by default; None is no limit, or the caller's affair."""
+def add_run_options(p: argparse.ArgumentParser, default_minutes: str = "") -> None:
+    """Add where to run, how long, and what becomes of it. default_minutes: how the help says what --minutes is."""
     p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    text = "stop measuring after M minutes, as Ctrl-C does" + ("" if most is None else f" ({most:g})")
-    p.add_argument("--minutes", type=minutes, metavar="M", default=most, help=text)
+    text = f"stop measuring after M minutes, as Ctrl-C does {default_minutes}".rstrip()
+    p.add_argument("--minutes", type=minutes, metavar="M", help=text)
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
 
@@ -129,9 +129,9 @@ def parse_device(name: str) -> torch.device:
 
 
 def fill_in(args: argparse.Namespace, budget: Mapping[str, Any]) -> None:
-    """What was left out is taken from the budget."""
+    """Take what was left out, or is no option, from the budget."""
     for name, value in budget.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
 
 
