@@ -89,7 +89,7 @@ class Document:
     @property
     def hash(self) -> int:
         """Of the text: chance that is the same everywhere."""
-        return text.Document(self.text, b"").hash
+        return text.stable_hash(os.fsencode(self.text))
 
     @property
     def held_out(self) -> bool:

@@ -52,6 +52,7 @@ from bench.study import corpus, findings, training
 from bench.study import protocol as study
 from bench.study.model import Attention, Model, Shape, encoding
 from bench.study.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
+from logpe.lm.text import TEST_SHARE, Document, Sampler, document_windows
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 REAL = "real"  # stands among the encodings: the text that the judge is tested on
@@ -120,11 +121,11 @@ class Settings(training.Settings):
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def halves(documents: list[corpus.Document]) -> tuple[list[corpus.Document], list[corpus.Document]]:
+def halves(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """The writers' and the judge's, by a hash of the path."""
-    sides: tuple[list[corpus.Document], list[corpus.Document]] = ([], [])
+    sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
-        sides[document.hash // corpus.TEST_SHARE % 2].append(document)
+        sides[document.hash // TEST_SHARE % 2].append(document)
     return sides
 
 
@@ -137,12 +138,12 @@ class Texts:
     def __init__(self, text: corpus.Corpus, settings: Settings, seeds: Sequence[int]) -> None:
         self.settings = settings
         self.written, self.judged = halves(text.train)
-        self.sampler = corpus.Sampler(self.written, settings.train_length + 1)
-        self.judge_sampler = corpus.Sampler(self.judged, settings.judge_length + 1)
+        self.sampler = Sampler(self.written, settings.train_length + 1)
+        self.judge_sampler = Sampler(self.judged, settings.judge_length + 1)
         self.frequencies = torch.bincount(self.sampler.text, minlength=256).double() + 1
         wanted = settings.real * (max(seeds) + 1)
         size = settings.context - settings.prompt + settings.length
-        self.windows = corpus.windows(text.test, size, wanted)
+        self.windows = document_windows(text.test, size, wanted)
         if len(self.windows) < wanted:
             raise ValueError(
                 f"held-out text has {len(self.windows)} windows of {size:,} bytes, and seeds up to {max(seeds)} of "
@@ -265,7 +266,7 @@ def scored(judge: Model, texts: Tensor, frequencies: Tensor, settings: Settings)
 
 def train(
     model: Model,
-    sampler: corpus.Sampler,
+    sampler: Sampler,
     batch: int,
     steps: int,
     seed: int,

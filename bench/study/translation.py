@@ -55,6 +55,7 @@ from bench.study import findings, training
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.study.training import Advance
+from logpe.lm.text import TEST_SHARE, stable_hash
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.yarn or e.qk_norm)]
@@ -76,7 +77,6 @@ TARGET = "de"
 DATA_HELP = """Two sources of catalogues, unpacked into the folder data:
   apt-get download libreoffice-l10n-de && dpkg -x libreoffice-l10n-de_*.deb data/libreoffice
   python -m pip install --no-deps --target data/django Django==5.2.19"""
-TEST_SHARE = 10  # one pair in ten is held out
 Pair = tuple[str, str]
 # What may hold a ~, _ or & that marks no key: %(name)s, $(name), $name$, {name}, &lt;
 PLACEHOLDER = r"%\([^)]*\)\w|\$\([^)]*\)|\$\w+\$|\{[^}]*\}|&\w+;"
@@ -122,7 +122,7 @@ class Pairs:
 def held_out(english: str) -> bool:
     """By a hash of its letters, so that "Sheet %1" and "~Sheet 2..." are on one side."""
     letters = "".join(c for c in english.casefold() if c.isalpha())
-    return int.from_bytes(hashlib.sha256(letters.encode()).digest()[:8], "big") % TEST_SHARE == 0
+    return stable_hash(letters.encode()) % TEST_SHARE == 0
 
 
 def read(folders: Sequence[Path]) -> tuple[int, list[Pair]]:
