@@ -25,7 +25,7 @@ import logpe
 from bench.speed.compile_report import TARGETS
 from logpe import __main__ as command
 from logpe import files
-from logpe.lm import checkpoint
+from logpe.command import TIME_IS_OVER
 from logpe.tuning import trial as measure
 from logpe.tuning import tune
 from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
@@ -389,7 +389,7 @@ def test_the_whole_command(
         assert command.main(arguments) == 2
     assert f"another run writes to {path}" in capsys.readouterr().err
 
-    for error, status in ((OutOfTime, checkpoint.TIME_IS_OVER), (KeyboardInterrupt, 130)):
+    for error, status in ((OutOfTime, TIME_IS_OVER), (KeyboardInterrupt, 130)):
 
         def stop(self: Any, *_: Any, error: type[BaseException] = error) -> Any:
             raise error
