@@ -539,7 +539,7 @@ def test_candidates_compile_without_being_launched() -> None:
     script = """
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
-from bench.speed.compile_report import _Driver
+from bench.speed.compile_report import Driver
 from logpe.tuning import trial as measure
 from logpe_kernels.configs import Config
 
@@ -547,7 +547,7 @@ def load(self):
     self.n_regs, self.n_spills = 100, 0
 
 CompiledKernel._init_handles = load
-driver.set_active(_Driver("sm_90"))
+driver.set_active(Driver("sm_90"))
 for kernel in measure.KERNELS:
     task = measure.Task(kernel, "bfloat16", 64, "log-bias", True, 1024, 2, 4, 2)
     found = measure.compile_candidate(task, Config(64, 64, 4, 2))

@@ -28,7 +28,6 @@ a kernel
 from __future__ import annotations
 
 import argparse
-import concurrent.futures as futures
 import contextlib
 import dataclasses
 import functools
@@ -36,13 +35,11 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack
@@ -59,6 +56,7 @@ from bench.speed import roofline
 from bench.speed.roofline import Loop, Rates
 from logpe.command import TIME_IS_OVER
 from logpe.files import locked
+from logpe.worker import Failed, Pool, Worker, complaint
 
 KIB = 1024
 HALF = ("bfloat16", "float16")
@@ -72,6 +70,7 @@ BUDGETS = Path(__file__).parent / "budgets.json"
 COSTS = ("special", "fp32", "issued")
 HEADROOM = 1.03
 MOST_SPILLS = 0.02  # of the instructions of a loop
+LIMIT = 3600.0  # seconds that a case may take
 
 
 class Target(NamedTuple):
@@ -318,24 +317,28 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 
-class _Driver:
+class Driver:
     """Claims to be a GPU of one target. Each target is a device of its own, so that no kernel serves another's."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def get_current_device(self) -> int:
+        """Return the number of the target, by which Triton keeps kernels."""
         return list(TARGETS).index(self.name)
 
     def get_current_stream(self, device: int) -> int:
+        """Return the default stream."""
         return 0
 
     def get_current_target(self) -> Any:
+        """Return what Triton calls the target."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(*TARGETS[self.name][:3])
 
     def get_active_torch_device(self) -> torch.device:
+        """Return where the tensors lie."""
         return torch.device("meta")
 
 
@@ -343,12 +346,12 @@ def compile_case(
     case: Case,
     kernels: tuple[str, ...] | None = None,
     table: Path | None = None,
-    console: Path | None = None,
 ) -> list[Row]:
-    """One row for each kernel that the case launches.
+    """Return one row for each kernel that the case launches.
 
-    kernels: names of those wanted, None for all. table: a file of configurations to use in place of the shipped ones.
-    console: the file that this process prints to, if it is a worker.
+    Args:
+        kernels: names of those wanted, None for all.
+        table: a file of configurations to use in place of the shipped ones.
     """
     from logpe_kernels import configs
     from triton.runtime import driver
@@ -375,7 +378,7 @@ def compile_case(
                 row = dataclasses.replace(same, preset=preset)
             rows[kernel.hash, preset] = row
         except Exception as error:
-            row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {_complaint(console)}".strip()
+            row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {complaint()}".strip()
             rows[str(row), preset] = row
 
     def forget() -> None:
@@ -390,7 +393,7 @@ def compile_case(
         if table is not None:
             stack.enter_context(mock.patch.object(configs, "TABLE", table))
         forget()
-        driver.set_active(_Driver(case.target))
+        driver.set_active(Driver(case.target))
         for preset in case.presets:
             call(case, preset)
     return list(rows.values())
@@ -485,59 +488,29 @@ def _spill(kernel: Any, registers: int, stack: int) -> int:
 # ---- many of them ----------------------------------------------------------------------------------------------------
 
 
-def _print_to(console: Path) -> None:
-    """Send what this process prints to a file: on failure the compilers print whole modules."""
-    with console.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-
-
-def _complaint(console: Path | None) -> str:
-    """The last error that a compiler printed."""
-    if console is None:
-        return ""
-    found = re.findall(r"^.*(?:error: |LLVM ERROR|Assertion).*$", console.read_text(errors="replace"), re.MULTILINE)
-    return next((line for line in reversed(found) if "have been detected" not in line), "")[:500]
-
-
 def compile_all(
     todo: list[Case],
     kernels: tuple[str, ...] | None = None,
     table: Path | None = None,
     jobs: int = 1,
 ) -> Generator[tuple[Case, list[Row]], None, None]:
-    """compile_case on all of ``todo`` in worker processes, as they are done; those not begun are dropped on close.
+    """Yield each case with its rows, compiled in worker processes, as they are done.
 
-    One that the compiler brings down becomes a failed row.
+    A case that the compiler does not survive becomes a failed row.
     """
-    context = multiprocessing.get_context("spawn")
-    worker = threading.local()  # each thread has a process of its own: a crash takes no other case along
-    pools: list[futures.ProcessPoolExecutor] = []
 
-    def attempt(case: Case) -> list[Row]:
-        if not hasattr(worker, "pool"):
-            worker.console = Path(folder, f"{len(pools)}-{threading.get_ident()}")
-            worker.pool = futures.ProcessPoolExecutor(1, context, _print_to, (worker.console,))
-            pools.append(worker.pool)
+    def attempt(worker: Worker, case: Case) -> list[Row]:
         try:
-            return worker.pool.submit(compile_case, case, kernels, table, worker.console).result()
-        except futures.process.BrokenProcessPool:
-            del worker.pool
+            return worker.call(compile_case, case, kernels, table, seconds=LIMIT)
+        except Failed as error:
             if len(case.presets) > 1:
-                return [row for preset in case.presets for row in attempt(dataclasses.replace(case, presets=(preset,)))]
-            error = f"the compiler aborted: {_complaint(worker.console)}"
+                alone = [dataclasses.replace(case, presets=(preset,)) for preset in case.presets]
+                return [row for one in alone for row in attempt(worker, one)]
             where = (case.target, case.dtype, case.head_dim, case.presets[0], case.mask, case.feature)
-            return [Row(*where, kernel="?", config={}, error=error)]
+            return [Row(*where, kernel="?", config={}, error=str(error))]
 
-    with tempfile.TemporaryDirectory() as folder, futures.ThreadPoolExecutor(jobs) as threads:
-        pending = {threads.submit(attempt, case): case for case in todo}
-        try:
-            for done in futures.as_completed(pending):
-                yield pending[done], done.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
-            for pool in pools:
-                pool.shutdown()
+    with Pool(jobs) as pool:
+        yield from pool.each(attempt, todo)
 
 
 # ---- what is made of them --------------------------------------------------------------------------------------------
@@ -646,14 +619,14 @@ def versions() -> dict[str, str]:
 
 
 def sources(*settings: object) -> str:
-    """A name for the state of all that the figures depend on: the kernels, their tables, this report and settings."""
+    """Return a name for all that the figures depend on: the kernels, their tables, this report, settings, versions."""
     import logpe_kernels
 
     state = hashlib.sha256(repr((settings, versions())).encode())
-    for folder in (Path(__file__).parent, Path(logpe_kernels.__path__[0])):
-        for file in sorted((*folder.glob("*.py"), *folder.glob("configs/*.json"))):
-            if folder.name != "speed" or file.name in ("compile_report.py", "roofline.py"):
-                state.update(file.read_bytes())
+    here, kernels = Path(__file__).parent, Path(logpe_kernels.__path__[0])
+    report = [here / "compile_report.py", here / "roofline.py"]
+    for file in [*report, *sorted(kernels.glob("*.py")), *sorted(kernels.glob("configs/*.json"))]:
+        state.update(file.read_bytes())
     return state.hexdigest()[:16]
 
 

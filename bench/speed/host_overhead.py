@@ -34,6 +34,7 @@ import logpe
 from bench import command
 from bench.common import describe_machine
 from bench.speed import runner
+from bench.speed.compile_report import Driver
 from logpe import ops
 
 CALLS = 20  # timed together: so short that on a busy machine some blocks run undisturbed
@@ -48,7 +49,7 @@ def nothing(*args: Any, **keywords: Any) -> None:
     """Stand in for what is left out."""
 
 
-class NoDevice:
+class NoDevice(Driver):
     """Triton's driver of a GPU that is not there: kernels are compiled for sm_90, and launching one does nothing."""
 
     class utils:  # noqa: D106 # Triton's name
@@ -57,19 +58,12 @@ class NoDevice:
 
     launcher_cls = staticmethod(lambda source, metadata: nothing)
 
+    def __init__(self) -> None:
+        super().__init__("sm_90")
+
     def get_current_device(self) -> int:
-        """Return a number of its own: Triton keeps kernels by it."""
+        """Return a number that no other driver has: Triton keeps kernels by it."""
         return 90
-
-    def get_current_stream(self, device: int) -> int:
-        """Return the default one."""
-        return 0
-
-    def get_current_target(self) -> Any:
-        """Return that of an H100."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> torch.device:
         """Return where the tensors lie."""
