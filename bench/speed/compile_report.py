@@ -54,6 +54,7 @@ from bench import command
 from bench.common import reading, write_whole
 from bench.speed import roofline
 from bench.speed.roofline import Loop, Rates
+from bench.speed.runner import write_json
 from logpe.command import TIME_IS_OVER
 from logpe.files import locked
 from logpe.worker import Failed, Pool, Worker, complaint
@@ -164,7 +165,7 @@ class Row:
 
     @property
     def programs(self) -> int | None:
-        """How many programs share a multiprocessor, by registers and shared memory; None for AMD."""
+        """The number of programs that share a multiprocessor, by registers and shared memory; None for AMD."""
         target = TARGETS[self.target]
         if target.backend != "cuda" or not self.registers:
             return None
@@ -174,7 +175,7 @@ class Row:
 
     @property
     def bulk(self) -> Loop:
-        """Of its loops, which it must have, the one that serves most of a long sequence."""
+        """The loop that serves most of a long sequence. There must be one."""
         return roofline.bulk(self.loops)
 
     @property
@@ -187,20 +188,25 @@ class Row:
         return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
 
     def figures(self) -> dict[str, Any]:
-        """All of it for a file, with the index of the loop that counts and its roofline."""
+        """Return all of the row for a file, with the index of the loop that counts and its roofline."""
         more = dict(bulk=self.loops.index(self.bulk), clocks=self.clocks) if self.loops else {}
         return dataclasses.asdict(self) | more
 
     @property
     def budget(self) -> str | None:
-        """Its name in budgets.json; None for what has no budget."""
+        """The name of the row's budget in budgets.json; None for what has no budget."""
         if self.feature != "plain" or self.kernel not in roofline.PRODUCTS:
             return None
         dtype = "half" if self.dtype in HALF else self.dtype
         return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {self.preset} [{self.tile}]"
 
     def failures(self, budgets: dict[str, list[float]] | None, complete: bool = False) -> Iterator[str]:
-        """What --check holds against it. budgets: as in the file, or None; complete: one that is missing fails."""
+        """Yield what --check objects to.
+
+        Args:
+            budgets: as in the file; None: costs are not compared.
+            complete: object to a budget that is missing.
+        """
         limit = TARGETS[self.target].shared
         if self.error is not None:
             yield f"does not compile: {self.error}"
@@ -287,7 +293,7 @@ def cases(
     presets: tuple[str, ...],
     features: tuple[str, ...] = FEATURES,
 ) -> Iterator[Case]:
-    """Everything: the grid, and every feature at the common sizes. Presets share a case, since they share kernels."""
+    """Yield all cases: the grid, and every feature at the common sizes. Presets share a case, as they share kernels."""
     for target, head_dim, dtype in itertools.product(targets, head_dims, dtypes):
         for mask in MASKS if "plain" in features else ():
             yield Case(target, dtype, head_dim, presets, mask)
@@ -298,7 +304,7 @@ def cases(
 
 
 def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
-    """A slice of it: on each target the common size and the heaviest position where it is tightest."""
+    """Yield a slice of all cases: on each target the common size, and the heaviest position where it is tightest."""
     for target in targets:
         yield Case(target, "bfloat16", 64, ("log-bias",))
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
@@ -318,7 +324,7 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
 
 
 class Driver:
-    """Claims to be a GPU of one target. Each target is a device of its own, so that no kernel serves another's."""
+    """A driver that claims to be a GPU. Each target is a device of its own, so that no kernel serves another's."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -400,7 +406,7 @@ def compile_case(
 
 
 def disassemble(kernel: Any) -> str:
-    """The machine code of a compiled kernel as text: SASS, or AMD's assembly."""
+    """Return the machine code of a compiled kernel as text: SASS, or AMD's assembly."""
     if "amdgcn" in kernel.asm:
         return kernel.asm["amdgcn"]
     from triton.knobs import nvidia
@@ -412,7 +418,7 @@ def disassemble(kernel: Any) -> str:
 
 
 def inspect_kernel(kernel: Any, row: Row) -> None:
-    """Fill in what the compiled kernel uses."""
+    """Fill in a row with what the compiled kernel uses."""
     code = disassemble(kernel)
     row.shared = kernel.metadata.shared
     row.tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
@@ -444,22 +450,22 @@ def _output(*command: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread of a cubin."""
+    """Return the registers and the bytes of stack that a thread of a cubin uses."""
     from triton.knobs import nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output(nvidia.cuobjdump.path, "-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return int(match[1]), int(match[2])
 
 
 def _spill(kernel: Any, registers: int, stack: int) -> int:
-    """Bytes that ptxas spills: the part of the stack that is no array of a library routine.
+    """Return the bytes that ptxas spills: the part of the stack that is no array of a library routine.
 
-    The cubin does not tell them apart, ptxas does when asked to be verbose. Its options differ between Triton's
+    The cubin does not tell the two apart; ptxas does when asked to be verbose. Its options differ between Triton's
     versions: those are right that lead to the same registers and stack. If none does, all of the stack counts.
     """
     from triton.knobs import nvidia
@@ -478,10 +484,10 @@ def _spill(kernel: Any, registers: int, stack: int) -> int:
                 log = _output(ptxas.path, *options, *extra, str(source), "-o", str(Path(folder, "kernel.cubin")))
             except subprocess.CalledProcessError:
                 continue
-            found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+            match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
             used = re.search(r"Used (\d+) registers", log)
-            if found and used and (int(used[1]), int(found[1])) == (registers, stack):
-                return max(int(found[2]), int(found[3]))
+            if match and used and (int(used[1]), int(match[1])) == (registers, stack):
+                return max(int(match[2]), int(match[3]))
     return stack
 
 
@@ -517,7 +523,7 @@ def compile_all(
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table whose first line is its head."""
+    """Return a Markdown table, whose first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
@@ -529,7 +535,7 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def resources(rows: list[Row]) -> str:
-    """A line for each target, kernel, type, head_dim and configuration: the worst over presets, masks and features."""
+    """Return a line for each target, kernel, dtype, head_dim and tile: the worst over presets, masks and features."""
     columns = ("registers", "spill", "stack", "shared")
     lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "programs", "matrix", "seconds", "rows"]]
 
@@ -548,7 +554,7 @@ def resources(rows: list[Row]) -> str:
 
 
 def costs(rows: list[Row]) -> str:
-    """What a score element costs with each preset, and how its bound compares with that of none.
+    """Return what a score element costs with each preset, and how its bound compares with that of none.
 
     Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
     but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
@@ -582,13 +588,13 @@ def costs(rows: list[Row]) -> str:
 
 
 def read_budgets() -> dict[str, list[float]] | None:
-    """What each kernel may cost per score element, by Row.budget, in COSTS; None if written with another Triton."""
+    """Return what a kernel may cost per score element, by Row.budget, in COSTS; None if another Triton wrote them."""
     content = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     return content["budgets"] if content.get("triton") == versions()["triton"] else None
 
 
 def write_budgets(rows: list[Row]) -> int:
-    """Set the budgets of what was compiled to a little more than it costs; leave the others. Returns their number."""
+    """Set the budgets of what was compiled to a little more than it costs; return how many. Others stay."""
     measured: dict[str, list[float]] = {}
     for row in rows:
         if row.budget is not None and row.loops:
@@ -605,7 +611,7 @@ def write_budgets(rows: list[Row]) -> int:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return the versions that the figures depend on."""
     import triton
     from triton.knobs import nvidia
 
@@ -631,7 +637,7 @@ def sources(*settings: object) -> str:
 
 
 def load(path: Path, state: str) -> tuple[list[Row], list[str]]:
-    """Rows and calls of an earlier run; none of either if what it compiled was not the same."""
+    """Return the rows and calls of an earlier run; none of either if what it compiled was not the same."""
     with reading(path):
         content = json.loads(path.read_text())
         if content["sources"] != state:
@@ -653,7 +659,7 @@ def kernel_names() -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; with the calls to compile, of which there is one or more, as ``todo``."""
+    """Return the options, with the calls to compile, of which there is at least one, as ``todo``."""
     parser = command.new_parser("bench compile_report", __doc__)
     grid = dict(
         targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=list(PRESETS),
@@ -692,7 +698,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @command.program("bench compile_report")
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Compile what the command line asks for and report on it; return the exit status."""
     options = parse(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
     if options.configs:
@@ -703,7 +709,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_and_judge(options: argparse.Namespace) -> int:
-    """Compile what --out does not hold, print the report and what is wrong; returns the exit status."""
+    """Compile what --out does not hold, and print the report and what is wrong; return the exit status."""
     kernels = tuple(options.kernels) if options.kernels else None
     state = sources(kernels, options.configs and options.configs.read_text())
     rows: list[Row] = []
@@ -727,8 +733,7 @@ def compile_and_judge(options: argparse.Namespace) -> int:
             progress.update()
             if options.out:
                 content = dict(versions=versions(), sources=state, calls=calls, failures=failures())
-                found = json.dumps(content | dict(rows=[row.figures() for row in rows]), indent=1)
-                write_whole(options.out, functools.partial(Path.write_text, data=found))
+                write_json(options.out, content | dict(rows=[row.figures() for row in rows]))
             if time.monotonic() > start + 60 * options.minutes:
                 break
     left = [case for case in todo if str(case) not in calls]
