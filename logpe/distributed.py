@@ -46,12 +46,13 @@ neither sent nor computed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -138,6 +139,9 @@ class ContextParallel:
     def __deepcopy__(self, memo: Any) -> ContextParallel:
         return self  # processes are not copied along with a model
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a ContextParallel cannot be pickled: save the state_dict of a model that holds one")
+
     # --- who holds which tokens
 
     def spans(self, length: int, rank: int | None = None) -> list[Span]:
@@ -179,22 +183,20 @@ class ContextParallel:
             return {"dtype of x": str(x.dtype), "other sizes of x": others, "dim": axis}, x.shape[axis]
 
         length = sum(self.check_counts("x", self.agree(describe)))
-        whole = x.new_empty([length if n == dim % x.dim() else size for n, size in enumerate(x.shape)])
-        x = x.detach().contiguous()
-        parts = [self._empty(x, dim, length, rank) for rank in range(self.size)]
+        return self.gather(x.detach(), dim % x.dim(), length)
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """Do what :meth:`unshard` does, for a ``dim`` and a ``length`` on which all ranks already agree."""
+        spans = [self.spans(length, rank) for rank in range(self.size)]
+        parts = [x.new_empty([_count(held) if n == dim else m for n, m in enumerate(x.shape)]) for held in spans]
         others = [rank for rank in range(self.size) if rank != self.rank]
         self.exchange([(rank, x) for rank in others], [(rank, parts[rank]) for rank in others]).wait()
         parts[self.rank] = x
-        for rank, part in enumerate(parts):
-            local = 0
-            for first, end in self.spans(length, rank):
-                whole.narrow(dim, first, end - first).copy_(part.narrow(dim, local, end - first))
-                local += end - first
+        whole = x.new_empty([length if n == dim else m for n, m in enumerate(x.shape)])
+        for held, part in zip(spans, parts, strict=True):
+            for first, end in held:
+                whole.narrow(dim, first, end - first).copy_(part.narrow(dim, _index(held, first), end - first))
         return whole
-
-    def _empty(self, x: Tensor, dim: int, length: int, rank: int) -> Tensor:
-        count = _count(self.spans(length, rank))
-        return x.new_empty([count if n == dim % x.dim() else size for n, size in enumerate(x.shape)])
 
     # --- what the ranks say to each other
 
@@ -220,15 +222,13 @@ class ContextParallel:
         for rank, (failure, _, _) in enumerate(everyone):
             if failure is not None:
                 kind, message = failure
-                raise _ERRORS.get(kind, RuntimeError)(f"{message} (on rank {rank} of {self.size})") from error
+                raise _agreed(_ERRORS.get(kind, RuntimeError)(f"{message} (on rank {rank} of {self.size})")) from error
         expected = everyone[0][1]
         for rank, (_, values, _) in enumerate(everyone):
             for name in expected.keys() | values.keys():
                 if expected.get(name) != values.get(name):
-                    raise ValueError(
-                        f"{name} must be the same on all ranks, got {expected.get(name)} on rank 0 "
-                        f"and {values.get(name)} on rank {rank}"
-                    )
+                    message = f"{expected.get(name)} on rank 0 and {values.get(name)} on rank {rank}"
+                    raise _agreed(ValueError(f"{name} must be the same on all ranks, got {message}"))
         return [theirs for _, _, theirs in everyone]
 
     def check_counts(self, name: str, counts: Sequence[int]) -> Sequence[int]:
@@ -237,11 +237,24 @@ class ContextParallel:
         for rank, count in enumerate(counts):
             expected = _count(self.spans(length, rank))
             if count != expected:
-                raise ValueError(
-                    f"{name} must hold the tokens that shard() gives to each rank: {expected} of {length} on rank "
-                    f"{rank} of {self.size} with layout {self.layout!r}, got {count}"
+                message = (
+                    f"{expected} of {length} on rank {rank} of {self.size} with layout {self.layout!r}, got {count}"
                 )
+                raise _agreed(ValueError(f"{name} must hold the tokens that shard() gives to each rank: {message}"))
         return counts
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error of this rank, inside of the block, be that of all ranks at their next agreement.
+
+        What a rank checks before it calls :func:`logpe.log_attention` belongs into such a block.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not hasattr(error, "agreed"):
+                self.agree(functools.partial(_raise, error))
+            raise
 
     def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> Exchange:
         """Start to send tensors to ranks of the group and to receive into contiguous ones; empty ones are left out.
@@ -266,6 +279,16 @@ class ContextParallel:
         if self.reduction == "mean":
             total = total / self.size
         return list(total)
+
+
+def _agreed(error: Exception) -> Exception:
+    """Mark an error that all ranks raise."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 @dataclasses.dataclass
@@ -372,6 +395,7 @@ class _Call:
     query_start: int | Tensor
     key_start: int | Tensor
     key_lengths: Tensor | None = None
+    key_mask: Tensor | None = None  # of all keys
     cu_seqlens: tuple[Tensor, Tensor] | None = None  # of packed sequences, as max_seqlens
     max_seqlens: tuple[int, int] = (0, 0)
 
@@ -416,10 +440,10 @@ class _Call:
             key_lengths = self.key_lengths
             if key_lengths is not None:
                 key_lengths = (key_lengths - first_key).clamp(0, end_key - first_key)
+            key_mask = None if self.key_mask is None else self.key_mask[:, first_key:end_key]
             starts = dict(query_start=self.query_start + first, key_start=self.key_start + first_key)
-            return attention.log_attention(
-                q, k, v, values, key_lengths=key_lengths, return_lse=True, **starts, **self.options
-            )
+            hidden = dict(key_lengths=key_lengths, key_mask=key_mask)
+            return attention.log_attention(q, k, v, values, return_lse=True, **starts, **hidden, **self.options)
         cu_seqlens_q, cu_seqlens_k = self.cu_seqlens
         lengths = (
             (cu_seqlens_q - first).clamp(0, end - first),
@@ -844,12 +868,11 @@ class _Arguments:
         self.q, self.k, self.v = q, k, v = attention.autocast(q, k, v)
         self.packed = "cu_seqlens_q" in options
         (batch, *_), *_ = checks.check_tensors(3 if self.packed else 4, q=q, k=k, v=v)
-        for name in ("key_mask", "block_table"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{name} must be None with context_parallel: query_start and key_start say left padding, "
-                    "key_lengths right padding"
-                )
+        if options.get("block_table") is not None:
+            raise ValueError("block_table must be None with context_parallel: pages lie in one process")
+        self.key_mask: Tensor | None = None
+        if options.get("key_mask") is not None:
+            self.key_mask = checks.resolve_key_mask(options["key_mask"], batch, k.shape[2], q, True)
         self.values = values = values_of(position, q)
         self.parameters = [x for name in LEARNABLE_PARTS if (x := getattr(values, name)) is not None]
         dropout_p, self.seed = checks.resolve_dropout(options["dropout_p"], options["dropout_seed"], q)
@@ -931,6 +954,7 @@ class _Arguments:
             "query_start": self.query_starts,
             "key_start": self.key_starts,
             "key_lengths": self.key_lengths,
+            "the use of key_mask": self.key_mask is not None,
             "context_length": self.context_lengths,
             "cu_seqlens_q and cu_seqlens_k": self.bounds,
             "max_seqlen_q and max_seqlen_k": self.max_seqlens,
@@ -1001,6 +1025,7 @@ class _Arguments:
             start(query_starts),
             start(key_starts),
             None if self.key_lengths is None else vector(self.key_lengths),
+            None if self.key_mask is None else self.parallel.gather(self.key_mask, 1, num_keys),
             self.cu_seqlens,
             self.max_seqlens,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -64,7 +66,10 @@ def shard_call(parallel: ContextParallel, call: Call) -> Call:
     dim = 2 if call.lengths is None else 0
     tensors = {name: parallel.shard(getattr(call, name), dim) for name in ("q", "k", "v", "dout")}
     dlse = None if call.dlse is None else parallel.shard(call.dlse, -1)
-    return call.replace(**tensors, dlse=dlse, options=dict(call.options, context_parallel=parallel))
+    options = dict(call.options, context_parallel=parallel)
+    if "key_mask" in options:
+        options["key_mask"] = parallel.shard(options["key_mask"], 1)
+    return call.replace(**tensors, dlse=dlse, options=options)
 
 
 def part_of(parallel: ContextParallel, call: Call, whole: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,6 +175,9 @@ def starts(rank: int, world: int) -> None:
     check(make_call(3, num_queries=25, head_dim=8, preset="log-invariant", key_lengths=key_lengths))
     check(make_call(3, num_queries=25, head_dim=8, query_gain=True, key_lengths=key_lengths))
     check(make_call(1, num_queries=9, num_keys=21, head_dim=8, query_start=1000, key_start=950, window=(60, 0)))
+    check(make_call(2, num_queries=21, head_dim=8, key_mask=torch.rand(2, 21) < 0.5, preset="log-invariant"))
+    key_mask = torch.randn(2, 21).where(torch.rand(2, 21) < 0.7, -torch.inf)
+    check(make_call(2, num_queries=21, head_dim=8, key_mask=key_mask, preset="log-bias-rope", is_causal=True))
 
 
 def dropout(rank: int, world: int) -> None:
@@ -310,7 +318,7 @@ def errors_of(parallel: ContextParallel, bad: bool) -> None:
     few, narrow, good = make_values(3, 8), logpe.LogPosition(4, 4), logpe.LogPosition(4, 8)  # on each rank the same
     assert "power must have shape (4,), got (3,)" in refused(q, k, v, values=few if bad else call.values)
     assert "position was built for head_dim 4" in refused(q, k, v, values=narrow if bad else good)
-    assert "key_mask must be None with context_parallel" in refused(q, k, v, key_mask=torch.ones(1, 19))
+    assert "key_mask must have shape" in refused(q, k, v, key_mask=torch.ones(1, k.shape[2] + bad))
     pages = torch.zeros(1, 1, dtype=torch.int32)
     assert "block_table must be None with context_parallel" in refused(q, k, v, block_table=pages)
     assert 'backend="triton" cannot run here' in refused(q, k, v, backend="triton", error=RuntimeError)
@@ -388,9 +396,88 @@ def mesh(rank: int, world: int) -> None:
         torch.testing.assert_close(actual[name], x, rtol=1e-11, atol=1e-11)
 
 
+def modules(rank: int, world: int) -> None:
+    """LogAttention and swapped attention: same outputs and, summed or averaged by DDP, same gradients."""
+    from torch import nn
+
+    for causal in (True, False):
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        logpe.replace_attention(encoder, "log-invariant", position_options={"query_gain": causal})
+        parallel = ContextParallel(dist.group.WORLD, method="ring", reduction="mean")
+        across = copy.deepcopy(encoder)
+        for module in across.modules():
+            if isinstance(module, logpe.LogAttention):
+                module.context_parallel = parallel
+        x = torch.randn(2, 24, 16)
+        padding = torch.arange(24) >= torch.tensor([[24], [17]])
+        options: dict[str, Any] = dict(is_causal=causal, mask=torch.ones(24, 24).triu(1).bool() if causal else None)
+        expected = encoder(x, src_key_padding_mask=padding, **options)
+        if causal:
+            options["mask"] = options["mask"][: 24 // world, : 24 // world]
+        own = nn.parallel.DistributedDataParallel(across)
+        out = own(parallel.shard(x, 1), src_key_padding_mask=parallel.shard(padding, 1), **options)
+        torch.testing.assert_close(out, parallel.shard(expected, 1), rtol=1e-4, atol=1e-5)
+        expected.square().mean().backward()
+        out.square().mean().backward()
+        for (name, p), q in zip(encoder.named_parameters(), across.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+            assert all_equal(q.grad)
+
+    plain = nn.ModuleList([nn.MultiheadAttention(16, 4)])
+    logpe.replace_attention(plain, "log-bias-rope", context_parallel=parallel)
+    attention = plain[0]
+    assert isinstance(attention, logpe.LogAttention)
+    x = torch.randn(9, 1, 16)
+    part = parallel.shard(x, 0)
+    out = attention(part, part, part, need_weights=False, is_causal=True)[0]
+    again = copy.deepcopy(plain)[0]
+    assert again.context_parallel is parallel
+    again.context_parallel = None
+    expected = again(x, x, x, need_weights=False, is_causal=True)[0]
+    torch.testing.assert_close(out, parallel.shard(expected, 0), rtol=1e-4, atol=1e-5)
+    assert "need_weights must be False" in raised(lambda: attention(part, part, part))
+    some = torch.zeros(len(part), len(part))
+    assert "attn_mask must be None" in raised(lambda: attention(part, part, part, need_weights=False, attn_mask=some))
+    wrong = torch.randn(len(part), 1, 15 if rank == world - 1 else 16)
+    text = raised(lambda: attention(wrong, wrong, wrong, need_weights=False, is_causal=True))
+    assert text.startswith("query must have 16 features, got shape ")
+    with pytest.raises(TypeError, match="ContextParallel cannot be pickled"):
+        pickle.dumps(attention)
+    with pytest.raises(ValueError, match="add_bias_kv must be False with context_parallel"):
+        logpe.LogAttention(16, 4, add_bias_kv=True, position=None, context_parallel=parallel)
+    with pytest.raises(TypeError, match="context_parallel must be a ContextParallel or None, got int"):
+        logpe.LogAttention(16, 4, context_parallel=2)
+
+
+def sharded(rank: int, world: int) -> None:
+    """FSDP2 over data x context, with uneven lengths: the gradients are those of the mean over all tokens."""
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if world != 4:
+        return
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    parallel = ContextParallel(both["context"], reduction="mean")
+    alone = nn.ModuleList([logpe.LogAttention(16, 4, batch_first=True, num_kv_heads=2, position="log-invariant")])
+    across = copy.deepcopy(alone)
+    across[0].context_parallel = parallel
+    fully_shard(across[0], mesh=both[("data", "context")]._flatten("all"))
+    x = torch.randn(2, 1, 13, 16)
+
+    def loss(model: nn.ModuleList, x: Tensor) -> Tensor:
+        return model[0](x, x, x, need_weights=False, is_causal=True)[0].square().sum() / (13 * 16)
+
+    (loss(across, parallel.shard(x[rank // 2], 1)) * parallel.size).backward()
+    ((loss(alone, x[0]) + loss(alone, x[1])) / 2).backward()
+    for p, q in zip(alone.parameters(), across.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
+
+
 CASES = (
     sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, dtypes, gradients_of_some, repeats,
-    errors, traffic, mesh,
+    errors, traffic, mesh, modules, sharded,
 )  # fmt: skip
 
 
