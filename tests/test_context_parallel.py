@@ -475,9 +475,53 @@ def sharded(rank: int, world: int) -> None:
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
 
 
+def transformers(rank: int, world: int) -> None:
+    """A converted Llama: the logits of all tokens, and the gradients of the mean loss."""
+    if world != 2:  # the import takes longer than the test
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from logpe.transformers import set_context_parallel, use_log_position
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    parallel = ContextParallel(dist.group.WORLD)
+    alone = use_log_position(LlamaForCausalLM(config))
+    across = copy.deepcopy(alone)
+    set_context_parallel(across, parallel)
+    tokens = torch.randint(50, (2, 19))
+    shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    expected = alone(tokens, labels=tokens, use_cache=False)
+    own, labels = parallel.shard(tokens, 1), parallel.shard(shifted, 1)
+    out = across(own, labels=own, shift_labels=labels, num_items_in_batch=2 * 18, use_cache=False)
+    torch.testing.assert_close(out.logits, parallel.shard(expected.logits, 1), rtol=1e-4, atol=1e-5)
+    expected.loss.backward()
+    out.loss.backward()
+    for (name, p), q in zip(alone.named_parameters(), across.parameters(), strict=True):
+        if "log_position" not in name:
+            dist.all_reduce(q.grad)
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6)
+    mask = torch.ones_like(own)
+    torch.testing.assert_close(across(own, attention_mask=mask).logits, out.logits)
+    if rank == 0:
+        mask[0, 0] = 0
+    assert "attention_mask must be None with context_parallel" in raised(lambda: across(own, attention_mask=mask))
+    assert "position_ids must be None" in raised(lambda: across(own, position_ids=torch.arange(own.shape[1])[None]))
+    cache = across(own, use_cache=True).past_key_values
+    assert "past_key_values must be None" in raised(lambda: across(own[:, :1], past_key_values=cache))
+    with pytest.raises(ValueError, match="keep_positions must be False with context_parallel"):
+        use_log_position(LlamaForCausalLM(config), "none", keep_positions=True, context_parallel=parallel)
+    with pytest.raises(TypeError, match="context_parallel must be a ContextParallel or None, got str"):
+        use_log_position(LlamaForCausalLM(config), context_parallel="cp")
+    with pytest.raises(ValueError, match="model must have log positions"):
+        set_context_parallel(LlamaForCausalLM(config), parallel)
+
+
 CASES = (
     sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, dtypes, gradients_of_some, repeats,
-    errors, traffic, mesh, modules, sharded,
+    errors, traffic, mesh, modules, sharded, transformers,
 )  # fmt: skip
 
 
