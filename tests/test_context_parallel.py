@@ -475,6 +475,60 @@ def sharded(rank: int, world: int) -> None:
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
 
 
+def caches(rank: int, world: int) -> None:
+    """A prompt across ranks, then token by token: the results of one cache, the same bits on every rank."""
+    for preset, window, prompt, dtype in [
+        ("log-bias-rope", None, 21, torch.float64),
+        ("log-invariant", 9, 13, torch.float64),
+        ("log-rotary", None, 1, torch.float32),
+    ]:
+        for method, layout in (WAYS[0], WAYS[3], WAYS[4]):
+            parallel = ContextParallel(dist.group.WORLD, method=method, layout=layout)
+            values = make_values(4, 8, preset, query_gain=True)
+            start = torch.tensor([0, -3])
+            steps = [prompt, 1, 3, 1, 1, 4]
+            options: dict[str, Any] = dict(window=window, key_start=start, dtype=dtype)
+            whole = logpe.KVCache(2, 2, sum(steps), 8, values, **options)
+            capacity = max(-(-sum(steps) // world), len(parallel.positions(prompt)) + 1, 8)
+            across = logpe.KVCache(2, 2, capacity, 8, values, context_parallel=parallel, **options)
+            for turn in range(2):
+                for number, count in enumerate(steps):
+                    q = torch.randn(2, 4, count, 8, dtype=dtype)
+                    k, v = torch.randn(2, 2, 2, count, 8, dtype=dtype)
+                    out, lse = whole.attend(q, k, v, return_lse=True)
+                    if number == 0:
+                        q, k, v, out, lse = (parallel.shard(x, 2) for x in (q, k, v, out, lse))
+                    actual, actual_lse = across.attend(q, k, v, return_lse=True)
+                    bound = 1e-12 if dtype == torch.float64 else 1e-5
+                    torch.testing.assert_close(actual, out, rtol=0, atol=bound)
+                    torch.testing.assert_close(actual_lse, lse, rtol=0, atol=10 * bound)
+                    assert number == 0 or all_equal(actual)
+                    assert torch.equal(across.lengths, whole.lengths)
+                    if count == 3:
+                        for cache in (whole, across):
+                            cache.crop(cache.lengths - 2)
+                            cache.reorder([1, 0])
+                for cache in (whole, across):
+                    cache.reset(key_start=turn)
+    parallel = ContextParallel(dist.group.WORLD)
+    cache = logpe.KVCache(1, 2, 4, 8, context_parallel=parallel)
+    x = torch.randn(1, 2, 4 * world, 8)
+    part = parallel.shard(x, 2)
+    assert "q must have shape" in raised(lambda: cache.attend(part[..., : 7 if rank == 0 else 8], part, part))
+    assert "lengths must be None with context_parallel" in raised(lambda: cache.attend(part, part, part, [1]))
+    cache.attend(part, part, part)
+    one = torch.randn(1, 2, 1, 8)
+    assert "the cache is full" in raised(lambda: cache.attend(one, one, one))
+    cache.crop(4 * world - 1)
+    assert "scale must be finite" in raised(lambda: cache.attend(one, one, one, scale=float("inf")))
+    assert cache.lengths.item() == 4 * world - 1
+    assert cache.attend(one, one, one).shape == one.shape
+    with pytest.raises(ValueError, match="append must not be called with context_parallel"):
+        cache.append(one, one)
+    with pytest.raises(ValueError, match="context_parallel must be None for a PagedKVCache"):
+        logpe.PagedKVCache(1, 2, 64, 8, context_parallel=parallel)
+
+
 def transformers(rank: int, world: int) -> None:
     """A converted Llama: the logits of all tokens, and the gradients of the mean loss."""
     if world != 2:  # the import takes longer than the test
@@ -521,7 +575,7 @@ def transformers(rank: int, world: int) -> None:
 
 CASES = (
     sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, dtypes, gradients_of_some, repeats,
-    errors, traffic, mesh, modules, sharded, transformers,
+    errors, traffic, mesh, modules, sharded, caches, transformers,
 )  # fmt: skip
 
 
