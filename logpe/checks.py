@@ -1,7 +1,8 @@
 """What is wrong with the arguments of a call, said clearly.
 
-A ``check_`` function raises what is wrong, and returns the argument as the backends take it where that may differ.
-A ``resolve_`` function also fills in defaults. Every message names the argument, what it was, and what is allowed.
+All functions raise TypeError or ValueError. A message names the argument, what it was, and what is allowed. A
+``check_`` function returns the argument as the backends take it, if that may differ from what was given; a
+``resolve_`` function also fills in defaults.
 """
 
 from __future__ import annotations
@@ -40,10 +41,7 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_int(name: str, value: Any) -> int:
-    """Return ``value``, an integer of Python, of NumPy or in a tensor, as an int of at least 1.
-
-    Raises TypeError or ValueError that names the argument.
-    """
+    """Return ``value``, an integer of at least 1 of Python, of NumPy or in a tensor, as an int."""
     try:
         boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
         plain = None if boolean else operator.index(value)
@@ -57,10 +55,7 @@ def plain_int(name: str, value: Any) -> int:
 
 
 def plain_float(name: str, value: Any) -> float:
-    """Return ``value``, a number of Python, of NumPy or in a tensor without a gradient, as a float.
-
-    Raises TypeError that names the argument, and ValueError for a number beyond all floats.
-    """
+    """Return ``value``, a number of Python, of NumPy or in a tensor without a gradient, as a float."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
     plain = plain_value(value)
@@ -71,7 +66,7 @@ def plain_float(name: str, value: Any) -> float:
 
 
 def plain_bool(name: str, value: Any) -> bool:
-    """Return ``value``, a bool of Python, of NumPy or in a tensor, as a bool. Raises TypeError otherwise."""
+    """Return ``value``, a bool of Python, of NumPy or in a tensor, as a bool."""
     plain = plain_value(value)
     if not isinstance(plain, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -81,8 +76,7 @@ def plain_bool(name: str, value: Any) -> bool:
 def check_number(name: str, value: Any, instead: str = "") -> float:
     """Return a number of Python, of NumPy or of a compiler as a float, or inf if it is too large for one.
 
-    Raises TypeError otherwise. A tensor is refused, because it would be cut off from its gradient; ``instead`` is
-    what the message then says to do.
+    A tensor is refused, since it would be cut off from its gradient. The message then says ``instead``, what to do.
     """
     if type(value) is float:
         return value
@@ -254,7 +248,7 @@ def resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[f
 
 
 def readable(x: Tensor, validate: bool) -> bool:
-    """Whether to look at the values of ``x``: a GPU tensor is read only on demand, for it waits; a trace has none."""
+    """Whether to look at the values of ``x``: on a GPU only on demand, for reading waits; in a trace there are none."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
         return False
     return x.device.type != "meta" and (validate or x.device.type == "cpu")
@@ -310,7 +304,7 @@ def per_sequence(name: str, x: int | Tensor, batch: int, q: Tensor, validate: bo
 
 
 def resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
-    """Return a mask (batch, num_keys) as what is added to the logits, float32 or, with q, float64."""
+    """Return a mask (batch, num_keys) as a bias of the logits, float32, or float64 if q is."""
     check_dense("key_mask", key_mask, "a bool or floating tensor")
     if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
         raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
@@ -337,7 +331,7 @@ def check_max_seqlen(name: str, x: int) -> int:
 
 
 def check_cu_seqlens(axis: str, x: Tensor, tokens: Tensor, max_seqlen: int, validate: bool) -> Tensor:
-    """Return cu_seqlens of an axis, "q" or "k", as int32 (B + 1,); ``tokens`` (total, H, D) is what they divide."""
+    """Return cu_seqlens of an axis, "q" or "k", as int32 (B + 1,). ``tokens`` (total, H, D) is what it divides."""
     name = f"cu_seqlens_{axis}"
     x = _check_int_vector(name, x, None, tokens)
     if x.shape[0] < 1:
@@ -359,7 +353,7 @@ def check_cu_seqlens(axis: str, x: Tensor, tokens: Tensor, max_seqlen: int, vali
 
 
 def check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
-    """Return the pages of each sequence, (B, max_pages), as int32; what goes with pages is checked, too."""
+    """Return the pages of each sequence as int32 (B, max_pages). What pages rule out is refused, too."""
     check_dense("block_table", block_table, "an int32 or int64 tensor")
     if block_table.dtype not in INT_DTYPES:
         raise TypeError(f"block_table must be an int32 or int64 tensor, got {block_table.dtype}")
