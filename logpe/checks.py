@@ -25,10 +25,10 @@ from logpe.reference import PositionValues, bounded, device_of_angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (torch.int32, torch.int64)
-MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
+MAX_POSITION = 2**29  # a position plus as many tokens plus a window stays within int32
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
-# Tuples: a union of types would be formed anew in each call.
+# Tuples, since a union of types would be built anew in each call.
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
 
@@ -200,7 +200,7 @@ def check_theta(theta: Tensor, x: Tensor) -> None:
 
 def resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
     """Return the window as (left, right), each an int or None for unlimited; causal is right = 0."""
-    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # or numpy's
+    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # NumPy, tracing
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if window is None:
         return None, 0 if is_causal else None
@@ -314,7 +314,7 @@ def resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, val
         raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
     if key_mask.requires_grad:
         raise ValueError("key_mask must not require a gradient: it has none")
-    key_mask = key_mask.contiguous()  # as the kernels read it; what follows keeps strides
+    key_mask = key_mask.contiguous()  # the kernels read it so; what follows keeps strides
     if key_mask.dtype == torch.bool:
         hidden = torch.full((), -math.inf, device=q.device)
         return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
@@ -373,6 +373,6 @@ def check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positio
         )
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
-    if block_table.dtype == torch.int64:  # what is no page must not become one
+    if block_table.dtype == torch.int64:  # an entry beyond int32 must not wrap around to a page
         block_table = block_table.clamp(-1, k.shape[0])
     return block_table.to(torch.int32).contiguous()

@@ -169,7 +169,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=30, keylessline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @pytest.mark.usefixtures("small_tiles")
 def test_any_shape(data: st.DataObject) -> None:
     def integer(low: int, high: int, name: str) -> int:
