@@ -14,22 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Traits, log2_length, padded
 from .launch import dtypes, specialised
-from .position import Position
+from .position import Parameters
 from .rotation import rotate
-from .tile import Sequences, Strides
+from .tile import Dropout, Layer, Sequences, Strides
 
 #: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
-RUNTIME_INTEGERS = [
-    "dropout_threshold",
-    "num_queries",
-    "num_keys",
-    "total_queries",
-    "total_keys",
-    "query_start",
-    "key_start",
-    "window_left",
-    "window_right",
-]
+RUNTIME_INTEGERS = ["num_queries", "num_keys", "total_queries", "total_keys", "query_start", "key_start"]
 MAX_HEAD_DIM = 256
 MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
@@ -123,13 +113,13 @@ class Sizes:
             log2_length=log2_length(self.num_queries, self.num_keys),
         )
         self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
-        values = float(scale), float(gain_length), self.heads, self.heads // self.kv_heads
         lengths = self.num_queries, self.num_keys, self.total_queries, k.shape[0] if self.packed else 0
-        window = tuple(None if side is None else min(side, FARTHEST) for side in (window_left, window_right))
+        window = (None if side is None else min(side, FARTHEST) for side in (window_left, window_right))
         if max(lengths) >= 2**31:
             raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
-        self.numbers = *values, *lengths, *window  # in the order of the kernels' parameters
-        self.fixed = specialised(values), tuple(specialised(x, by_value=False) for x in (*window, *self.dropout))
+        layer = Layer(float(scale), float(gain_length), self.heads, self.heads // self.kv_heads, *window)
+        self.numbers = layer, *lengths  # in the order of the kernels' parameters
+        self.fixed = specialised(layer)
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
         self.strides: Strides | None = None  # of the forward pass, once there was one, and
@@ -182,11 +172,11 @@ class Problem:
         self.sizes = sizes = sizes_of(q, k, v, kind, options)
         get = options.get
         self.q, self.k, self.v = q, k, v
-        self.position = Position(*map(get, Position._fields))
+        self.parameters = Parameters(*map(get, Parameters._fields))
         self.sequences = Sequences(*map(get, Sequences._fields))
         self.block_table = get("block_table")
-        self.dropout_seed = get("dropout_seed") if get("dropout_p", 0.0) > 0 else None
-        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.dropout = Dropout(get("dropout_seed"), *sizes.dropout) if get("dropout_p", 0.0) > 0 else None
+        self.tensors = self.parameters, self.sequences, self.dropout
         self.numbers = *sizes.numbers, query_start, key_start
         self.theta = get("theta")
         if self.theta is not None:
