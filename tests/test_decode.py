@@ -46,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         launch(problem, *tensors)
 
     monkeypatch.setattr(decode, "decode", record)
-    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout_seed is None)
+    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout is None)
     monkeypatch.setattr(decode, "tiles", lambda *sizes: Config(16, 16, 4, 1))
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 3)
     return seen
