@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
+from logpe_kernels.options import Options
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.two_tensor import TwoTensor
@@ -921,4 +922,5 @@ def test_backends_on_a_gpu() -> None:
 def test_public_names() -> None:
     for name in logpe.__all__:
         assert hasattr(logpe, name)
-    assert set(PARAMETERS) < set(PositionValues._fields)
+    assert PositionValues._fields[:5] == Options._fields[:5]
+    assert PositionValues._field_defaults.items() <= Options._field_defaults.items()
