@@ -278,7 +278,7 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
     path.with_suffix(".csv").unlink()
     asked = len(canned.asked)
     assert throughput.main(["--device", "cpu", "--out", str(tmp_path), "--report"]) == 0
-    assert capsys.readouterr().out == printed
+    assert printed == capsys.readouterr().out + "points: 14 measured, 10 failed\n"
     assert path.with_suffix(".csv").exists()
     assert len(canned.asked) == asked
 
@@ -286,7 +286,7 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
 def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
     canned.interrupt_at = 5
     assert throughput.main(command(tmp_path)) == 130
-    assert "20 points to go" in capsys.readouterr().out
+    assert "points: 4 measured, 20 to go\n" in capsys.readouterr().out
     path = tmp_path / "throughput-cpu.json"
     before = json.loads(path.read_text())["runs"][0]["points"]
     assert len(before) == 4
@@ -338,7 +338,7 @@ def test_a_run_in_which_everything_fails_fails(canned, tmp_path):
 
 def test_the_time_is_over(canned, tmp_path, capsys):
     assert throughput.main(command(tmp_path, "--minutes", "0")) == TIME_IS_OVER
-    assert "24 points to go" in capsys.readouterr().out
+    assert "points: 24 to go\n" in capsys.readouterr().out
     assert not canned.asked
 
 

@@ -223,12 +223,6 @@ def table(times: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def summary(microseconds: dict[str, dict[str, float]]) -> str:
-    """Return the median of the whole call, and how many times that of F.scaled_dot_product_attention it is."""
-    whole, sdpa = (microseconds[name]["p50"] for name in (WHOLE, SDPA))
-    return f"{whole:.0f} us, {whole / sdpa:.1f} times {SDPA}"
-
-
 @command.program("bench host_overhead")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write what the command line asks for; return the exit status."""
@@ -266,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.profile:
             profile(steps[WHOLE][0])
     microseconds = {name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in times.items()}
-    print(f"\nMedian of the whole call: {summary(microseconds)}")
+    whole, sdpa = (microseconds[name]["p50"] for name in (WHOLE, SDPA))
+    print(f"\nlog_attention takes {whole:.0f} us of host time, {whole / sdpa:.1f} times {SDPA} (medians)")
     if options.out:
         machine |= dict(launch="measured" if gpu else STUBBED)
         about = runner.circumstances("host_overhead", arguments, machine)

@@ -206,10 +206,12 @@ def run(
             stop = error
         bench.show(last, path)
         done = bench.rows(last)
-        if left := sum(point not in done for group in groups for point in group):
-            print(f"{left} points to go.")
-            return command.stopped(stop or command.TimeIsOver())
-        return int(all("missing" in row for row in last.points))
+        left = sum(point not in done for group in groups for point in group)
+        failed = sum("missing" in row for row in last.points)
+        status = command.stopped(stop or command.TimeIsOver()) if left else int(failed == len(last.points))
+        counts = {"measured": len(last.points) - failed, "failed": failed, "to go": left}
+        print("points: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
+        return status
 
 
 def _measure(
