@@ -90,26 +90,9 @@ class Inputs(NamedTuple):
 # --- the methods: each prepares what is not timed, and returns what is --------------------------------------------
 
 Step = Callable[[], object]
-METHODS: dict[str, Callable[[Inputs], Step]] = {}
 
 
-def method(name: str) -> Callable[[Callable[[Inputs], Step]], Callable[[Inputs], Step]]:
-    """Register a method under the name that the command line, the table and the picture use."""
-
-    def register(prepare: Callable[[Inputs], Step]) -> Callable[[Inputs], Step]:
-        METHODS[name] = prepare
-        return prepare
-
-    return register
-
-
-@method("log-bias")
-def _log_bias(x: Inputs) -> Step:
-    return lambda: logpe.log_attention(x.q, x.k, x.v, x.position, is_causal=True)
-
-
-@method("log-bias-paged")
-def _log_bias_paged(x: Inputs) -> Step:
+def _paged(x: Inputs) -> Step:
     batch, _, length, _ = x.k.shape
     max_pages = -(-length // PAGE_SIZE)
     table = torch.randperm(batch * max_pages, device=x.k.device).view(batch, max_pages)
@@ -127,12 +110,6 @@ def _log_bias_paged(x: Inputs) -> Step:
     return lambda: logpe.log_attention(x.q, k, v, x.position, **options)
 
 
-@method("none")
-def _none(x: Inputs) -> Step:
-    return lambda: logpe.log_attention(x.q, x.k, x.v, is_causal=True)
-
-
-@method("flex")
 def _flex(x: Inputs) -> Step:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -148,14 +125,14 @@ def _flex(x: Inputs) -> Step:
     return lambda: compiled(x.q, x.k, x.v, score_mod=score_mod, enable_gqa=True)
 
 
-@method("sdpa")
-def _sdpa(x: Inputs) -> Step:
-    return lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True)
-
-
-@method("copy")
-def _copy(x: Inputs) -> Step:
-    return lambda: x.v.copy_(x.k)
+METHODS: dict[str, Callable[[Inputs], Step]] = {
+    "log-bias": lambda x: lambda: logpe.log_attention(x.q, x.k, x.v, x.position, is_causal=True),
+    "log-bias-paged": _paged,
+    "none": lambda x: lambda: logpe.log_attention(x.q, x.k, x.v, is_causal=True),
+    "flex": _flex,
+    "sdpa": lambda x: lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True),
+    "copy": lambda x: lambda: x.v.copy_(x.k),
+}
 
 
 # --- one point ------------------------------------------------------------------------------------------------------
