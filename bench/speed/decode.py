@@ -3,17 +3,17 @@
     python -m bench decode                     # on a GPU: 1k to 128k tokens, bfloat16, 32 query heads on 8 of 128
     python -m bench decode --device cpu --lengths 256 1024 --methods log-bias sdpa copy
 
-One new query of each sequence against all keys of its cache; one layer, attention alone. Every method works on the
-same tensors in one process. On a GPU a step is a CUDA graph, as decoders run it, and the L2 cache is overwritten before
-each repeat, since the other layers of a model do that too. What is compared:
+Each sequence has one new query, which sees all keys of its cache; what is timed is attention alone, in one layer. All
+methods get the same tensors, in one process. On a GPU a step is a CUDA graph, as decoders run it, and the L2 cache is
+cleared before each repeat, as the other layers of a model would. The methods:
 
 * ``log-bias``: log_attention with the learnable log bias, on a preallocated cache.
 * ``log-bias-paged``: the same on shuffled pages of 64 tokens.
 * ``none``: log_attention without a position.
 * ``flex``: compiled flex_attention with the bias as a score_mod, for this length.
 * ``sdpa``: F.scaled_dot_product_attention without a bias, on the backend that it chooses.
-* ``copy``: the keys copied over the values, by the device: as many bytes read and written as attention has to read,
-  and so the memory's limit. The table's last column is the share of it that a method reaches.
+* ``copy``: the device copies the keys over the values. It reads and writes as many bytes as attention has to read,
+  and so shows the memory's limit. The table's last column is the share of it that a method reaches.
 
 A point that fails is a row that says so. The same command goes on where it was stopped. Status 1: nothing could be
 measured.
