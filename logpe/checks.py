@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS, MAX_HEAD_DIM
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
@@ -23,7 +24,6 @@ from logpe.reference import PositionValues, bounded, device_of_angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (torch.int32, torch.int64)
-MAX_HEAD_DIM = 256
 MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
@@ -166,7 +166,7 @@ def check_tensors(num_dims: int, **tensors: Tensor) -> list[torch.Size]:
 
 def check_position_values(values: PositionValues, q: Tensor, num_heads: int) -> None:
     """Check the values of a position for q, which has ``num_heads`` heads."""
-    for name in ("power", "rate", "sharpness", "alpha"):
+    for name in LEARNABLE_PARTS:
         x = getattr(values, name)
         if x is None:
             continue

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor, nn
 
 from logpe.checks import check_dense, check_number, plain_bool, plain_float, plain_int, plain_value
@@ -34,7 +35,6 @@ PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=
 #: Initial powers of the first and the last head; in between they grow geometrically.
 INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
-LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
 
 
 def inverse_softplus(value: Tensor) -> Tensor:

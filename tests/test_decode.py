@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 
 from logpe_kernels import decode
 from logpe_kernels.configs import Config
+from logpe_kernels.options import Options
 from test_kernels import FEATURES, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -45,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         launch(problem, *tensors)
 
     monkeypatch.setattr(decode, "decode", record)
-    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout_seed is None)
+    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout is None)
     monkeypatch.setattr(decode, "tiles", lambda *sizes: Config(16, 16, 4, 1))
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 3)
     return seen
@@ -335,9 +336,8 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     q, *pools = (x.nan_to_num() for x in (call.q, call.k, call.v))
     given = dict(block_table=call.options["block_table"], scale=0.5, max_seqlen_q=1, max_seqlen_k=16, dropout_p=0.0)
     given |= dict(query_start=15, key_start=0, rotary_scale=1.0, gain_length=512.0)
-    options = [given.get(name) for name in logpe.ops.OPTIONS]
     tests = "test_schema", "test_faketensor"
-    torch.library.opcheck(torch.ops.logpe.attention.default, (q, *pools, *options, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.logpe.attention.default, (q, *pools, *Options(**given), backend), test_utils=tests)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def call(case, preset):
     name, queries = case.feature.split("+")
     meta = functools.partial(torch.empty, device="meta", dtype=getattr(torch, case.dtype))
     position = LogPosition(8, case.head_dim, preset.removesuffix("+gain"), query_gain="+" in preset, device="meta")
-    options = {name: x for name, x in position()._asdict().items() if x is not None}
+    options = position()._asdict()
     keys = meta(2, 2, 1024, case.head_dim)
     if name == "paged":
         keys = meta(40, 2, 64, case.head_dim)
@@ -362,7 +362,7 @@ def call(case, preset):
         options[name] = meta(2, dtype=torch.int32)
     q = meta(2, 8, int(queries), case.head_dim)
     options |= dict(scale=1.0, window_right=0, max_seqlen_q=q.shape[2], max_seqlen_k=1024)
-    logpe_kernels.forward(q, keys, keys, **options)
+    logpe_kernels.attention(q, keys, keys, logpe_kernels.Options(**options))
 
 compile_report.call = call
 rows = []

@@ -256,8 +256,7 @@ def call(case: Case, preset: str) -> None:
     position = LogPosition(
         heads, head_dim, preset.removesuffix("+gain"), query_gain=preset.endswith("+gain"), device="meta"
     )
-    options: dict[str, Any] = {name: value for name, value in position()._asdict().items() if value is not None}
-    options |= dict(scale=head_dim**-0.5, max_seqlen_q=num_queries, max_seqlen_k=LENGTH)
+    options = position()._asdict() | dict(scale=head_dim**-0.5, max_seqlen_q=num_queries, max_seqlen_k=LENGTH)
     if case.mask == "causal":
         options |= dict(window_right=0, query_start=LENGTH - num_queries)
     packed = "packed" in features
@@ -272,6 +271,7 @@ def call(case: Case, preset: str) -> None:
         options |= dict(dropout_p=0.1, dropout_seed=meta((1,), dtype=torch.int64))
     if "window" in features:
         options |= dict(window_left=256)
+    given = logpe_kernels.Options(**options)
     q, k, v = (
         meta((batch * n, h, head_dim) if packed else (batch, h, n, head_dim), dtype=dtype)
         for h, n in ((heads, num_queries), (kv_heads, LENGTH), (kv_heads, LENGTH))
@@ -279,11 +279,11 @@ def call(case: Case, preset: str) -> None:
     if "paged" in features:  # there is no backward over pages
         k = v = meta((LENGTH // PAGE_SIZE, kv_heads, PAGE_SIZE, head_dim), dtype=dtype)
         pages = meta((batch, LENGTH // PAGE_SIZE), dtype=torch.int32)
-        logpe_kernels.forward(q, k, v, **options, block_table=pages)
+        logpe_kernels.attention(q, k, v, given._replace(block_table=pages))
         return
-    out, lse = logpe_kernels.forward(q, k, v, **options)
+    out, lse = logpe_kernels.attention(q, k, v, given)
     dlse = torch.empty_like(lse) if "dlse" in features else None
-    logpe_kernels.backward(torch.empty_like(out), dlse, q, k, v, out, lse, **options)
+    logpe_kernels.attention_backward(torch.empty_like(out), dlse, q, k, v, out, lse, given)
 
 
 def cases(

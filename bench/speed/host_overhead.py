@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import Options
 from tqdm import tqdm
 
 import logpe
@@ -114,7 +115,7 @@ def without_launch() -> Iterator[None]:
 
 def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict[str, tuple[Call, Any]]:
     """Return calls, each with the context that it is timed in: first the ladder, then what it is compared with."""
-    import logpe_kernels
+    from logpe_kernels.forward import attention
 
     q, k, v = (
         torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -122,23 +123,19 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
     )
     position = logpe.LogPosition(heads, head_dim, "log-bias", device=device)
     values = position()
-    tensors = dict(power=values.power, rate=values.rate)
-    scalars: dict[str, Any] = dict(query_start=0, key_start=0, window_left=None, window_right=0)
-    scalars |= dict(max_seqlen_q=length, max_seqlen_k=length, scale=head_dim**-0.5, dropout_p=0.0)
-    scalars |= dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length)
-    scalars |= dict(kind=object())  # as log_attention does for a call like an earlier one
-    options = tensors | scalars
+    options = Options(**values._asdict(), window_right=0, scale=head_dim**-0.5)
+    kind = object()  # as log_attention has for a call like an earlier one
     # A CPU kernel takes its time in the call: as little of it as there can be.
     x, y, z = (t if device.type == "cuda" else t[:, :1, :1].detach().requires_grad_() for t in (q, k, v))
 
     def kernels() -> Any:
-        return logpe_kernels.forward(q, k, v, **options)
+        return attention(q, k, v, options, kind)
 
     def differentiable() -> Any:
-        return ops.attention(q, k, v, tensors, scalars, "triton")
+        return ops.run(q, k, v, options, "triton", kind)
 
     def operator() -> Any:
-        return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), "triton")
+        return torch.ops.logpe.attention(q, k, v, *options, "triton")
 
     def attend(at: Any) -> Call:
         return lambda: logpe.log_attention(q, k, v, at, is_causal=True, backend="triton")

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor
 
 from logpe.clock import between_events
-from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition
+from logpe.position import PRESET_PARTS, LogPosition
 from logpe.worker import Failed, Pool, Worker, one_line
 
 if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
@@ -78,7 +79,7 @@ class Inputs(NamedTuple):
     dout: Tensor
     out: Tensor
     lse: Tensor
-    options: dict[str, Any]
+    options: Options
 
 
 def make_inputs(task: Task, device: torch.device) -> Inputs:
@@ -91,27 +92,24 @@ def make_inputs(task: Task, device: torch.device) -> Inputs:
         for heads in (task.heads, task.kv_heads, task.kv_heads, task.heads)
     )
     values = LogPosition(task.heads, task.head_dim, **task.position, learnable=False, device=device)()
-    options: dict[str, Any] = {name: value for name, value in values._asdict().items() if value is not None}
-    options |= dict(scale=task.head_dim**-0.5, max_seqlen_q=task.length, max_seqlen_k=task.length)
-    if task.causal:
-        options |= dict(window_right=0)
+    options = Options(**values._asdict(), scale=task.head_dim**-0.5, window_right=0 if task.causal else None)
     if device.type == "meta":
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     else:
-        out, lse = logpe_kernels.forward(q, k, v, **options)
+        out, lse = logpe_kernels.attention(q, k, v, options)
     return Inputs(q, k, v, dout, out, lse, options)
 
 
 def _forward(x: Inputs) -> dict[str, Tensor]:
     import logpe_kernels
 
-    return dict(zip(("out", "lse"), logpe_kernels.forward(x.q, x.k, x.v, **x.options), strict=True))
+    return dict(zip(("out", "lse"), logpe_kernels.attention(x.q, x.k, x.v, x.options), strict=True))
 
 
 def _backward(x: Inputs) -> dict[str, Tensor]:
     import logpe_kernels
 
-    gradients = logpe_kernels.backward(x.dout, None, x.q, x.k, x.v, x.out, x.lse, **x.options)
+    gradients = logpe_kernels.attention_backward(x.dout, None, x.q, x.k, x.v, x.out, x.lse, x.options)
     names = ("dq", "dk", "dv", "dpower", "drate", "dsharpness", "dalpha")
     return {name: x for name, x in zip(names, gradients, strict=True) if x is not None}
 
