@@ -324,19 +324,8 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(report, "compile_all", compile_all)
     monkeypatch.setattr(report, "BUDGETS", tmp_path / "budgets.json")
     out = tmp_path / "out" / "report.json"
-    command = [
-        "--targets",
-        "sm_90",
-        "--dtypes",
-        "bfloat16",
-        "--head-dims",
-        "128",
-        "--features",
-        "plain",
-        "--check",
-        "--write-budgets",
-    ]
-    command += ["--presets", "none", "--out", str(out)]
+    command = ["--targets", "sm_90", "--dtypes", "bfloat16", "--head-dims", "128", "--features", "plain", "--check"]
+    command += ["--write-budgets", "--presets", "none", "--out", str(out)]
     assert report.main([*command, "--minutes", "0"]) == TIME_IS_OVER
     assert "1 calls are left: the same command goes on" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"][0]["clocks"]["matrix"] == 0.125

@@ -438,7 +438,9 @@ def compile_all(pool: Pool, cases: Iterable[Case], end: float) -> None:
             case = replace(case, length=min(case.length, 1024), batch=1)
         return case
 
-    pool.map(compile_one, dict.fromkeys(compiles(case) for case in cases if METHODS[case.method].compiled))
+    wanted = dict.fromkeys(compiles(case) for case in cases if METHODS[case.method].compiled)
+    for _ in pool.each(compile_one, wanted):
+        pass
 
 
 def run_case(worker: Worker, case: Case, end: float) -> Row | None:

@@ -325,9 +325,10 @@ class Gpu:
 
     def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
         """Return what each candidate takes, or why there is no such kernel."""
-        return self.compilers.map(
-            lambda worker, config: self._call(worker, compile_candidate, task, config), candidates
+        compiled = dict(
+            self.compilers.each(lambda w, config: self._call(w, compile_candidate, task, config), candidates)
         )
+        return [compiled[config] for config in candidates]
 
     def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
         """Return the times, or why the configuration is out."""
