@@ -256,8 +256,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.profile:
             profile(steps[WHOLE][0])
     microseconds = {name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in times.items()}
-    whole, sdpa = (microseconds[name]["p50"] for name in (WHOLE, SDPA))
-    print(f"\nlog_attention takes {whole:.0f} us of host time, {whole / sdpa:.1f} times {SDPA} (medians)")
+    which = "p50" if gpu else "least"
+    whole, sdpa = (microseconds[name][which] for name in (WHOLE, SDPA))
+    text = "" if gpu else ", without the launch"
+    print(f"\nlog_attention takes {whole:.0f} us of host time{text}, {whole / sdpa:.1f} times {SDPA} ({which})")
     if options.out:
         machine |= dict(launch="measured" if gpu else STUBBED)
         about = runner.circumstances("host_overhead", arguments, machine)
