@@ -2,16 +2,15 @@
 
 import json
 import math
-import random
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import status_of
+from studies import numbers, stop_at, write_texts
 
 from bench.__main__ import main as bench_main
-from bench.study import corpus, extrapolation, tasks, training
+from bench.study import corpus, extrapolation, runner, tasks
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, Attention, Model, Shape
 from logpe import files
@@ -24,13 +23,7 @@ TINY = Shape(dim=16, layers=2, heads=2)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Forty documents of 1,200 to 3,000 bytes; a copy, a short one, a binary and a hidden one besides."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    words = ["log", "bias", "of", "attention", "far", "near", "n"]
-    for i in range(40):
-        path = root / f"part{i % 3}" / f"{i}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(" ".join(rng.choice(words) for _ in range(4000))[: rng.randint(1200, 3000)])
+    root = write_texts(tmp_path_factory.mktemp("corpus"), 40, 1200, 3000)
     (root / "zcopy.txt").write_bytes((root / "part0" / "0.txt").read_bytes())
     (root / "short.txt").write_text("too short")
     (root / "binary.txt").write_bytes(b"\0" * 2000)
@@ -192,7 +185,7 @@ def test_miniature_study(folder, tmp_path, capsys):
     assert len(rows["log-bias"]) == 2 + 1 + 2
     assert "-" not in rows["log-bias"]
     assert (tmp_path / "extrapolation-quick.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / ".cache").glob("*.pt"))
+    assert all(path.name.startswith(".") for path in (tmp_path / ".cache").iterdir())  # locks
 
     before = path.read_bytes()  # nothing is left to measure: the same file, the same table
     assert extrapolation.main(arguments(folder, tmp_path), TINY) == 0
@@ -203,17 +196,6 @@ def test_miniature_study(folder, tmp_path, capsys):
     assert list(json.loads(path.read_text())["runs"]) == [*extrapolation.QUICK, "none+gain"]
 
 
-def numbers(path):
-    """What was measured, without when and how fast."""
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-        return value
-
-    return strip(json.loads(path.read_text())["runs"])
-
-
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """The numbers of a run that nothing interrupts."""
@@ -222,26 +204,16 @@ def whole(folder, tmp_path_factory):
     return numbers(out / "extrapolation-quick.json")
 
 
-@pytest.mark.parametrize("pieces", [3, 8, 14])  # in training, in scoring, in the task's training
-def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys, whole, pieces):
+@pytest.mark.parametrize("call", [3, 8, 14])  # in training, in scoring, in the task's training
+def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys, whole, call):
     command = arguments(folder, tmp_path, "--encodings", "log-bias", "none")
-    steps = 0
-    advance = training.Progress.advance
-
-    def interrupted(self, units):
-        nonlocal steps
-        steps += 1
-        if steps == pieces:
-            signal.raise_signal(signal.SIGINT)
-        advance(self, units)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "advance", interrupted)
+        stop_at(patch, [call])
         assert extrapolation.main(command, TINY) == 130
     printed = capsys.readouterr().out
     assert "Stopped: the same command" in printed
-    assert "log-bias" in printed
-    assert len(list((tmp_path / ".cache").glob("*.pt"))) == 1
+    assert ("log-bias" in printed) == (call == 14)  # where something was scored
+    assert len(list((tmp_path / ".cache").glob("*text"))) + len(list((tmp_path / ".cache").glob("*needle"))) == 1
 
     trained = []
     draw = study.Text.draw
@@ -252,28 +224,20 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(study.Text, "draw", counted)
     assert extrapolation.main(command, TINY) == 0
-    assert len(trained) == 6 + (6 - 2 if pieces == 3 else 0)  # what was done is not done again
+    assert len(trained) == 6 + (6 - 2 if call == 3 else 0)  # what was done is not done again
     assert numbers(tmp_path / "extrapolation-quick.json") == whole
 
 
-def test_a_damaged_checkpoint_is_made_again(folder, tmp_path, monkeypatch, capsys, whole):
+def test_a_damaged_checkpoint_is_made_again(folder, tmp_path, monkeypatch, whole):
     command = arguments(folder, tmp_path, "--encodings", "log-bias", "none")
-    advance = training.Progress.advance
-    calls = 0
-
-    def stopping(self, units):
-        nonlocal calls
-        calls += 1
-        self.interrupted = calls in (4, 12)  # in a training, and after one
-        advance(self, units)
-
-    monkeypatch.setattr(training.Progress, "advance", stopping)
+    stop_at(monkeypatch, [4, 12])  # in a training, and after one
     for _ in range(2):
         assert extrapolation.main(command, TINY) == 130
-        (checkpoint,) = (tmp_path / ".cache").glob("*.pt")
-        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+        (weights,) = (tmp_path / ".cache").glob("*/step-*[0-9]/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.warns(UserWarning, match=f"{weights.parent.name}/model.safetensors is not what was written"):
+            assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
     assert extrapolation.main(command, TINY) == 0
-    assert f"{checkpoint} is damaged" in capsys.readouterr().err
     assert numbers(tmp_path / "extrapolation-quick.json") == whole
 
 
@@ -281,7 +245,7 @@ def test_two_at_once(tmp_path):
     """Neither loses what the other measured, and what one is about to measure is refused to the other."""
 
     def stage(trained, score):
-        return training.Stage(
+        return runner.Stage(
             build=lambda name, seed: torch.nn.Linear(1, 1),
             train=lambda model, seed, path, advance: trained.append(seed) or {"steps": 1},
             score=score,
@@ -290,8 +254,8 @@ def test_two_at_once(tmp_path):
         )
 
     def measure(seeds, trained, score=lambda *_: {"value": 1}):
-        results = training.Results(tmp_path / "results.json", {"key": "key"})
-        training.measure(results, {"job": stage(trained, score)}, ["none"], seeds)
+        results = runner.Results(tmp_path / "results.json", {"key": "key"})
+        runner.measure(results, {"job": stage(trained, score)}, ["none"], seeds)
 
     def meanwhile(*_):
         if not theirs:
@@ -380,7 +344,7 @@ def test_different_settings_do_not_mix(folder, tmp_path):
 def test_time_limit_and_fresh_start(folder, tmp_path, capsys):
     command = arguments(folder, tmp_path, "--encodings", "none")
     assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
-    assert "-" in capsys.readouterr().out
+    assert "Nothing is measured yet." in capsys.readouterr().out
     assert extrapolation.main(command, TINY) == 0
     path = tmp_path / "extrapolation-quick.json"
     known = numbers(path)

@@ -3,18 +3,18 @@
 import csv
 import json
 import math
-import random
 from dataclasses import asdict
 
 import pytest
 import torch
 from helpers import status_of
+from studies import numbers, write_texts
 
 from bench.common import RESULTS
 from bench.plots import COLOURS
-from bench.study import corpus, extrapolation, findings, tasks, training
+from bench.study import corpus, extrapolation, findings, runner, tables, tasks
 from bench.study import protocol as study
-from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
+from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe.command import TIME_IS_OVER
 from logpe.lm.text import Document
 
@@ -37,12 +37,7 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Thirty documents of words, 1,200 to 3,000 bytes."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for i in range(30):
-        words = (rng.choice(["log", "bias", "of", "attention", "far", "near"]) for _ in range(800))
-        (root / f"{i}.txt").write_text(" ".join(words)[: rng.randint(1200, 3000)])
-    return root
+    return write_texts(tmp_path_factory.mktemp("corpus"), 30, 1200, 3000)
 
 
 def arguments(folder, out, *more):
@@ -114,8 +109,8 @@ def test_yarn_equals_its_definition():
 def test_options_of_an_encoding():
     shared = Model(TINY, encoding("log-bias+shared", 64), seed=0)
     assert shared.blocks[0].attention.position is shared.blocks[1].attention.position
-    assert len(study.learned_positions(shared)) == 1
-    started = study.learned_positions(Model(TINY, encoding("log-bias+gain+power=0.5:4+rate=1", 64), seed=0))
+    assert len(learned_positions(shared)) == 1
+    started = learned_positions(Model(TINY, encoding("log-bias+gain+power=0.5:4+rate=1", 64), seed=0))
     assert len(started) == 2
     assert started[0]["power"] == pytest.approx([0.5, 4.0], abs=1e-4)
     assert started[0]["rate"] == pytest.approx([1.0, 1.0], abs=1e-4)
@@ -231,12 +226,12 @@ def test_linux_source_is_found(tmp_path, monkeypatch):
 
 
 def test_intervals():
-    assert math.isnan(findings.half_width([1.0]))
-    assert findings.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
-    assert findings.half_width([0.0, 1.0] * 15) == pytest.approx(2.0452 * 0.50855 / math.sqrt(30), rel=1e-2)
+    assert math.isnan(tables.half_width([1.0]))
+    assert tables.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert tables.half_width([0.0, 1.0] * 15) == pytest.approx(2.0452 * 0.50855 / math.sqrt(30), rel=1e-2)
     torch.manual_seed(0)
     samples = torch.randn(4000, 4).tolist()
-    held = sum(abs(sum(x) / 4) < findings.half_width(x) for x in samples) / 4000
+    held = sum(abs(sum(x) / 4) < tables.half_width(x) for x in samples) / 4000
     assert abs(held - 0.95) < 0.015
 
 
@@ -262,7 +257,7 @@ def test_tables_of_known_numbers():
     assert text[:3] == ["3", "2.000 ± 0.000", "2.100 ± 0.100"]
     assert text[-1].startswith("-6.55 ±")  # 100 (2^-0.2 + 2^-0.1 + 2^0) / 3 - 100
     assert paired[0] == "2"
-    assert paired[1] == f"-1.000 [{-1 - 12.706 * 0.5:.3f}, {-1 + 12.706 * 0.5:+.3f}]"  # differences -0.5, -1.5
+    assert paired[1] == f"-1.000 [{-1 - 12.7062 * 0.5:.3f}, {-1 + 12.7062 * 0.5:+.3f}]"  # differences -0.5, -1.5
     assert needle[1:] == ["1.000 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.000", "0.250 ± 0.000"]
     assert paired_needle[3] == "+0.250 [+0.250, +0.250]"
     assert cells["rope"][0][3] == "2.000 ± 0.000"
@@ -271,13 +266,6 @@ def test_tables_of_known_numbers():
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-def numbers(value):
-    """What was measured, without when and how fast."""
-    if isinstance(value, dict):
-        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-    return value
 
 
 ENOUGH = ("--encodings", "rope", "log-bias+gain", "--seeds", "0", "1", "--tasks", "needle", "recall")
@@ -337,14 +325,14 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
     assert len(first) == 6  # of 2 encodings, 2 seeds and 3 jobs
     assert {job for *_, job in first} == {"text", "needle", "recall"}
     assert extrapolation.main([*command, "--shard", "0/2"], TINY) == 0
-    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+    assert numbers(path) == numbers(whole[0])
     for bad in (["--shard", "2/2"], ["--shard", "x"], ["--shard", "0/2", "--fresh"]):
         assert status_of(extrapolation.main, [*command, *bad], TINY) == 2
 
 
 def test_two_processes_fill_one_file(tmp_path):
     path = tmp_path / "results.json"
-    here, there = (training.Results(path, {"key": "k"}) for _ in range(2))
+    here, there = (runner.Results(path, {"key": "k"}) for _ in range(2))
     here.record("rope", 0, "text")["train"]["steps"] = 1
     there.record("rope", 0, "needle")["train"]["steps"] = 2
     here.save()
@@ -356,7 +344,7 @@ def test_two_processes_fill_one_file(tmp_path):
 
 
 def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
     draw, drawn = study.Text.draw, []
 
     def failing(self, generator):
@@ -372,7 +360,7 @@ def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, t
     assert extrapolation.main(command, TINY) == 0
     assert len(drawn) == 3 + (4 - 2) + 3 * 4  # of four runs of text
     (path,) = tmp_path.glob("*.json")
-    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+    assert numbers(path) == numbers(whole[0])
 
 
 def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
