@@ -367,11 +367,3 @@ def test_bad_arguments_are_named(folder, tmp_path, capsys):
     for more in (["--steps", "0"], ["--heads", "3"], ["--vocabulary", "100"], ["--limit", "2"], ["--data", "/no"]):
         assert status_of(translation.main, arguments(folder, tmp_path, *more)) == 2
         assert more[0] in capsys.readouterr().err
-
-
-def test_help_says_what_there_is(capsys):
-    with pytest.raises(SystemExit) as done:
-        translation.main(["--help"])
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("apt-get download", "--data", "--limit", "--minutes", "log-rotary-bias"))
