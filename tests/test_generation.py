@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import status_of
 from studies import numbers, stop_at, write_texts
 
-from bench.study import corpus, generation, judge, protocol
+from bench.study import corpus, generation, judge, protocol, runner
 from bench.study.model import ENCODINGS, Model, Shape, encoding
 from logpe.command import TIME_IS_OVER
 
@@ -298,11 +298,8 @@ def test_training_lowers_the_loss_and_the_judge_knows_text_from_noise(folder, tm
         return judge.judged_bits(model, text, asked).mean().item()
 
     before, noise = bits(texts.real(0)), torch.randint(256, texts.real(0).shape)
-
-    def draw(generator):
-        return texts.sampler(asked.batch, generator)
-
-    found = protocol.train(model, draw, asked, 0, tmp_path / "checkpoint", lambda n: None, 1)
+    loss = protocol.byte_loss(model, lambda generator: texts.sampler(asked.batch, generator), 0)
+    found = runner.fit(model, loss, asked, asked.steps, tmp_path / "checkpoint", lambda work: None)
     assert found["bits_at_the_end"] < before - 3
     assert bits(texts.real(0)) < before - 3
     assert bits(noise) > before

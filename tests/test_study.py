@@ -605,11 +605,16 @@ def test_two_at_once(tmp_path):
     """Neither loses what the other measured, and what one is about to measure is refused to the other."""
 
     def stage(trained, score):
+        def loss(model, seed):
+            trained.append(seed)
+            return lambda step: (model.weight.sum(), lambda: {"loss_at_the_end": 1.0})
+
         return runner.Stage(
+            settings(),
             build=lambda name, seed: torch.nn.Linear(1, 1),
-            train=lambda model, seed, path, advance: trained.append(seed) or {"steps": 1},
+            loss=loss,
             score=score,
-            training_work=1,
+            step_work=1,
             tests={"8": 1},
         )
 

@@ -15,7 +15,7 @@ for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.stud
 
 from babel.messages import Catalog, mofile  # noqa: E402
 
-from bench.study import corpus, translation  # noqa: E402
+from bench.study import corpus, runner, translation  # noqa: E402
 from bench.study.encoders import BEGIN, END, NEWLINE, PAD, Shape, Translator, translator_encoding  # noqa: E402
 from bench.study.translation import Examples, join, make_tests, pad  # noqa: E402
 from bench.study.vocabulary import FIRST, Vocabulary  # noqa: E402
@@ -328,10 +328,12 @@ def test_training_learns_to_translate(tmp_path):
         pairs="", vocabulary="", device="", versions={}, shape=Shape(vocabulary.size, 32, 1, 2, 0.0), limit=10,
         steps=120, batch=8, tested=8, learning_rate=1e-2,
     )  # fmt: skip
-    model = Translator(settings.shape, "log-rotary-bias", seed=0)
+    model = Translator(settings.shape, "log-rotary-bias", seed=0).eval()
     before = translation.score(model, vocabulary, tokens, lambda n: None)
     examples = Examples(tokens, settings.limit, settings.batch)
-    found = translation.train(model, examples, 0, settings, tmp_path / "model", lambda n: None)
+    loss = translation.line_loss(model, examples, 0)
+    found = runner.fit(model, loss, settings, 120, tmp_path / "model", lambda work: None)
+    model.eval()
     after = translation.score(model, vocabulary, tokens, lambda n: None)
     assert found["steps"] == 120
     assert len(found["positions"]) == 2

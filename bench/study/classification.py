@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +62,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # --- documents --------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -143,7 +143,6 @@ class Task:
 
     def __init__(self, reviews: corpus.Reviews, settings: Settings) -> None:
         self.settings = settings
-        self.step_work = 3 * work(settings.batch, settings.train_length)  # backward costs twice the forward pass
         self.classes = reviews.classes
         tokenizer = train_tokenizer((d.text for d in reviews.train), settings.shape.vocabulary)
         self.train, test = (encode(side, reviews.classes, tokenizer) for side in (reviews.train, reviews.test))
@@ -177,8 +176,8 @@ class Task:
         }
 
 
-def train(model: Classifier, task: Task, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-    """Train a classifier on crops; see runner.fit."""
+def crop_loss(model: Classifier, task: Task, seed: int) -> runner.BatchLoss:
+    """Return the loss of classifying crops, for runner.fit."""
     device = next(model.parameters()).device
     generator = torch.Generator()
 
@@ -193,14 +192,13 @@ def train(model: Classifier, task: Task, seed: int, checkpoint: Path, advance: A
 
         return loss, numbers
 
-    return runner.fit(model, batch_loss, task.settings, checkpoint, advance, task.step_work)
+    return batch_loss
 
 
 @torch.inference_mode()
 def classify(model: Classifier, documents: Sequence[Sequence[Tensor]], advance: Advance) -> Tensor:
     """Return log-probabilities (documents, classes): means over each document's pieces."""
     device = next(model.parameters()).device
-    model.eval()
     together = 8192 if device.type == "cpu" else 262144  # tokens in one forward pass
     owners = [i for i, pieces in enumerate(documents) for _ in pieces]
     flat = [piece for pieces in documents for piece in pieces]
@@ -222,7 +220,6 @@ def classify(model: Classifier, documents: Sequence[Sequence[Tensor]], advance: 
 def score(model: Classifier, task: Task, test: str, advance: Advance) -> dict[str, Any]:
     """Return, by reading, the accuracy, and document by document whether the answer was right."""
     samples = task.tests[test]
-    start = time.perf_counter()
     found: dict[str, Any] = {
         "documents": len(samples),
         "tokens": int(median(map(len, samples.tokens))),
@@ -232,7 +229,7 @@ def score(model: Classifier, task: Task, test: str, advance: Advance) -> dict[st
         right = classify(model, documents, advance).argmax(dim=-1) == samples.labels
         found[reading] = round(right.float().mean().item(), 4)
         found[f"{reading}_right"] = "".join(map(str, right.int().tolist()))
-    return {**found, "seconds": round(time.perf_counter() - start, 2)}
+    return found
 
 
 def stage(task: Task, device: torch.device) -> Stage:
@@ -242,19 +239,19 @@ def stage(task: Task, device: torch.device) -> Stage:
         pieces = (piece for documents in task.readings(samples).values() for pieces in documents for piece in pieces)
         return sum(work(1, len(piece)) for piece in pieces)
 
-    def build(name: str, seed: int) -> Classifier:
-        return Classifier(task.settings.shape, len(task.classes), layer_encoding(name), seed).to(device)
-
+    settings = task.settings
     return Stage(
-        build=build,
-        train=lambda model, seed, checkpoint, advance: train(model, task, seed, checkpoint, advance),
+        settings,
+        build=lambda name, seed: Classifier(settings.shape, len(task.classes), layer_encoding(name), seed).to(device),
+        loss=lambda model, seed: crop_loss(model, task, seed),
         score=lambda model, test, seed, advance: score(model, task, test, advance),
-        training_work=task.settings.steps * task.step_work,
+        step_work=3 * work(settings.batch, settings.train_length),  # backward costs twice the forward pass
         tests={name: scoring(samples) for name, samples in task.tests.items()},
     )
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
+
 
 def scored(runs: Runs, encoding: str, test: str) -> dict[str, dict[str, Any]]:
     """Return the scores of a test by seed."""

@@ -115,29 +115,23 @@ def write(model: Model, prompts: Tensor, settings: Settings, window: int | None,
 def writer_stage(texts: Texts, settings: Settings, device: torch.device, judge: Judge) -> Stage:
     """Return the stage of a model that is trained short and writes on from prompts, in each way of READINGS."""
 
-    def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-        def draw(generator: torch.Generator) -> Tensor:
-            return texts.sampler(settings.batch, generator)
-
-        return study.train(model, draw, settings, seed, checkpoint, advance, step_work)
-
     def score(model: Model, test: str, seed: int, advance: Advance) -> dict[str, Any]:
         window = None if test == "all" else settings.train_length - 1  # bytes before the one that looks
         before, prompts = texts.real(seed)[: settings.samples, : settings.context].split([lead, settings.prompt], dim=1)
         text = write(model, prompts, settings, window, seed, lambda n: advance(n * byte))
-        found = scored(judge.ready(advance), torch.cat([before, text], dim=1), texts.frequencies, settings)
+        found = scored(judge.ready(), torch.cat([before, text], dim=1), texts.frequencies, settings)
         advance(judge.reading_work(settings.samples))
         return found
 
     lead = settings.context - settings.prompt
-    step_work = 3 * study.work(settings.batch, settings.train_length)
     byte = 10 * study.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
     writing = byte * (settings.length - settings.prompt)
     return Stage(
+        settings,
         build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
-        train=trained,
+        loss=lambda model, seed: study.byte_loss(model, lambda rng: texts.sampler(settings.batch, rng), seed),
         score=score,
-        training_work=settings.steps * step_work,
+        step_work=3 * study.work(settings.batch, settings.train_length),
         tests=dict.fromkeys(READINGS, writing + judge.reading_work(settings.samples)),
     )
 

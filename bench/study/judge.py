@@ -168,28 +168,22 @@ class Judge:
 
     def __init__(self, texts: Texts, settings: Settings, device: torch.device, folder: Path) -> None:
         self.texts, self.settings, self.device, self.folder = texts, settings, device, folder
-        self.step_work = 3 * study.work(settings.judge_batch, settings.judge_length)
         self.model: Model | None = None
 
     def build(self) -> Model:
         """Return the judge before training."""
         return Model(self.settings.shape, encoding(self.settings.judge, self.settings.judge_length), 0).to(self.device)
 
-    def train(self, model: Model, advance: Advance) -> dict[str, Any]:
-        """Train what ``build`` returned, or load the checkpoint; return what to record."""
+    def loss(self, model: Model, seed: int = 0) -> runner.BatchLoss:
+        """Return the loss of its batches, which depend on no seed."""
+        return study.byte_loss(model, lambda rng: self.texts.judge_sampler(self.settings.judge_batch, rng), 0)
 
-        def draw(generator: torch.Generator) -> Tensor:
-            return self.texts.judge_sampler(self.settings.judge_batch, generator)
-
-        work, steps = self.step_work, self.settings.judge_steps
-        return study.train(model, draw, self.settings, 0, self.folder, advance, work, steps)
-
-    def ready(self, advance: Advance) -> Model:
+    def ready(self) -> Model:
         """Return the judge; where its checkpoint was lost since it read the real text, it is trained again."""
         if self.model is None:
-            model = self.build()
-            self.train(model, lambda n: advance(0))
-            self.model = model
+            self.model = self.build()
+            self.stage().train(self.model, 0, self.folder, lambda work: None)
+            self.model.eval()
         return self.model
 
     def reading_work(self, texts: int) -> int:
@@ -206,9 +200,12 @@ class Judge:
             return found
 
         return Stage(
+            self.settings,
             build=lambda name, seed: self.build(),
-            train=lambda model, seed, checkpoint, advance: self.train(model, advance),
+            loss=self.loss,
             score=score,
-            training_work=self.settings.judge_steps * self.step_work,
+            step_work=3 * study.work(self.settings.judge_batch, self.settings.judge_length),
+            steps=self.settings.judge_steps,
             tests={"all": self.reading_work(self.settings.real)},
+            kept=self.folder,
         )

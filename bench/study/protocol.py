@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -164,18 +162,10 @@ def work(sequences: int, length: int) -> int:
     return sequences * length * (1500 + length)
 
 
-def train(
-    model: Model,
-    draw: Callable[[torch.Generator], Tensor],
-    settings: runner.Settings,
-    seed: int,
-    checkpoint: Path,
-    advance: Advance,
-    step_work: int,
-    steps: int | None = None,
-    answer: int | None = None,
-) -> dict[str, Any]:
-    """Train a model to predict bytes; see runner.fit.
+def byte_loss(
+    model: Model, draw: Callable[[torch.Generator], Tensor], seed: int, answer: int | None = None
+) -> runner.BatchLoss:
+    """Return the loss of predicting bytes, for runner.fit.
 
     Args:
         draw: a batch int64 (B, N + 1), from a generator.
@@ -199,7 +189,7 @@ def train(
 
         return loss, numbers
 
-    return runner.fit(model, batch_loss, settings, checkpoint, advance, step_work, steps)
+    return batch_loss
 
 
 def predict(model: Model, tokens: Tensor, last: int | None) -> Tensor:
@@ -213,8 +203,6 @@ def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> d
     """Return the job's summary at one context length."""
     device = next(model.parameters()).device
     together = max(1, (8192 if device.type == "cpu" else 262144) // length)  # sequences in one forward pass
-    model.eval()
-    start = time.perf_counter()
     losses, hits = {}, {}
     for name, tokens, last in job.questions(length, seed):
         loss, hit = [], []
@@ -228,7 +216,7 @@ def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> d
     if isinstance(job, Text) and len(job.whole):
         texts = job.whole[:ENTROPY_WINDOWS, -length - 1 :].to(device)
         found["entropy"] = [[round(h, 4) for h in layer] for layer in attention_entropy(model, texts)]
-    return {**found, "seconds": round(time.perf_counter() - start, 2)}
+    return found
 
 
 @torch.inference_mode()
@@ -254,15 +242,12 @@ def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
 
 def stage(job: Job, settings: Settings, device: torch.device) -> Stage:
     """Return a job's stage: training, then the scores at every length."""
-    step_work = 3 * work(settings.batch, settings.train_length)  # backward costs twice the forward pass
-
-    def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-        return train(model, job.draw, settings, seed, checkpoint, advance, step_work, job.steps, job.answer)
-
     return Stage(
+        settings,
         build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
-        train=trained,
+        loss=lambda model, seed: byte_loss(model, job.draw, seed, job.answer),
         score=lambda model, test, seed, advance: score(model, job, int(test), seed, advance),
-        training_work=job.steps * step_work,
+        step_work=3 * work(settings.batch, settings.train_length),  # backward costs twice the forward pass
+        steps=job.steps,
         tests={str(length): work(job.sequences(length), length) for length in settings.lengths},
     )

@@ -114,10 +114,10 @@ def fit(
     model: nn.Module,
     batch_loss: BatchLoss,
     settings: Settings,
+    steps: int,
     checkpoint: Path,
     advance: Advance,
-    step_work: int,
-    steps: int | None = None,
+    step_work: int = 1,
 ) -> dict[str, Any]:
     """Train to the end, from the checkpoint if there is one; leave one behind, also where Ctrl-C stops it.
 
@@ -127,15 +127,14 @@ def fit(
         model: on its device; changed in place.
         batch_loss: the loss of a step's batch, which follows from the step's number alone; and what computes numbers
             to record, each a mean over the last tenth of the steps.
+        settings: learning rate and weight decay.
         checkpoint: a folder.
         advance: told of every step.
         step_work: the work of one.
-        steps: how many, if not those of the settings.
 
     Returns:
         What to record.
     """
-    steps = steps or settings.steps
 
     def learning_rate(step: int) -> float:
         share = min(1.0, 10 * (step + 1) / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
@@ -287,13 +286,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stage:
-    """What models are trained for, and the tests that they are then put to. Work is in units of the caller's choice."""
+    """What models are trained for, and the tests that they are then put to. Work is in units of the caller's choice.
 
-    build: Callable[[str, int], nn.Module]  # encoding, seed -> the model, on its device
-    train: Callable[[Any, int, Path, Advance], dict[str, Any]]  # model, seed, checkpoint, advance -> what to record
-    score: Callable[[Any, str, int, Advance], dict[str, Any]]  # model, test, seed, advance -> what to record
-    training_work: int
-    tests: Mapping[str, int]  # name: work
+    build: encoding and seed -> the model, on its device.
+    loss: model and seed -> the loss of its batches, see ``fit``.
+    score: model, test, seed and ``advance`` -> what to record; the model is in evaluation.
+    tests: name and work of each.
+    steps: of training, if not those of the settings.
+    kept: folder of a checkpoint that all seeds share, and that stays; None: each model has one, until it is scored.
+    """
+
+    settings: Settings
+    build: Callable[[str, int], nn.Module]
+    loss: Callable[[Any, int], BatchLoss]
+    score: Callable[[Any, str, int, Advance], dict[str, Any]]
+    step_work: int
+    tests: Mapping[str, int]
+    steps: int | None = None
+    kept: Path | None = None
+
+    @property
+    def training_work(self) -> int:
+        """The work of all steps."""
+        return (self.steps or self.settings.steps) * self.step_work
+
+    def train(self, model: nn.Module, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
+        """Train a model as ``fit`` does; return what to record."""
+        steps = self.steps or self.settings.steps
+        return fit(model, self.loss(model, seed), self.settings, steps, checkpoint, advance, self.step_work)
 
 
 def measure(
@@ -332,7 +352,7 @@ def measure(
         return
     with Progress(total, done, deadline) as progress:
         for name, seed, job, stage in plan:
-            checkpoint = results.cache / f"{results.about['key']}-{name}-{seed}-{job}"
+            checkpoint = stage.kept or results.cache / f"{results.about['key']}-{name}-{seed}-{job}"
             with locked(results.cache, checkpoint.name):
                 record = results.record(name, seed, job)  # others may have measured it in the meantime
                 missing_tests = [test for test in stage.tests if test not in record["lengths"]]
@@ -344,11 +364,16 @@ def measure(
                 if not record["train"]:
                     record["train"] = {**trained, **(stamp or {})}
                     results.save()
+                model.eval()
                 for test in missing_tests:
                     progress.bar.set_description(f"{name}: {job}, {test}")
-                    record["lengths"][test] = {**stage.score(model, test, seed, progress.advance), **(stamp or {})}
+                    start = time.perf_counter()
+                    scores = stage.score(model, test, seed, progress.advance)
+                    seconds = round(time.perf_counter() - start, 2)
+                    record["lengths"][test] = {**scores, "seconds": seconds, **(stamp or {})}
                     results.save()
-                shutil.rmtree(checkpoint, ignore_errors=True)
+                if stage.kept is None:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,10 +171,8 @@ def shifted(target: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return pad([[BEGIN, *text] for text in target], device), pad([[*text, END] for text in target], device)
 
 
-def train(
-    model: Translator, examples: Examples, seed: int, settings: Settings, checkpoint: Path, advance: Advance
-) -> dict[str, Any]:
-    """Train a translator; see runner.fit. The loss at the end is of smoothed labels."""
+def line_loss(model: Translator, examples: Examples, seed: int) -> runner.BatchLoss:
+    """Return the loss of translating, with smoothed labels, for runner.fit."""
     device = next(model.parameters()).device
 
     def batch_loss(step: int) -> tuple[Tensor, Callable[[], dict[str, float]]]:
@@ -189,12 +186,7 @@ def train(
         )
         return loss, lambda: {"loss_at_the_end": loss.item()}
 
-    return runner.fit(model, batch_loss, settings, checkpoint, advance, step_work(settings))
-
-
-def step_work(settings: Settings) -> int:
-    """Return the work of one step, in tokens read; backward costs twice the forward pass."""
-    return 3 * 2 * settings.limit * settings.batch
+    return batch_loss
 
 
 def scoring_work(texts: Sequence[Tokens]) -> int:
@@ -223,8 +215,6 @@ def score(model: Translator, vocabulary: Vocabulary, texts: Sequence[Tokens], ad
     """Score greedy translations of one test; and, with the reference given token by token, its bits per character."""
     device = next(model.parameters()).device
     together = 64 if device.type == "cpu" else 512
-    model.eval()
-    start = time.perf_counter()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
     said: dict[int, list[int]] = {}
     nats = 0.0
@@ -246,7 +236,6 @@ def score(model: Translator, vocabulary: Vocabulary, texts: Sequence[Tokens], ad
         "cut_off": round(fmean(text[-1:] != [END] for text in said.values()), 4),
         "bits_per_character": round(nats / math.log(2) / sum(map(len, references)), 5),
         "examples": [list(texts) for _, texts in zip(range(KEPT_EXAMPLES), shown, strict=False)],
-        "seconds": round(time.perf_counter() - start, 2),
     }
 
 
@@ -387,10 +376,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape=Shape(vocabulary.size, args.dim, args.layers, args.heads, args.dropout),
     )
     stage = runner.Stage(
+        settings,
         build=lambda name, seed: Translator(settings.shape, name, seed).to(args.device),
-        train=lambda model, seed, checkpoint, advance: train(model, drawn, seed, settings, checkpoint, advance),
+        loss=lambda model, seed: line_loss(model, drawn, seed),
         score=lambda model, test, seed, advance: score(model, vocabulary, tests[test], advance),
-        training_work=settings.steps * step_work(settings),
+        step_work=3 * 2 * settings.limit * settings.batch,  # in tokens read; backward costs twice the forward pass
         tests={name: scoring_work(texts) for name, texts in tests.items()},
     )
     sizes = {}
