@@ -16,22 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import Traits, log2_length, padded
 from .launch import dtypes, specialised
 from .options import MAX_HEAD_DIM, NUM_TENSORS, Options
-from .position import Position
+from .position import Parameters
 from .rotation import rotate
-from .tile import Sequences, Strides
+from .tile import Dropout, Layer, Sequences, Strides
 
 #: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
-RUNTIME_INTEGERS = [
-    "dropout_threshold",
-    "num_queries",
-    "num_keys",
-    "total_queries",
-    "total_keys",
-    "query_start",
-    "key_start",
-    "window_left",
-    "window_right",
-]
+RUNTIME_INTEGERS = ["num_queries", "num_keys", "total_queries", "total_keys", "query_start", "key_start"]
 MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 MOST_KINDS = 1024  # kept: lengths are among what makes a kind, and may change from call to call
@@ -105,13 +95,14 @@ class Sizes:
             log2_length=log2_length(self.num_queries, self.num_keys),
         )
         self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
-        values = float(options.scale), float(options.gain_length), self.heads, self.heads // self.kv_heads
         lengths = self.num_queries, self.num_keys, self.total_queries, k.shape[0] if self.packed else 0
         window = [None if side is None else min(side, FARTHEST) for side in (options.window_left, options.window_right)]
         if max(lengths) >= 2**31:
             raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
-        self.numbers = *values, *lengths, *window  # in the order of the kernels' parameters
-        self.fixed = specialised(values), tuple(specialised(x, by_value=False) for x in (*window, *self.dropout))
+        heads = self.heads, self.heads // self.kv_heads
+        layer = Layer(float(options.scale), float(options.gain_length), *heads, *window)
+        self.numbers = layer, *lengths  # in the order of the kernels' parameters
+        self.fixed = specialised(layer)
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
         self.strides: Strides | None = None  # of the forward pass, once there was one, and
@@ -141,7 +132,7 @@ def _one_object_for(*equal: Hashable) -> object:
     return object()
 
 
-_position, _sequences = operator.attrgetter(*Position._fields), operator.attrgetter(*Sequences._fields)
+_position, _sequences = operator.attrgetter(*Parameters._fields), operator.attrgetter(*Sequences._fields)
 
 
 class Problem:
@@ -164,11 +155,11 @@ class Problem:
             raise ValueError(f"query_start and key_start must be int32, got {query_start} and {key_start}")
         self.sizes = sizes = sizes_of(q, k, v, kind, options)
         self.q, self.k, self.v = q, k, v
-        self.position = Position(*_position(options))
+        self.parameters = Parameters(*_position(options))
         self.sequences = Sequences(*_sequences(options))
         self.block_table = options.block_table
-        self.dropout_seed = options.dropout_seed if options.dropout_p > 0 else None
-        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.dropout = Dropout(options.dropout_seed, *sizes.dropout) if options.dropout_p > 0 else None
+        self.tensors = self.parameters, self.sequences, self.dropout
         self.numbers = *sizes.numbers, query_start, key_start
         self.theta = options.theta
         if self.theta is not None:
