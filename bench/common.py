@@ -1,4 +1,4 @@
-"""What the benches share: colours, files that are whole, what a number depends on, and processes that may die."""
+"""What the benches share: files that are whole, what a number depends on, and processes that may die."""
 
 from __future__ import annotations
 
@@ -15,34 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.plots import COLOURS as COLOURS  # for bench.speed, until it takes them from there
+
 if TYPE_CHECKING:  # imported where it is needed, so that a worker without it starts in no time
     import torch
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too; a method has one colour in every picture
-    "rope": "#D55E00",
-    "rope-yarn": "#8A3324",
-    "alibi": "#0072B2",
-    "kerple": "#8FD3B6",
-    "log-bias": "#009E73",
-    "log-bias-rope": "#004D38",
-    "none": "#7F7F7F",
-    "sinusoid": "#E69F00",
-    "log-sinusoid": "#B8A800",
-    "log-invariant": "#56B4E9",
-    "log-rotary": "#CC79A7",
-    "log-rotary-bias": "#000000",
-    # Peers in speed, never in one picture with the encodings whose colours they take.
-    "log-bias-frozen": "#009E73",
-    "flex": "#CC79A7",
-    "flex-learned": "#CC79A7",
-    "sdpa": "#0072B2",
-    "sdpa-flash": "#0072B2",
-    "sdpa-cudnn": "#D55E00",
-    "sdpa-dense": "#E69F00",
-    "eager": "#B8A800",
-}
-LABELS = {"rope": "RoPE", "rope-yarn": "RoPE, YaRN", "alibi": "ALiBi", "kerple": "KERPLE", "none": "no encoding"}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

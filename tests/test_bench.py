@@ -16,6 +16,7 @@ from bench.study import protocol as study
 from bench.study.model import ENCODINGS, Attention, Model, Shape
 from logpe import files
 from logpe.command import STATUSES, TIME_IS_OVER
+from logpe.lm.text import Document, Sampler, document_windows
 
 TINY = Shape(dim=16, layers=2, heads=2)
 
@@ -80,26 +81,26 @@ def test_empty_corpus_is_an_error(tmp_path):
 
 
 def test_sampler_stays_within_documents():
-    documents = [corpus.Document(c, c.encode() * n) for c, n in (("a", 10), ("b", 7), ("c", 3), ("d", 5))]
-    sampler = corpus.Sampler(documents, 5)
+    documents = [Document(c, c.encode() * n) for c, n in (("a", 10), ("b", 7), ("c", 3), ("d", 5))]
+    sampler = Sampler(documents, 5)
     batch = sampler(2000, torch.Generator().manual_seed(0))
     assert (batch == batch[:, :1]).all()
     seen = {chr(c): int(n) for c, n in zip(*batch[:, 0].unique(return_counts=True), strict=True)}
     assert seen.keys() == {"a", "b", "d"}  # "c" is too short
     assert abs(seen["a"] / 2000 - 6 / 10) < 0.05  # every start is as likely: 6 + 3 + 1
     with pytest.raises(ValueError, match="11 bytes"):
-        corpus.Sampler(documents, 11)
+        Sampler(documents, 11)
 
 
 def test_windows_take_turns_and_do_not_overlap():
-    documents = [corpus.Document(str(i), bytes(range(i, i + n))) for i, n in enumerate((50, 90, 9))]
-    found = corpus.windows(documents, 10, 100)
+    documents = [Document(str(i), bytes(range(i, i + n))) for i, n in enumerate((50, 90, 9))]
+    found = document_windows(documents, 10, 100)
     assert found.shape == (5 + 9, 10)
     assert (found.diff(dim=1) == 1).all()
     assert len(set(found[:2, 0].tolist())) == 2
-    assert torch.equal(corpus.windows(documents, 10, 3), found[:3])
+    assert torch.equal(document_windows(documents, 10, 3), found[:3])
     with pytest.raises(ValueError, match="1000 bytes"):
-        corpus.windows(documents, 1000, 1)
+        document_windows(documents, 1000, 1)
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from helpers import status_of
 from bench.study import corpus, generation, training
 from bench.study.model import ENCODINGS, Model, Shape, encoding
 from logpe.command import TIME_IS_OVER
+from logpe.lm import text
 
 TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (
@@ -278,8 +279,8 @@ def test_killed_at_any_moment_it_finds_the_same(whole, folder, tmp_path, monkeyp
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     command = arguments(folder, tmp_path, *ENOUGH)
     for target, name, call in (
-        (corpus.Sampler, "__call__", 2),
-        (corpus.Sampler, "__call__", 4),
+        (text.Sampler, "__call__", 2),
+        (text.Sampler, "__call__", 4),
         (generation, "draw", 99),
     ):
         plain, calls = getattr(target, name), Counter()

@@ -107,7 +107,7 @@ def test_parts_are_bounded_commands_of_this_project(tmp_path):
     assert "--continue-on-collection-errors" in commands["tests"]
     assert commands["tuner"][:3] == ["-m", "logpe", "tune"]
     assert commands["tuner"][-4:] == ["--minutes", "1.67", "--out", str(tmp_path / "tune.json")]
-    options = throughput.parse([*commands["throughput"][2:], "--device", "cuda"])
+    options = throughput.parse([*commands["throughput"][3:], "--device", "cuda"])
     assert options.resume
     assert options.out == tmp_path
     assert options.minutes == 1.67

@@ -30,7 +30,7 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.speed.host_overhead import NoDevice
-from logpe import LogPosition, PositionValues, attention, log_attention, ops
+from logpe import LogPosition, PositionValues, attention, checks, log_attention, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CONSTANTS = dict(BLOCK=16, num_warps=4)
@@ -492,7 +492,7 @@ def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
     """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
     arguments, options = dense()
     log_attention(*arguments, **options)
-    unchecked = mock.patch.object(attention, "_check_tensors", side_effect=AssertionError)
+    unchecked = mock.patch.object(checks, "check_tensors", side_effect=AssertionError)
     with unchecked, asked() as run:
         for gradients in (True, False):
             (q, k, v, position), _ = dense()

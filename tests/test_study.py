@@ -10,11 +10,13 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench.common import COLOURS, RESULTS
+from bench.common import RESULTS
+from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, tasks, training
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
 from logpe.command import TIME_IS_OVER
+from logpe.lm.text import Document
 
 TINY = Shape(dim=16, layers=2, heads=2)
 FOUND = "log-bias+rotary=0.5+base=30+power=1:4"  # what the preset log-bias-rope is made of
@@ -146,7 +148,7 @@ def test_options_of_an_encoding():
 @pytest.fixture
 def text():
     """Documents in which every byte tells its place, modulo 251."""
-    documents = [corpus.Document(str(i), bytes((7 * i + j) % 251 for j in range(400))) for i in range(4)]
+    documents = [Document(str(i), bytes((7 * i + j) % 251 for j in range(400))) for i in range(4)]
     return corpus.Corpus("counting", documents, documents, "")
 
 

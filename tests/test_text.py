@@ -119,8 +119,8 @@ def test_several_sources(tmp_path: Path) -> None:
     sources = [tmp_path / name for name in ("one", "two", "three")]
     found = [document.text.decode() for document in text.documents(sources)]
     assert found == ["one/a", "two/a", "two/b", "three"]  # by path
-    text.prepare(tmp_path / "tokens", sources, None)
-    assert text.load(tmp_path / "tokens").origin["source"] == [str(source.resolve()) for source in sources]
+    text.write_tokens(tmp_path / "tokens", sources, None)
+    assert text.load_tokens(tmp_path / "tokens").origin["source"] == [str(source.resolve()) for source in sources]
     with pytest.raises(ValueError, match=f"no file or folder {tmp_path / 'four'}"):
         text.documents([*sources, tmp_path / "four"])
 
@@ -163,8 +163,8 @@ def test_tokenizer_neither_truncates_nor_pads(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "words.json"))
     (tmp_path / "text").write_bytes(b"log bias far " * 60 + b"\xff")
     told: list[str] = []
-    text.prepare(tmp_path / "tokens", [tmp_path / "text"], tmp_path / "words.json", say=told.append)
-    found = text.load(tmp_path / "tokens")
+    text.write_tokens(tmp_path / "tokens", [tmp_path / "text"], tmp_path / "words.json", say=told.append)
+    found = text.load_tokens(tmp_path / "tokens")
     tokens = [0, 1, 2] * 60 + [2]
     cut = len(tokens) - len(tokens) // 10
     assert found.train.tolist() == [*tokens[:cut], 4]
@@ -183,23 +183,23 @@ def test_characters_without_a_token_are_counted(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "letters.json"))
     (tmp_path / "text").write_text("ab\u00e9a \u65e5b\u65e5\n" * 50)
     told: list[str] = []
-    text.prepare(tmp_path / "tokens", [tmp_path / "text"], tmp_path / "letters.json", say=told.append)
+    text.write_tokens(tmp_path / "tokens", [tmp_path / "text"], tmp_path / "letters.json", say=told.append)
     assert told[1:] == [r"left out, characters that --tokenizer has no token for: 150, such as '\u65e5', '\xe9'"]
 
 
 def test_vocabulary_that_is_too_small(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"log\xff bias")
     with pytest.raises(ValueError, match="the tokens reach 255, and the model has a vocabulary of 255"):
-        text.prepare(tmp_path / "tokens", [tmp_path / "text"], None, end=3, vocabulary=255)
-    text.prepare(tmp_path / "tokens", [tmp_path / "text"], None, end=3, vocabulary=256)
-    assert text.load(tmp_path / "tokens").train[-1] == 3
+        text.write_tokens(tmp_path / "tokens", [tmp_path / "text"], None, end=3, vocabulary=255)
+    text.write_tokens(tmp_path / "tokens", [tmp_path / "text"], None, end=3, vocabulary=256)
+    assert text.load_tokens(tmp_path / "tokens").train[-1] == 3
 
 
 @pytest.mark.parametrize("damage", ["half", "header", "bit", "empty", "other"])
 def test_damaged_tokens(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tokens"
     (tmp_path / "text").write_bytes(bytes(random.Random(0).choices(range(1, 256), k=500)))
-    text.prepare(path, [tmp_path / "text"], None)
+    text.write_tokens(path, [tmp_path / "text"], None)
     content = bytearray(path.read_bytes())
     if damage == "bit":
         content[-20] ^= 1
@@ -212,7 +212,7 @@ def test_damaged_tokens(tmp_path: Path, damage: str) -> None:
         del content[{"half": len(content) // 2, "header": 100, "empty": 0}[damage] :]
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} is damaged: "):
-        text.load(path, check=True)
+        text.load_tokens(path, check=True)
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "text").write_text("log bias " * 50)
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match=r"tokens.* cannot be written: .*No space left on device"):
-        text.prepare(tmp_path / "tokens", [tmp_path / "text"], None)
+        text.write_tokens(tmp_path / "tokens", [tmp_path / "text"], None)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -250,20 +250,20 @@ def test_a_pass_takes_every_window_once() -> None:
 
 def test_held_out_windows() -> None:
     tokens = torch.arange(100, dtype=torch.uint8)
-    words = text.Text(tokens, tokens, torch.tensor([8, 50, 100]), 256, {}, "")
-    found, lengths = text.test_windows(words, [4, 9, 64], 100)
+    prepared = text.Tokens(tokens, tokens, torch.tensor([8, 50, 100]), 256, {}, "")
+    found, lengths = text.held_out_windows(prepared, [4, 9, 64], 100)
     assert lengths == [4, 9]
     assert found[:, 0].tolist() == [8, 50, 18, 60, 28, 70, 38, 80, 90]  # documents take turns
     assert (found.diff(dim=1) == 1).all()
-    found, lengths = text.test_windows(words, [60, 80], 100)  # longer than any document
+    found, lengths = text.held_out_windows(prepared, [60, 80], 100)  # longer than any document
     assert (found.shape, lengths) == ((1, 81), [60, 80])
 
 
 def test_one_file_is_split_by_place(tmp_path: Path) -> None:
     content = bytes(random.Random(0).choices(range(1, 256), k=500))
     (tmp_path / "one").write_bytes(content)
-    text.prepare(tmp_path / "tokens", [tmp_path / "one"], None)
-    words = text.load(tmp_path / "tokens")
-    assert bytes(words.train.tolist()) == content[:450] + b"\0"
-    assert bytes(words.test.tolist()) == content[450:] + b"\0"
-    assert words.test_ends.tolist() == [51]
+    text.write_tokens(tmp_path / "tokens", [tmp_path / "one"], None)
+    prepared = text.load_tokens(tmp_path / "tokens")
+    assert bytes(prepared.train.tolist()) == content[:450] + b"\0"
+    assert bytes(prepared.test.tolist()) == content[450:] + b"\0"
+    assert prepared.test_ends.tolist() == [51]

@@ -101,7 +101,7 @@ def test_methods_on_a_gpu(name, causal, device):
     """A method that cannot run there says so, as it does in the bench; one that does is right."""
     case = Case(name, "both", 512, 2, 4, 1, 64, causal, "bfloat16", "cuda")
     reference = {"none": "none", "sdpa-flash": "none", "sdpa-cudnn": "none"}.get(name, "eager")
-    if name in ("log-invariant", "log-rotary-bias"):
+    if name in ("log-bias-rope", "log-invariant", "log-rotary-bias"):
         pytest.skip("another formula; tests/test_kernels.py checks it")
     try:
         found = results(case)
@@ -343,7 +343,7 @@ def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, 
     size = ["--lengths", "1024", "512", "--head-dims", "64", "--masks", "causal", "--kv-groups", "4", "--jobs", "3"]
     assert throughput.main(["--device", "cuda", "--out", str(tmp_path), *size]) == 0
     asked = set(canned.asked)
-    assert len(asked) == len(canned.asked) == 2 * 11 * 3 + 2
+    assert len(asked) == len(canned.asked) == 2 * 12 * 3 + 2
     wanted = {case for case in asked if METHODS[case.method].compiled}
     assert {case.direction for case in canned.compiled} == {"forward", "both"}
     assert {(x.method, x.length) for x in canned.compiled if "flex" in x.method} == {
@@ -465,7 +465,7 @@ def test_the_plan_for_a_gpu():
     assert options.minutes == 8
     groups = throughput.plan(options)
     cases = [case for group in groups for case in group]
-    assert len(set(cases)) == len(cases) == 3 * 2 * 2 * 8 * 11 * 3 + 2
+    assert len(set(cases)) == len(cases) == 3 * 2 * 2 * 8 * 12 * 3 + 2
     assert {case.method for case in cases} == set(METHODS) - {"sdpa"}
     first = groups[0]
     assert {(c.length, c.batch, c.heads, c.kv_heads, c.head_dim, c.causal) for c in first} == {

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from logpe import files
 from logpe.__main__ import main
-from logpe.command import BAD_USE
+from logpe.command import BAD_USE, TIME_IS_OVER
 from logpe.command import run as run_program
 from logpe.lm import checkpoint, text, train
 from logpe.lm import model as language_model
@@ -107,7 +107,7 @@ import os, signal, sys
 import safetensors.torch
 from logpe.lm import train
 from logpe.__main__ import main
-from logpe.command import BAD_USE
+from logpe.command import BAD_USE, TIME_IS_OVER
 from logpe.command import run as run_program
 
 place, count = sys.argv[1], int(sys.argv[2])
@@ -166,7 +166,7 @@ def test_every_moment_of_writing(folder: Path, tmp_path: Path, monkeypatch: pyte
     moments = 0
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_digest", dying(checkpoint._digest, True))
-        patch.setattr(checkpoint, "_sync", dying(checkpoint._sync, False))
+        patch.setattr(checkpoint, "sync", dying(checkpoint.sync, False))
         patch.setattr(os, "rename", dying(os.rename, False))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree, True))
         patch.setattr(train.Metrics, "append", dying(train.Metrics.append, False))
@@ -214,7 +214,7 @@ def test_interrupt_saves_and_goes_on(
     assert "stopped; the same command goes on from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [4, 5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main([*arguments, "--minutes=0"]) == checkpoint.TIME_IS_OVER == 75
+    assert main([*arguments, "--minutes=0"]) == TIME_IS_OVER == 75
     assert "the time is over; the same command goes on from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [5, 6]
     assert main([*arguments, "--accumulate=1", "--keep=9"]) == 0
@@ -262,7 +262,8 @@ def test_more_steps(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.Ca
     assert records(tmp_path / "stopped") == found
     assert found[:12] == records(whole)
     longer = train.Settings(steps=24, warmup=3)
-    assert [record["learning_rate"] for record in found[12:]] == [longer.rate(step) for step in range(12, 24)]
+    expected = [longer.learning_rate_at(step) for step in range(12, 24)]
+    assert [record["learning_rate"] for record in found[12:]] == expected
     assert found[12]["learning_rate"] > found[11]["learning_rate"]
     message = refused([str(folder), "--out", str(tmp_path / "once"), *SMALL], capsys)
     assert "step-00000024 is of another training: --steps was 24, now 12" in message
@@ -359,8 +360,8 @@ def test_two_processes_are_one(folder: Path, whole: Path, tmp_path: Path) -> Non
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
         assert ours.get("evaluation", {}) == pytest.approx(theirs.get("evaluation", {}), rel=1e-5)
-    ours = language_model.load(tmp_path / "checkpoints" / "step-00000012").state_dict()
-    theirs = language_model.load(whole / "checkpoints" / "step-00000012").state_dict()
+    ours = language_model.load_model(tmp_path / "checkpoints" / "step-00000012").state_dict()
+    theirs = language_model.load_model(whole / "checkpoints" / "step-00000012").state_dict()
     for name, x in ours.items():
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, theirs[name], rtol=1e-2, atol=1e-3)  # Adam enlarges what rounding leaves
@@ -380,14 +381,14 @@ def test_loss_falls_and_the_record_is_right(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
     # The last evaluation, from the files alone: five tokens at the end of windows within held-out documents.
-    model = language_model.load(tmp_path / "checkpoints" / "step-00000060")
+    model = language_model.load_model(tmp_path / "checkpoints" / "step-00000060")
     held_out = [d for d in text.documents([folder]) if d.hash % 10 == 0]
-    words = sorted((d for d in held_out), key=lambda d: d.hash)
-    tokens = [torch.tensor(list(d.text + b"\0")[:129]) for d in words if len(d.text) >= 128][:3]
-    assert len(tokens) == 3
+    held_out.sort(key=lambda d: d.hash)
+    windows = [torch.tensor(list(d.text + b"\0")[:129]) for d in held_out if len(d.text) >= 128][:3]
+    assert len(windows) == 3
     for length in (16, 128):
         losses = []
-        for window in tokens:
+        for window in windows:
             logits = model(window[None, -length - 1 : -1])[0].double()
             losses.append(-logits.log_softmax(-1).gather(1, window[-length:, None])[-5:].mean())
         assert found[-1]["evaluation"][str(length)] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
@@ -398,7 +399,7 @@ def test_first_step_is_adamw_on_the_clipped_mean(folder: Path, tmp_path: Path) -
     assert main(["train", str(folder), "--out", str(tmp_path), *arguments]) == 0
     options = dict(preset="log-invariant", query_gain=True, dim=16, layers=2, heads=2, qk_norm=True)
     model = train.Settings(**options).model(256)  # type: ignore[arg-type]
-    tokens = text.Windows(text.load(tmp_path / "tokens.safetensors").train, 16, 0)(range(4))
+    tokens = text.Windows(text.load_tokens(tmp_path / "tokens.safetensors").train, 16, 0)(range(4))
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -407,7 +408,7 @@ def test_first_step_is_adamw_on_the_clipped_mean(folder: Path, tmp_path: Path) -
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert record["gradient_norm"] == pytest.approx(norm, rel=1e-4)
     assert norm > 0.25
-    trained = language_model.load(tmp_path / "checkpoints" / "step-00000001").state_dict()
+    trained = language_model.load_model(tmp_path / "checkpoints" / "step-00000001").state_dict()
     rate = record["learning_rate"]
     for name, p in model.named_parameters():
         g = gradient[name] * 0.25 / norm
@@ -452,7 +453,8 @@ def test_ruined_weights_are_not_saved(
     assert names.get(what, "the held-out loss at 16 is nan") in message
     assert f" at step {count}; {tmp_path / 'checkpoints'} has what came before. Start anew with a lower" in message
     assert steps_kept(tmp_path) == [4]
-    assert all(x.isfinite().all() for x in language_model.load(tmp_path / "checkpoints/step-00000004").parameters())
+    saved = language_model.load_model(tmp_path / "checkpoints/step-00000004")
+    assert all(x.isfinite().all() for x in saved.parameters())
     assert [record["step"] for record in records(tmp_path)] == list(range(1, count))
     assert main(["train", *arguments, "--learning-rate=0.001", "--fresh"]) == 0
     assert steps_kept(tmp_path) == [8, 12]
@@ -551,12 +553,12 @@ def test_init_from(
     assert "starting from the weights of" in capsys.readouterr().err
     assert_same(out[1], out[0])
     source = whole / "checkpoints" / "step-00000012" if kind == "run" else given
-    tokens = text.Windows(text.load(out[0] / "tokens.safetensors").train, 16, 0)(range(4))
+    tokens = text.Windows(text.load_tokens(out[0] / "tokens.safetensors").train, 16, 0)(range(4))
     if kind != "gpt2":
-        model = language_model.load(source)
+        model = language_model.load_model(source)
         loss = train.predict(model, tokens, half=False).mean().item()
         assert records(out[0])[0]["loss"] == pytest.approx(loss, rel=1e-4)
-    last = language_model.load(out[0] / "checkpoints" / "step-00000004").eval()
+    last = language_model.load_model(out[0] / "checkpoints" / "step-00000004").eval()
     if kind in ("gpt2", "qwen3"):
         assert {type(last).__name__} == {{"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[kind]}
     if "transformers" in sys.modules:
@@ -625,17 +627,17 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "words.json"))
     arguments = ["train", str(folder), "--out", str(tmp_path / "out"), *SMALL, "--lengths", "16", "32", "--steps=2"]
     assert main([*arguments, "--tokenizer", str(tmp_path / "words.json")]) == 0
-    words = text.load(tmp_path / "out" / "tokens.safetensors")
-    assert words.vocabulary == 4
-    assert set(words.train.tolist()) == {0, 1, 2, 3}
+    tokens = text.load_tokens(tmp_path / "out" / "tokens.safetensors")
+    assert tokens.vocabulary == 4
+    assert set(tokens.train.tolist()) == {0, 1, 2, 3}
     documents = text.documents([folder])
-    assert int((words.train == 3).sum() + (words.test == 3).sum()) == len(documents)
+    assert int((tokens.train == 3).sum() + (tokens.test == 3).sum()) == len(documents)
     first = next(d for d in documents if d.hash % 10)
     start = [{"log": 0, "bias": 1}.get(word, 2) for word in first.text.decode().split()]
-    assert words.train[: len(start) + 1].tolist() == [*start, 3]
+    assert tokens.train[: len(start) + 1].tolist() == [*start, 3]
     folder_of_model = tmp_path / "out" / "checkpoints" / "step-00000002"
     assert (folder_of_model / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
-    assert language_model.load(folder_of_model).embedding.num_embeddings == 4
+    assert language_model.load_model(folder_of_model).embedding.num_embeddings == 4
 
 
 @pytest.mark.parametrize(
@@ -647,7 +649,7 @@ def test_transformers_reads_what_it_writes(folder: Path, tmp_path: Path, options
     pytest.importorskip("transformers")
     integration = pytest.importorskip("logpe.transformers")
     assert main(["train", str(folder), "--out", str(tmp_path), *SMALL, "--steps=2", *options]) == 0
-    model = language_model.load(tmp_path / "checkpoints" / "step-00000002")
+    model = language_model.load_model(tmp_path / "checkpoints" / "step-00000002")
     other = integration.from_pretrained(tmp_path / "transformers")
     tokens = torch.randint(256, (2, 30))
     torch.testing.assert_close(other(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)

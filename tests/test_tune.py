@@ -28,7 +28,7 @@ from logpe import files
 from logpe.lm import checkpoint
 from logpe.tuning import trial as measure
 from logpe.tuning import tune
-from logpe.tuning.trial import KERNELS, Comparison, Failed, Gpu, OutOfTime, Resources, Task, Worker
+from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
 
 ROOT = Path(__file__).parent.parent
 NAME = "Some GPU"
@@ -565,27 +565,6 @@ print(measure.compile_candidate(task, Config(48, 64, 4, 2)))
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_survives_what_it_is_asked() -> None:
-    worker = Worker()
-    try:
-        assert worker.call(operator.add, 1, 2) == 3
-        process = worker.process
-        with pytest.raises(Failed, match=r"ValueError: invalid literal for int\(\) with base 10: 'x'"):
-            worker.call(int, "x")
-        with pytest.raises(Failed, match=r"brought its process down \(exit code 3\)"):
-            worker.call(os._exit, 3)
-        assert not process.is_alive()
-        assert worker.call(operator.add, 3, 4) == 7
-        process = worker.process
-        with pytest.raises(Failed, match="took more than 0 s"):
-            worker.call(time.sleep, 60, seconds=0.2)
-        assert not process.is_alive()
-    finally:
-        worker.close()
-    with pytest.raises(Failed, match="stopped"):
-        worker.call(operator.add, 1, 2)
-
-
 def test_candidates_are_compiled_at_once_until_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "compile_candidate", operator.truediv)  # a function that a process can be sent
     machine = Gpu(None, 1, time.monotonic() + 60)
@@ -596,7 +575,7 @@ def test_candidates_are_compiled_at_once_until_time_is_over(monkeypatch: pytest.
             machine.compile(6, [2])
     finally:
         machine.close()
-    assert all(worker.process is None for worker in machine.workers)
+    assert all(worker.process is None for worker in machine.compilers.workers)
 
 
 @pytest.mark.gpu

@@ -46,6 +46,7 @@ import logpe
 from bench import command
 from bench.command import at_least, count, positive, share
 from bench.common import device_name
+from bench.plots import curve, length_axis, panels, style
 from bench.study import findings, training
 from bench.study.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.study.protocol import learned_positions, work
@@ -88,7 +89,7 @@ class Document:
     @property
     def hash(self) -> int:
         """Of the text: chance that is the same everywhere."""
-        return text.Document(self.text, b"").hash
+        return text.stable_hash(os.fsencode(self.text))
 
     @property
     def held_out(self) -> bool:
@@ -528,35 +529,25 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     kinds: dict[str, list[str]] = {}
     for test in tests:
         kinds.setdefault("joined documents" if "joined" in test else "documents", []).append(test)
-    with findings.panels(path, len(kinds), note, size=(5.8, 4.6), legend=True) as axes:
+    with panels(path, len(kinds), note, size=(5.8, 4.6), legend="right center") as axes:
         for axis, (kind, names) in zip(axes, kinds.items(), strict=True):
             for encoding in findings.rows(runs):
-                look = findings.style(encoding, findings.rows(runs))
-                for reading in ("cut", "whole"):
-                    found = {}
-                    for test in names:
+                look = style(encoding, findings.rows(runs))
+                points: dict[str, dict[float, list[float]]] = {"whole": {}, "cut": {}}
+                for test in names:
+                    for reading, found in points.items():
                         if seeds := scored(runs, encoding, test):
                             found[tests[test]["tokens"]] = [100 * record[reading] for record in seeds.values()]
-                    means = [fmean(values) for values in found.values()]
-                    if reading == "cut":
-                        faint = look | dict(linestyle=(0, (2, 2)), linewidth=1.0, label=None, alpha=0.8)
-                        axis.plot(list(found), means, **faint)
-                    else:
-                        axis.plot(list(found), means, marker="o", markersize=4, **look)
-                        low, high = ([end(values) for values in found.values()] for end in (min, max))
-                        axis.fill_between(list(found), low, high, color=look["color"], alpha=0.12, linewidth=0)
+                curve(axis, points["whole"], **look)
+                faint = look | dict(linestyle=(0, (2, 2)), linewidth=1.0, label=None, alpha=0.8)
+                axis.plot(list(points["cut"]), list(map(fmean, points["cut"].values())), **faint)
             places = [tests[test]["tokens"] for test in names]
             guesses = [100 * tests[test]["commonest_class"] for test in names]
             axis.plot(places, guesses, color="0.6", linestyle=":", linewidth=1, label="the commonest class")
-            axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(places, [f"{n:,}" for n in places])
+            of_range = ", median of a range" if kind == "documents" else ""
+            length_axis(axis, places, f"length of {kind} in words{of_range}", settings.train_length)
             axis.sharey(axes[0])
-            axis.minorticks_off()
-            axis.set_xlabel(f"length of {kind} in words" + (", median of a range" if kind == "documents" else ""))
             axis.set_ylabel("per cent classified right")
-            axis.grid(axis="y", color="0.92")
-            axis.set_axisbelow(True)
         axes[0].annotate(
             f" trained at {settings.train_length:,}", (settings.train_length, 0.02), rotation=90, fontsize=8,
             xycoords=("data", "axes fraction"), va="bottom", ha="right", color="0.45",

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from logpe.lm.text import TEST_SHARE, Document, folder
+from logpe.lm import text
+from logpe.lm.text import Document
 
 MIN_BYTES = 1024  # shorter documents are left out
 
@@ -47,8 +45,8 @@ def standard_library() -> Iterator[Document]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions ship it apart
         return
-    for topic, text in topics.items():
-        yield Document(f"pydoc_data/topics/{topic}", text.encode())
+    for topic, article in topics.items():
+        yield Document(f"pydoc_data/topics/{topic}", article.encode())
 
 
 LINUX_HELP = """Debian's package of the kernel source (1.4 GB unpacked) needs no installation:
@@ -67,8 +65,8 @@ def find_linux() -> Path:
 def linux_name(root: Path) -> str:
     """With the version that its Makefile states."""
     makefile = root / "Makefile"
-    text = makefile.read_text() if makefile.is_file() else ""
-    return ".".join([root.name, *re.findall(r"^SUBLEVEL = (\d+)", text, re.MULTILINE)])
+    lines = makefile.read_text() if makefile.is_file() else ""
+    return ".".join([root.name, *re.findall(r"^SUBLEVEL = (\d+)", lines, re.MULTILINE)])
 
 
 def load(source: str) -> Corpus:
@@ -82,58 +80,14 @@ def load(source: str) -> Corpus:
         root = find_linux()
         documentation = source == "linux-docs"
         name = linux_name(root) + (" documentation" if documentation else "")
-        found = folder(root / "Documentation") if documentation else folder(root, (".c", ".h"))
+        found = text.folder(root / "Documentation") if documentation else text.folder(root, (".c", ".h"))
     else:
-        name, found = Path(source).resolve().name, folder(Path(source))
-    documents: dict[bytes, Document] = {}  # by content
-    for document in sorted(found, key=lambda d: d.name):
-        if len(document.text) >= MIN_BYTES:
-            documents.setdefault(hashlib.sha256(document.text).digest(), document)
-    digest = hashlib.sha256()
-    for content, document in documents.items():
-        digest.update(document.name + b"\0" + content)
-    train = [d for d in documents.values() if d.hash % TEST_SHARE]
-    test = [d for d in documents.values() if d.hash % TEST_SHARE == 0]
+        name, found = Path(source).resolve().name, text.folder(Path(source))
+    documents = text.distinct(found, MIN_BYTES)
+    train, test = text.split_documents(documents)
     if not train or not test:
         raise ValueError(
             f"{source}: {len(train)} documents to train on, {len(test)} to test on; each needs one or more"
         )
+    digest = hashlib.sha256(b"".join(d.name + b"\0" + hashlib.sha256(d.text).digest() for d in documents))
     return Corpus(name, train, test, digest.hexdigest())
-
-
-def as_tensor(text: bytes) -> Tensor:
-    """uint8 (len(text),)."""
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-class Sampler:
-    """Draws windows that lie within one document, every start equally likely."""
-
-    def __init__(self, documents: list[Document], length: int) -> None:
-        documents = [d for d in documents if len(d.text) >= length]
-        if not documents:
-            raise ValueError(f"no document has {length} bytes to train on")
-        sizes = torch.tensor([len(d.text) for d in documents])
-        self.text = as_tensor(b"".join(d.text for d in documents))
-        self.ends = (sizes - length + 1).cumsum(0)  # of each document's run of starts
-        self.skipped = torch.arange(len(sizes)) * (length - 1)  # bytes before it in which no window starts
-        self.span = torch.arange(length)
-
-    def __call__(self, batch: int, generator: torch.Generator) -> Tensor:
-        """int64 (batch, length)."""
-        draw = torch.randint(int(self.ends[-1]), (batch,), generator=generator)
-        start = draw + self.skipped[torch.searchsorted(self.ends, draw, right=True)]
-        return self.text[start[:, None] + self.span].long()
-
-
-def windows(documents: list[Document], length: int, count: int) -> Tensor:
-    """int64 (count or fewer, length): windows that do not overlap, from as many documents as there are."""
-    candidates = []
-    for document in documents:
-        fit, slack = divmod(len(document.text), length)
-        first = document.hash // TEST_SHARE % (slack + 1)
-        candidates += [(turn, document.hash, document.text, first + turn * length) for turn in range(fit)]
-    if not candidates:
-        raise ValueError(f"no held-out document has {length} bytes")
-    chosen = sorted(candidates, key=lambda c: c[:2])[:count]
-    return torch.stack([as_tensor(text[start : start + length]) for _, _, text, start in chosen]).long()

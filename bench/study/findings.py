@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench.common import COLOURS, LABELS, write_whole
+from bench.common import write_whole
+from bench.plots import COLOURS, curve, length_axis, panels, style
 from bench.study import tasks
 from bench.study.model import ENCODINGS
 from bench.study.protocol import Settings, Text
@@ -21,7 +21,7 @@ Runs = dict[str, Any]  # runs[encoding][seed][job]: a record with `train` and `l
 # --- of --quick -------------------------------------------------------------------------------------------------------
 
 
-def curve(runs: dict[str, Any], encoding: str, job: str, value: str, lengths: Sequence[int]) -> list[float]:
+def means(runs: dict[str, Any], encoding: str, job: str, value: str, lengths: Sequence[int]) -> list[float]:
     """Means over seeds, by length; nan where nothing is measured yet."""
     seeds = [seed[job]["lengths"] for seed in runs[encoding].values() if job in seed]
     found = [[s[str(n)][value] for s in seeds if str(n) in s] for n in lengths]
@@ -51,10 +51,10 @@ def table(runs: dict[str, Any], settings: Settings, tasks_shown: Sequence[str]) 
     lines = ["".join(heads), "".join(names)]
     lines.append("-" * len(lines[1]))
     for encoding in runs:
-        bits = curve(runs, encoding, "text", "bits_per_byte", lengths)
+        bits = means(runs, encoding, "text", "bits_per_byte", lengths)
         line = f"{encoding:<20}{cells(bits, '.3f', 7)}{cells([2 ** (bits[-1] - bits[0])], '.3f', 9)}"
         for task in tasks_shown:
-            line += "   " + cells(curve(runs, encoding, task, "accuracy", lengths), ".2f", 6)
+            line += "   " + cells(means(runs, encoding, task, "accuracy", lengths), ".2f", 6)
         lines.append(line)
     lines.append(f"Trained at {settings.train_length} bytes. The same {settings.target} last bytes of each window.")
     lines.append(
@@ -69,53 +69,24 @@ def table(runs: dict[str, Any], settings: Settings, tasks_shown: Sequence[str]) 
 
 def figure(path: Path, runs: dict[str, Any], settings: Settings, tasks_shown: Sequence[str], caption: str) -> None:
     """Left: bits per byte by context length; then one panel per task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def note(axis: Any, text: str, place: tuple[float, float], coords: Any, rotation: float = 0) -> None:
-        offset = {"xytext": (4, 3 if not rotation else 0), "textcoords": "offset points"}
-        axis.annotate(text, place, xycoords=coords, rotation=rotation, fontsize=8, color="0.45", **offset)
-
-    panels = [("text", "bits_per_byte", "bits per byte of the same text")]
-    panels += [(task, "accuracy", f"{task} retrieval accuracy") for task in tasks_shown]
-    lengths = settings.lengths
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        drawing, axes = pyplot.subplots(
-            1, len(panels), figsize=(4.4 * len(panels) + 0.4, 3.7), squeeze=False, layout="constrained"
-        )
-        for axis, (job, value, label) in zip(axes[0], panels, strict=True):
+    shown = [("text", "bits_per_byte", "bits per byte of the same text")]
+    shown += [(task, "accuracy", f"{task} retrieval accuracy") for task in tasks_shown]
+    small = dict(textcoords="offset points", fontsize=8, color="0.45")
+    with panels(path, len(shown), caption) as axes:
+        for axis, (job, value, label) in zip(axes, shown, strict=True):
             for encoding in runs:
-                base, gain, _ = encoding.partition("+")
-                axis.plot(
-                    lengths,
-                    curve(runs, encoding, job, value, lengths),
-                    marker="o",
-                    markersize=4,
-                    color=COLOURS[base],
-                    linestyle="--" if gain else "-",
-                    label=LABELS.get(base, base) + encoding[len(base) :],
-                )
-            axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
-            place = (settings.train_length, 0.5)
-            note(axis, f"trained at {settings.train_length:,}", place, ("data", "axes fraction"), rotation=90)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            axis.minorticks_off()
-            axis.set_xlabel("context in bytes")
+                values = means(runs, encoding, job, value, settings.lengths)
+                axis.plot(settings.lengths, values, marker="o", markersize=4, **style(encoding, list(runs)))
+            length_axis(axis, settings.lengths, "context in bytes", settings.train_length)
+            place, coords = (settings.train_length, 0.5), ("data", "axes fraction")
+            axis.annotate(f"trained at {settings.train_length:,}", place, (4, 0), coords, rotation=90, **small)
             axis.set_ylabel(label)
-            axis.grid(axis="y", color="0.92")
-            axis.set_axisbelow(True)
             if job != "text":
                 axis.set_ylim(-0.03, 1.05)
                 chance = tasks.TASKS[job].chance
                 axis.axhline(chance, color="0.6", linestyle=":", linewidth=1, zorder=0)
-                note(axis, "a guess", (lengths[0], chance), "data")
-        axes[0, 0].legend(frameon=False)
-        drawing.supxlabel(caption, fontsize=7.5, color="0.35")
-        write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
-        pyplot.close(drawing)
+                axis.annotate("a guess", (settings.lengths[0], chance), (4, 3), "data", **small)
+        axes[0].legend(frameon=False)
 
 
 def caption(runs: dict[str, Any], text: Text, source: str, settings: Settings) -> str:
@@ -307,62 +278,6 @@ def write_csv(path: Path, runs: Runs, settings: Settings) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def style(encoding: str, shown: Sequence[str]) -> dict[str, Any]:
-    """Colour by what it is a variant of, dashes by which variant."""
-    base, plus, options = encoding.partition("+")
-    variants = sorted(name for name in shown if name.partition("+")[0] == base and name != base)
-    dashes = ["--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
-    return {
-        "color": COLOURS[base],
-        "linestyle": dashes[variants.index(encoding) % len(dashes)] if plus else "-",
-        "linewidth": 1.2 if plus else 1.8,
-        "label": LABELS.get(base, base) + plus + options,
-    }
-
-
-@contextmanager
-def panels(
-    path: Path,
-    count: int,
-    note: str,
-    columns: int = 4,
-    size: tuple[float, float] = (4.4, 3.7),
-    legend: bool = False,
-) -> Iterator[Any]:
-    """So many axes in a new picture, which is saved at the end; `legend`: the first one's, beside them all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(columns, count)
-    across, down = columns, math.ceil(count / columns)
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        drawing, axes = pyplot.subplots(
-            down, across, figsize=(size[0] * across + 0.4, size[1] * down + 0.3), squeeze=False, layout="constrained"
-        )
-        for axis in axes.flat[count:]:
-            axis.set_axis_off()
-        yield axes.flat[:count]
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        if legend:
-            drawing.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-        drawing.supxlabel(note, fontsize=7.5, color="0.35")
-        write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
-        pyplot.close(drawing)
-
-
-def context_axis(axis: Any, settings: Settings, label: str) -> None:
-    """Lengths on a log axis, with the training length marked."""
-    axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(settings.lengths, [f"{n:,}" for n in settings.lengths])
-    axis.minorticks_off()
-    axis.set_xlabel(label)
-    axis.grid(axis="y", color="0.92")
-    axis.set_axisbelow(True)
-
-
 def perplexity_axis(axis: Any) -> None:
     """Log scale, with round ticks however little or much there is to see."""
     from matplotlib import ticker
@@ -380,7 +295,7 @@ def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) ->
         "bits_per_byte": f"perplexity of the same last {settings.target} bytes",
         "whole_bits_per_byte": "perplexity of whole windows",
     }
-    with panels(path, len(kinds), note, size=(5.6, 4.6), legend=True) as axes:
+    with panels(path, len(kinds), note, size=(5.6, 4.6), legend="right center") as axes:
         for axis, (value, label) in zip(axes, kinds.items(), strict=True):
             for encoding in rows(runs):
                 found: dict[int, list[float]] = {}
@@ -388,14 +303,9 @@ def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) ->
                     for length, scored in run.get("text", {"lengths": {}})["lengths"].items():
                         if value in scored:
                             found.setdefault(int(length), []).append(2 ** scored[value])
-                look = style(encoding, rows(runs))
-                lengths = sorted(found)
-                axis.plot(lengths, [fmean(found[n]) for n in lengths], marker="o", markersize=3.5, **look)
-                low, high = ([end(found[n]) for n in lengths] for end in (min, max))
-                axis.fill_between(lengths, low, high, color=look["color"], alpha=0.12, linewidth=0)
-            context_axis(
-                axis, settings, "context in bytes" if value == "bits_per_byte" else "length of the window in bytes"
-            )
+                curve(axis, dict(sorted(found.items())), **style(encoding, rows(runs)))
+            what = "context in bytes" if value == "bits_per_byte" else "length of the window in bytes"
+            length_axis(axis, settings.lengths, what, settings.train_length)
             perplexity_axis(axis)
             axis.set_ylabel(label)
 
@@ -415,6 +325,7 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
     with panels(path, len(shown), note, size=(3.1, 2.8)) as axes:
         for axis, encoding in zip(axes, shown, strict=True):
             grid = [[cell(encoding, n, depth) for n in lengths] for depth in depths]
+            axis.grid(False)
             image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
             for y, line in enumerate(grid):
                 for x, value in enumerate(line):
@@ -461,8 +372,6 @@ def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None
             axis.set_title(style(encoding, list(learned))["label"], fontsize=9.5)
             axis.set_xlabel("distance + 1, in bytes")
             axis.set_ylabel("weight against distance 0")
-            axis.grid(color="0.92")
-            axis.set_axisbelow(True)
             if len(layers) > 1:
                 axis.legend(frameon=False, fontsize=7)
 
@@ -470,7 +379,7 @@ def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None
 def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Left: bits per byte by position in the longest windows. Right: entropy of the last queries' attention."""
     longest = str(max(settings.lengths))
-    with panels(path, 2, note, size=(5.6, 4.6), legend=True) as (left, right):
+    with panels(path, 2, note, size=(5.6, 4.6), legend="right center") as (left, right):
         for encoding in rows(runs):
             look = style(encoding, rows(runs))
             texts = [run["text"]["lengths"] for run in runs[encoding].values() if "text" in run]
@@ -490,8 +399,7 @@ def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> N
         left.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
         left.set_xlabel("position in the window + 1, in bytes")
         left.set_ylabel("bits per byte")
-        left.grid(axis="y", color="0.92")
-        context_axis(right, settings, "context in bytes")
+        length_axis(right, settings.lengths, "context in bytes", settings.train_length)
         right.plot(settings.lengths, [math.log(n) for n in settings.lengths], color="0.6", linestyle=":")
         end = max(settings.lengths)
         right.text(end, math.log(end), "attention to all alike  ", ha="right", va="bottom", fontsize=8, color="0.45")

@@ -47,10 +47,12 @@ import logpe
 from bench import command
 from bench.command import at_least, count, positive
 from bench.common import device_name
+from bench.plots import curve, length_axis, panels, style
 from bench.study import corpus, findings, training
 from bench.study import protocol as study
 from bench.study.model import Attention, Model, Shape, encoding
 from bench.study.training import Advance, Results, Stage, fit, read_checkpoint, save_checkpoint
+from logpe.lm.text import TEST_SHARE, Document, Sampler, document_windows
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 REAL = "real"  # stands among the encodings: the text that the judge is tested on
@@ -119,11 +121,11 @@ class Settings(training.Settings):
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def halves(documents: list[corpus.Document]) -> tuple[list[corpus.Document], list[corpus.Document]]:
+def halves(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """The writers' and the judge's, by a hash of the path."""
-    sides: tuple[list[corpus.Document], list[corpus.Document]] = ([], [])
+    sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
-        sides[document.hash // corpus.TEST_SHARE % 2].append(document)
+        sides[document.hash // TEST_SHARE % 2].append(document)
     return sides
 
 
@@ -136,12 +138,12 @@ class Texts:
     def __init__(self, text: corpus.Corpus, settings: Settings, seeds: Sequence[int]) -> None:
         self.settings = settings
         self.written, self.judged = halves(text.train)
-        self.sampler = corpus.Sampler(self.written, settings.train_length + 1)
-        self.judge_sampler = corpus.Sampler(self.judged, settings.judge_length + 1)
+        self.sampler = Sampler(self.written, settings.train_length + 1)
+        self.judge_sampler = Sampler(self.judged, settings.judge_length + 1)
         self.frequencies = torch.bincount(self.sampler.text, minlength=256).double() + 1
         wanted = settings.real * (max(seeds) + 1)
         size = settings.context - settings.prompt + settings.length
-        self.windows = corpus.windows(text.test, size, wanted)
+        self.windows = document_windows(text.test, size, wanted)
         if len(self.windows) < wanted:
             raise ValueError(
                 f"held-out text has {len(self.windows)} windows of {size:,} bytes, and seeds up to {max(seeds)} of "
@@ -264,7 +266,7 @@ def scored(judge: Model, texts: Tensor, frequencies: Tensor, settings: Settings)
 
 def train(
     model: Model,
-    sampler: corpus.Sampler,
+    sampler: Sampler,
     batch: int,
     steps: int,
     seed: int,
@@ -437,26 +439,19 @@ def picture(path: Path, runs: dict[str, Any], settings: Settings, note: str) -> 
     found = list(lines(runs))
     names = [name for name in findings.rows(runs) if name != REAL]
     places = [(reading, measure) for reading in READINGS for measure in MEASURES]
-    with findings.panels(path, len(places), note, columns=len(MEASURES), size=(4.5, 3.6), legend=True) as axes:
+    with panels(path, len(places), note, columns=len(MEASURES), size=(4.5, 3.6), legend="right center") as axes:
         for axis, (reading, measure) in zip(axes, places, strict=True):
             for name, how, scores in found:
                 if name != REAL and how != reading:
                     continue
                 look = dict(color="0.15", linestyle="--", linewidth=1.8, label="real text", zorder=5)
                 if name != REAL:
-                    look = findings.style(name, names)
-                columns = list(zip(*(s[measure] for s in scores.values()), strict=True))
-                axis.plot(centres, [fmean(column) for column in columns], marker="o", markersize=3.5, **look)
-                low, high = ([end(column) for column in columns] for end in (min, max))
-                axis.fill_between(centres, low, high, color=look["color"], alpha=0.13, linewidth=0)
-            axis.axvline(settings.train_length, color="0.6", linestyle=":", linewidth=1.2, zorder=0)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(settings.edges, [f"{n:,}" for n in settings.edges], fontsize=8)
-            axis.minorticks_off()
-            axis.grid(axis="y", color="0.92")
-            axis.set_axisbelow(True)
+                    look = style(name, names)
+                columns = zip(*(s[measure] for s in scores.values()), strict=True)
+                curve(axis, dict(zip(centres, columns, strict=True)), **look)
+            length_axis(axis, settings.edges, "position in the text, in bytes", settings.train_length)
+            axis.tick_params(axis="x", labelsize=8)
             axis.set_ylabel(MEASURES[measure])
-            axis.set_xlabel("position in the text, in bytes")
             axis.set_title(READINGS[reading].format(f"{settings.train_length:,}"), fontsize=9.5)
         for column in range(len(MEASURES)):  # one scale for both readings
             pair = axes[column :: len(MEASURES)]
@@ -475,7 +470,7 @@ def caption(runs: dict[str, Any], settings: Settings, source: str) -> str:
     jobs = [job for seeds in runs.values() for run in seeds.values() for job in run.values()]
     size = max((job["train"].get("parameters", 0) for job in jobs), default=0)
     seeds = sorted({int(seed) for name, _, scores in lines(runs) if name != REAL for seed in scores})
-    judge = findings.style(settings.judge, [settings.judge])["label"]
+    judge = style(settings.judge, [settings.judge])["label"]
     return (
         f"Byte-level transformers, {size / 1e6:.2f} M parameters, trained on {settings.train_length}-byte windows of "
         f"{source}, {settings.steps:,} steps of {settings.batch}, {'seed' if len(seeds) == 1 else 'seeds'} "

@@ -16,7 +16,8 @@ import logpe
 from logpe import reference
 from logpe.lm import model as language_model
 from logpe.lm.model import EMBEDDING_STD, LanguageModel, Shape
-from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, PositionValues, inverse_softplus
+from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, inverse_softplus
+from logpe.reference import PositionValues
 
 
 @dataclass(frozen=True)

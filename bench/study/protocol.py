@@ -18,6 +18,7 @@ import logpe
 from bench.study import corpus, tasks, training
 from bench.study.model import Attention, Model, Shape, encoding
 from bench.study.training import Advance, Stage, fit
+from logpe.lm.text import Sampler, document_windows
 from logpe.position import LEARNABLE_PARTS
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
@@ -81,10 +82,10 @@ class Text:
 
     def __init__(self, text: corpus.Corpus, settings: Settings) -> None:
         self.settings, self.steps = settings, settings.steps
-        self.sampler = corpus.Sampler(text.train, settings.train_length + 1)
+        self.sampler = Sampler(text.train, settings.train_length + 1)
         self.longest = max(settings.lengths)
         reach = [n + settings.target - piece for n in settings.lengths for piece in self.pieces(n).values()]
-        self.windows = corpus.windows(text.test, max(self.longest, *reach) + 1, settings.windows)
+        self.windows = document_windows(text.test, max(self.longest, *reach) + 1, settings.windows)
         self.whole = self.windows[: settings.whole_windows, -self.longest - 1 :]
 
     def draw(self, generator: torch.Generator) -> Tensor:

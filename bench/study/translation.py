@@ -50,10 +50,12 @@ import logpe
 from bench import command
 from bench.command import at_least, count, positive, share
 from bench.common import device_name
+from bench.plots import curve, panels, style
 from bench.study import findings, training
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, OPTIONS, Encoding, layer_encoding, replace_attention
 from bench.study.training import Advance
+from logpe.lm.text import TEST_SHARE, stable_hash
 
 FORMAT = 1  # raise it when a change here makes earlier results incomparable
 NAMES = [name for name, e in ENCODINGS.items() if not (e.yarn or e.qk_norm)]
@@ -75,7 +77,6 @@ TARGET = "de"
 DATA_HELP = """Two sources of catalogues, unpacked into the folder data:
   apt-get download libreoffice-l10n-de && dpkg -x libreoffice-l10n-de_*.deb data/libreoffice
   python -m pip install --no-deps --target data/django Django==5.2.19"""
-TEST_SHARE = 10  # one pair in ten is held out
 Pair = tuple[str, str]
 # What may hold a ~, _ or & that marks no key: %(name)s, $(name), $name$, {name}, &lt;
 PLACEHOLDER = r"%\([^)]*\)\w|\$\([^)]*\)|\$\w+\$|\{[^}]*\}|&\w+;"
@@ -121,7 +122,7 @@ class Pairs:
 def held_out(english: str) -> bool:
     """By a hash of its letters, so that "Sheet %1" and "~Sheet 2..." are on one side."""
     letters = "".join(c for c in english.casefold() if c.isalpha())
-    return int.from_bytes(hashlib.sha256(letters.encode()).digest()[:8], "big") % TEST_SHARE == 0
+    return stable_hash(letters.encode()) % TEST_SHARE == 0
 
 
 def read(folders: Sequence[Path]) -> tuple[int, list[Pair]]:
@@ -606,24 +607,17 @@ def picture(path: Path, runs: findings.Runs, tests: Sequence[str], note: str) ->
         (many, "bits_per_character", "bits per character, reference given"),
     ]
     names = [name for name in runs if any(values(runs, name, test, "chrf") for test in tests)]
-    with findings.panels(path, len(drawn), note, columns=2, size=(4.8, 3.6), legend=True) as axes:
+    with panels(path, len(drawn), note, columns=2, size=(4.8, 3.6), legend="right center") as axes:
         for axis, (shown, measure, label) in zip(axes, drawn, strict=True):
             for name in names:
-                points = [(i, list(values(runs, name, test, measure).values())) for i, test in enumerate(shown)]
-                points = [(i, found) for i, found in points if found]
-                look = findings.style(name, names)
-                places = [i for i, _ in points]
-                axis.plot(places, [fmean(found) for _, found in points], marker="o", markersize=4, **look)
-                low, high = ([end(found) for _, found in points] for end in (min, max))
-                axis.fill_between(places, low, high, color=look["color"], alpha=0.12, linewidth=0)
+                points = {i: list(values(runs, name, test, measure).values()) for i, test in enumerate(shown)}
+                curve(axis, {i: found for i, found in points.items() if found}, **style(name, names))
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1, zorder=0)  # the training length
             axis.set_xticks(range(len(shown)), [test.replace(", ", "\n") for test in shown])
             axis.set_xlabel("lines, and tokens of a text")
             axis.set_ylabel(label)
             if measure != "bits_per_character":
                 axis.set_ylim(bottom=0)
-            axis.grid(axis="y", color="0.92")
-            axis.set_axisbelow(True)
         axes[2].axhline(1, color="0.6", linestyle=":", linewidth=1, zorder=0)
 
 

@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {arguments.seed}")
     device = find_device(arguments.device)
-    folder = language_model.find(arguments.model)
+    folder = language_model.find_model(arguments.model)
     model = language_model.load_converted(folder).to(device)
     if bad := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
         raise ValueError(f"{folder} holds numbers that are not finite, in {bad[0]}: its training went wrong")

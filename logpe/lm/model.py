@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
 
-def load(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> nn.Module:
     """Return the model of a folder, in float32 on the CPU.
 
     Args:
@@ -166,7 +166,7 @@ def load(folder: Path) -> nn.Module:
     return model
 
 
-def find(folder: Path) -> Path:
+def find_model(folder: Path) -> Path:
     """Return ``folder``, or its folder ``transformers`` where it is the output of ``python -m logpe train``."""
     inside = folder / "transformers"
     return inside if not (folder / "config.json").exists() and (inside / "config.json").exists() else folder

@@ -13,7 +13,7 @@ import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +29,14 @@ TEST_SHARE = 10  # one document in ten is held out
 Item = TypeVar("Item")
 
 
+def stable_hash(data: bytes) -> int:
+    """Return 64 bits of the SHA-256 of ``data``: chance that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
 @dataclass(frozen=True)
 class Document:
-    """Its path relative to the corpus, with slashes, and its bytes.
+    """A text: its path relative to the corpus, with slashes, and its bytes.
 
     Names of files are bytes: those that are no text stand in ``path`` as os.fsdecode returns them.
     """
@@ -46,8 +51,13 @@ class Document:
 
     @property
     def hash(self) -> int:
-        """Of the path: chance that is the same everywhere."""
-        return int.from_bytes(hashlib.sha256(self.name).digest()[:8], "big")
+        """The stable_hash of the path, from which the document's side of the split follows."""
+        return stable_hash(self.name)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether models are tested on it; they are trained on the others."""
+        return self.hash % TEST_SHARE == 0
 
 
 class Skipped:
@@ -57,11 +67,11 @@ class Skipped:
         self.names: dict[str, list[str]] = {}  # by reason
 
     def add(self, reason: str, name: str) -> None:
-        """One more file, folder or row."""
+        """Count one more file, folder or row."""
         self.names.setdefault(reason, []).append(name)
 
     def lines(self) -> list[str]:
-        """One line for each reason, with the first names."""
+        """Return one line for each reason, with the first names."""
         lines = []
         for reason, names in self.names.items():
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
@@ -74,7 +84,7 @@ def _printable(name: str) -> str:
 
 
 def _progress(items: Iterable[Item] | None, quiet: bool, **options: Any) -> Any:
-    """A bar that goes when it is full; in a file, a line each 15 seconds."""
+    """Return a bar that goes when it is full; in a file, it writes a line each 15 seconds."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(items, disable=quiet, leave=False, dynamic_ncols=True, mininterval=interval, **options)
 
@@ -89,9 +99,9 @@ def folder(
     out: Path | None = None,
     quiet: bool = True,
 ) -> Iterator[Document]:
-    """Every text file (one without a zero byte) under ``root`` whose name ends so, hidden ones left out.
+    """Yield every text file under ``root`` whose name ends in one of ``suffixes``; hidden ones are left out.
 
-    Links to folders are followed, and each folder is read once.
+    A file with a zero byte is no text. Links to folders are followed, and each folder is read once.
 
     Args:
         skipped: gets what is left out, and why. Without it, a warning names what cannot be read.
@@ -129,7 +139,7 @@ def folder(
 
 
 def _files(root: Path, skipped: Skipped, out: Path | None) -> Iterator[str]:
-    """Paths relative to ``root`` of all that is no folder."""
+    """Yield the paths, relative to ``root``, of all that is no folder."""
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == root:
@@ -173,7 +183,7 @@ def _is_output(path: str, out: Path | None) -> bool:
 def dataset(
     root: Path, split: str, column: str, skipped: Skipped | None = None, quiet: bool = True
 ) -> Iterator[Document]:
-    """The rows of a dataset that ``save_to_disk`` of the library ``datasets`` wrote.
+    """Yield the rows of a dataset that ``save_to_disk`` of the library ``datasets`` wrote.
 
     ``skipped`` gets the rows that are None. Raises ValueError where a row is neither None nor a string.
     """
@@ -210,7 +220,9 @@ def documents(
     out: Path | None = None,
     quiet: bool = True,
 ) -> list[Document]:
-    """Files, folders of files and datasets on disk, in order of the paths, without empty ones and copies.
+    """Return the documents of files, folders and datasets on disk, in order of the paths.
+
+    Empty ones and copies are left out.
 
     Args:
         skipped: gets what is left out, and why.
@@ -235,27 +247,44 @@ def documents(
             found += folder(source, skipped=skipped, out=out, quiet=quiet)
         else:
             raise ValueError(f"there is no file or folder {source}")
+    if not (kept := distinct(found, skipped=skipped)):
+        reasons = "".join(f"\n  {line}" for line in skipped.lines())
+        raise ValueError(f"there is no text in {', '.join(map(str, sources))}{reasons}")
+    return kept
+
+
+def distinct(found: Iterable[Document], least: int = 1, skipped: Skipped | None = None) -> list[Document]:
+    """Return documents in order of their paths, without copies of earlier ones and those of fewer bytes than ``least``.
+
+    Args:
+        skipped: gets what is left out.
+    """
+    skipped = skipped or Skipped()
     kept: dict[bytes, Document] = {}  # by content
     for document in sorted(found, key=lambda d: d.name):
-        digest = hashlib.sha256(document.text).digest()
-        if not document.text:
-            skipped.add("empty", document.path)
-        elif digest in kept:
+        if len(document.text) < least:
+            skipped.add("too short" if document.text else "empty", document.path)
+        elif (digest := hashlib.sha256(document.text).digest()) in kept:
             skipped.add("a copy of another", document.path)
         else:
             kept[digest] = document
-    if not kept:
-        reasons = "".join(f"\n  {line}" for line in skipped.lines())
-        raise ValueError(f"there is no text in {', '.join(map(str, sources))}{reasons}")
     return list(kept.values())
+
+
+def split_documents(found: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the documents to train on, and those held out."""
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in found:
+        sides[document.held_out].append(document)
+    return sides
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Text:
-    """Tokens, each document followed by the id that ends it: 0 for bytes, a new one for other tokens.
+class Tokens:
+    """The tokens of a text, each document followed by the id that ends it: 0 for bytes, a new one for other tokens.
 
     train: uint8 or int32 (N,). test: likewise (M,), the held-out documents. test_ends: int64, where each of them ends.
     """
@@ -269,14 +298,14 @@ class Text:
 
 
 def describe_origin(sources: list[Path], tokenizer: Path | None, split: str, column: str) -> dict[str, Any]:
-    """As Text.origin. Raises OSError where there is no such tokenizer."""
+    """Return what stands in Tokens.origin. Raises OSError where there is no such tokenizer."""
     name = None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     paths = [str(source.resolve()) for source in sources]
     return dict(source=paths if len(paths) > 1 else paths[0], tokenizer=name, split=split, column=column)
 
 
 class Encoder:
-    """From bytes to tokens, int32 or uint8 (N,), and what was lost on the way.
+    """Turns bytes into tokens, int32 or uint8 (N,), and counts what is lost on the way.
 
     Args:
         tokenizer: a file of the library tokenizers, or None for bytes. It neither truncates nor pads here.
@@ -309,9 +338,9 @@ class Encoder:
         self.unknown_id = None if unknown is None else self.tokenizer.token_to_id(unknown)
 
     def __call__(self, document: Document) -> Tensor:
-        """The tokens of a document, without the one that ends it."""
+        """Return the tokens of a document, without the one that ends it."""
         if self.tokenizer is None:
-            return torch.frombuffer(bytearray(document.text), dtype=torch.uint8)
+            return bytes_tensor(document.text)
         try:
             text = document.text.decode()
         except UnicodeDecodeError:
@@ -324,7 +353,7 @@ class Encoder:
         return ids
 
     def lines(self) -> list[str]:
-        """What to tell of the text that was lost."""
+        """Return what to tell about the text that was lost."""
         lines = self.skipped.lines()
         lost = {
             character: number for character, number in self.characters.items()
@@ -339,7 +368,7 @@ class Encoder:
         return lines
 
 
-def prepare(
+def write_tokens(
     path: Path,
     sources: list[Path],
     tokenizer: Path | None,
@@ -375,9 +404,8 @@ def prepare(
             say(line)
     end = encode.end if end is None else end
     vocabulary = vocabulary or (256 if tokenizer is None else end + 1)
-    train = [d for d in found if d.hash % TEST_SHARE]
-    # In the order of the hash: of which documents an evaluation takes the first, is chance.
-    test = sorted((d for d in found if d.hash % TEST_SHARE == 0), key=lambda d: d.hash)
+    train, test = split_documents(found)
+    test.sort(key=lambda d: d.hash)  # which documents an evaluation takes first is left to chance
     with _progress(None, quiet or tokenizer is None, total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
 
         def encoded(side: list[Document]) -> list[Tensor]:
@@ -417,14 +445,18 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def load(path: Path, check: bool = False) -> Text:
-    """What ``prepare`` wrote. Raises OSError, and ValueError where it is damaged, to the bit with ``check``."""
+def load_tokens(path: Path, check: bool = False) -> Tokens:
+    """Return what ``write_tokens`` wrote. Raises OSError, and ValueError where it is damaged.
+
+    Args:
+        check: compare the digest too, which finds a single wrong bit.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-            found = Text(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
+            found = Tokens(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if check and _digest(found.train, found.test, found.test_ends) != found.sha256:
@@ -456,28 +488,90 @@ class Windows:
         self._starts = functools.lru_cache(maxsize=2)(self._draw)
 
     def _draw(self, turn: int) -> Tensor:
-        """Where the windows of a pass start, int64 (count,)."""
+        """Return where the windows of a pass start, int64 (count,)."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + turn)
         first = torch.randint(self.slack, (), generator=generator)
         return first + self.length * torch.randperm(self.count, generator=generator)
 
     def __call__(self, numbers: range) -> Tensor:
-        """int64 (len(numbers), length + 1)."""
+        """Return the windows of these numbers, int64 (len(numbers), length + 1)."""
         starts = torch.stack([self._starts(n // self.count)[n % self.count] for n in numbers])
         return self.tokens[starts[:, None] + self.span].long()
 
 
-def test_windows(text: Text, lengths: list[int], count: int) -> tuple[Tensor, list[int]]:
-    """Windows of held-out text for as many of the lengths as it has room for.
+class Sampler:
+    """Draws windows that lie within one document, every start equally likely.
+
+    Args:
+        documents: their bytes are the tokens; those shorter than a window are left out.
+        length: bytes of a window.
+
+    Raises ValueError where no document is long enough.
+    """
+
+    def __init__(self, documents: list[Document], length: int) -> None:
+        documents = [d for d in documents if len(d.text) >= length]
+        if not documents:
+            raise ValueError(f"no document has {length} bytes to train on")
+        sizes = torch.tensor([len(d.text) for d in documents])
+        self.text = bytes_tensor(b"".join(d.text for d in documents))
+        self.ends = (sizes - length + 1).cumsum(0)  # of each document's run of starts
+        self.skipped = torch.arange(len(sizes)) * (length - 1)  # bytes before it in which no window starts
+        self.span = torch.arange(length)
+
+    def __call__(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Return int64 (batch, length)."""
+        draw = torch.randint(int(self.ends[-1]), (batch,), generator=generator)
+        start = draw + self.skipped[torch.searchsorted(self.ends, draw, right=True)]
+        return self.text[start[:, None] + self.span].long()
+
+
+def bytes_tensor(data: bytes) -> Tensor:
+    """Return uint8 (len(data),)."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def spread(sizes: Sequence[int], length: int, count: int) -> list[tuple[int, int]]:
+    """Choose windows of ``length`` that do not overlap, from as many documents as there are.
+
+    Args:
+        sizes: of the documents, in the order in which they take turns.
+        count: the most windows.
 
     Returns:
-        int64 (count or fewer, longest length + 1), windows that do not overlap, from as many documents as there
-        are; and the lengths. Windows lie within a document, unless there is none as long as the shortest length:
-        then the documents count as one.
+        For each window, the number of its document, and how many windows of that document come before it.
+    """
+    turns = sorted((turn, i) for i, size in enumerate(sizes) for turn in range(size // length))
+    return [(i, turn) for turn, i in turns[:count]]
+
+
+def document_windows(documents: Iterable[Document], length: int, count: int) -> Tensor:
+    """Return windows as ``spread`` chooses them, int64 (count or fewer, length); the first of each starts by chance.
+
+    Raises ValueError where no document is long enough.
+    """
+    documents = sorted(documents, key=lambda d: d.hash)
+    chosen = spread([len(d.text) for d in documents], length, count)
+    if not chosen:
+        raise ValueError(f"no held-out document has {length} bytes")
+    rows = []
+    for i, turn in chosen:
+        text = documents[i].text
+        start = documents[i].hash // TEST_SHARE % (len(text) % length + 1) + turn * length
+        rows.append(bytes_tensor(text[start : start + length]))
+    return torch.stack(rows).long()
+
+
+def held_out_windows(tokens: Tokens, lengths: list[int], count: int) -> tuple[Tensor, list[int]]:
+    """Return windows of held-out text for as many of the lengths as it has room for.
+
+    Returns:
+        int64 (count or fewer, longest length + 1), windows as ``spread`` chooses them; and the lengths. Windows lie
+        within a document, unless there is none as long as the shortest length: then the documents count as one.
 
     Raises ValueError where not even one window fits.
     """
-    ends = text.test_ends
+    ends = tokens.test_ends
     longest = int(ends.diff(prepend=ends.new_zeros(1)).max())
     if longest <= min(lengths):
         ends = ends[-1:]
@@ -488,8 +582,7 @@ def test_windows(text: Text, lengths: list[int], count: int) -> tuple[Tensor, li
             f"the shortest length to evaluate at is {min(lengths)}, and there are {longest:,} tokens of held-out text"
         )
     size = max(fitting) + 1
-    starts = ends - ends.diff(prepend=ends.new_zeros(1))
-    fit = (ends - starts) // size
-    candidates = sorted((turn, i) for i, n in enumerate(fit.tolist()) for turn in range(n))[:count]
-    places = torch.tensor([int(starts[i]) + turn * size for turn, i in candidates])
-    return text.test[places[:, None] + torch.arange(size)].long(), fitting
+    starts = [0, *ends[:-1].tolist()]
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    places = torch.tensor([starts[i] + turn * size for i, turn in spread(sizes, size, count)])
+    return tokens.test[places[:, None] + torch.arange(size)].long(), fitting

@@ -22,14 +22,12 @@ import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 # Before torch is loaded: threads that wait by spinning make a busy machine several times slower.
@@ -47,6 +45,7 @@ from logpe.command import STOPPED, TIME_IS_OVER, count, find_device, minutes
 from logpe.files import Busy
 from logpe.lm import checkpoint, text
 from logpe.lm import model as language_model
+from logpe.lm.loop import Stop, Training, unwrapped
 from logpe.lm.model import LanguageModel, Shape
 
 Result = TypeVar("Result")
@@ -108,8 +107,8 @@ class Settings:
         shape = Shape(self.dim, self.layers, self.heads, self.qk_norm, vocabulary)
         return LanguageModel(shape, self.position(), self.seed)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
         rising = min(1.0, (step + 1) / max(1, self.warmup))
         progress = max(0, step + 1 - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * rising * (0.55 + 0.45 * math.cos(math.pi * progress))
@@ -188,96 +187,7 @@ class World:
         return model
 
 
-class Stop:
-    """Whether to stop after the step in hand: the time is over, or a signal came. Ctrl-C twice stops at once."""
-
-    def __init__(self, minutes: float | None, impatient: bool) -> None:
-        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.impatient, self.signalled = impatient, False
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signalled and self.impatient:
-            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
-        self.signalled = True
-
-    def __enter__(self) -> Stop:
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def late(self) -> bool:
-        """Whether the time is over."""
-        return time.monotonic() > self.deadline
-
-
-# --- state ------------------------------------------------------------------------------------------------------------
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are others under a second name, and which."""
-    first: dict[nn.Parameter, str] = {}
-    names = _unwrapped(model).named_parameters(remove_duplicate=False)
-    return {name: first[p] for name, p in names if first.setdefault(p, name) != name}
-
-
-def save(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    about: dict[str, Any],
-    tokenizer: Path | None,
-    keep: int,
-    world: World,
-) -> None:
-    """A checkpoint of what a step left; all processes call it.
-
-    The step also stands for the learning rate, the place in the text and the state of the random numbers, all of
-    which follow from it. The files do not tell how many processes wrote them.
-    """
-    from torch.distributed.checkpoint import state_dict as states
-
-    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = states.get_model_state_dict(model, options=options)
-    moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
-
-    def write(folder: Path) -> None:
-        for name in _tied(model):
-            weights.pop(name, None)
-        files.save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
-        tensors = {f"{name}.{kind}": x for name, state in moments["state"].items() for kind, x in state.items()}
-        files.save_tensors(tensors, folder / "optimizer.safetensors")
-        config: Any = _unwrapped(model).config
-        written = json.dumps(config, indent=1) if isinstance(config, dict) else config.to_json_string()
-        (folder / "config.json").write_text(written.strip() + "\n")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
-
-    world.once(lambda: checkpoint.save(root, step, write, about, keep))
-
-
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The inverse of ``save``, in every process."""
-    from torch.distributed.checkpoint import state_dict as states
-
-    options = states.StateDictOptions(full_state_dict=dist.is_initialized())
-    weights: Any = files.load_tensors(folder / "model.safetensors")
-    weights |= {name: weights[original] for name, original in _tied(model).items()}
-    states.set_model_state_dict(model, weights, options=options)
-    # Of its own state, the optimiser keeps the groups: Settings hold what is in them.
-    moments: Any = states.get_optimizer_state_dict(model, optimizer)
-    moments["state"] = {}
-    for name, tensor in files.load_tensors(folder / "optimizer.safetensors").items():
-        parameter, _, kind = name.rpartition(".")
-        moments["state"].setdefault(parameter, {})[kind] = tensor
-    states.set_optimizer_state_dict(model, optimizer, moments, options=options)
+# --- the record ------------------------------------------------------------------------------------------------------
 
 
 class Metrics:
@@ -346,7 +256,7 @@ def predict(model: nn.Module, tokens: Tensor, half: bool, last: int | None = Non
     """Losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1), each given those before."""
     # The cache would keep copies of sharded weights.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        if isinstance(_unwrapped(model), LanguageModel):
+        if isinstance(unwrapped(model), LanguageModel):
             logits = model(tokens[:, :-1], last)
         else:  # of Transformers
             logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=last or 0).logits
@@ -397,10 +307,12 @@ def evaluate(
 
 
 def train(settings: Settings, options: argparse.Namespace, world: World, say: Callable[[str], object]) -> int:
-    """From the newest checkpoint, if there is one, to the last step or an earlier stop; returns the exit status.
+    """Train from the newest checkpoint, if there is one, to the last step or an earlier stop; return the exit status.
 
-    Raises ValueError, OSError for what is wrong with options, text, folder or checkpoints, Busy where another process
-    trains in the folder, FloatingPointError where the losses or weights are no numbers.
+    Raises:
+        ValueError, OSError: options, text, folder or checkpoints cannot be used.
+        Busy: another process trains in the folder.
+        FloatingPointError: losses or weights are no longer finite.
     """
     if settings.batch % (world.size * options.accumulate):
         raise ValueError(
@@ -415,101 +327,112 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
         options.half = options.dtype == "bfloat16"
     checkpoints, data = options.out / "checkpoints", options.out / "tokens.safetensors"
     start = world.once(lambda: find_start(settings, options, checkpoints, data, say))
-    words = text.load(data)
-    windows = text.Windows(words.train, settings.length, settings.seed)
-    held_out, lengths = text.test_windows(words, options.lengths, options.windows)
+    tokens = text.load_tokens(data)
+    windows = text.Windows(tokens.train, settings.length, settings.seed)
+    held_out, lengths = text.held_out_windows(tokens, options.lengths, options.windows)
     if lengths != options.lengths:
         say(f"evaluated at {', '.join(map(str, lengths))}: no held-out document is longer")
 
     if options.init_from is None:
-        model: nn.Module = settings.model(words.vocabulary)
+        model: nn.Module = settings.model(tokens.vocabulary)
     else:  # a checkpoint holds the architecture too
-        model = language_model.load(options.init_from if start is None else start[0])
-    model.to(world.device).train()
+        model = language_model.load_model(options.init_from if start is None else start)
+    model.to(world.device)
     parameters = sum(p.numel() for p in model.parameters())
     wrapped = world.wrap(model, options.fsdp)
     groups = logpe.parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-    first = 0
+    training = Training(
+        wrapped, optimizer, settings.learning_rate_at, settings.steps, checkpoints, settings.clip, options.keep,
+        world.once,
+    )  # fmt: skip
     if start is not None:
-        folder, first = start
-        restore(folder, wrapped, optimizer)
-        say(f"going on from {folder}")
+        training.restore(start)
+        say(f"going on from {start}")
     elif options.init_from is not None:
         say(f"starting from the weights of {options.init_from}")
     passes = settings.steps * settings.batch / windows.count
     say(
-        f"{parameters:,} parameters, {len(words.train):,} tokens ({passes:.3g} passes), "
+        f"{parameters:,} parameters, {len(tokens.train):,} tokens ({passes:.3g} passes), "
         f"{world.size} x {world.device.type}, {'bfloat16' if options.half else 'float32'}"
     )
     about = dict(
-        settings=asdict(settings), text=dict(origin=words.origin, sha256=words.sha256), processes=world.size,
+        settings=asdict(settings), text=dict(origin=tokens.origin, sha256=tokens.sha256), processes=world.size,
         init_from=options.given,
         logpe=logpe.__version__, torch=torch.__version__, python=platform.python_version(),
     )  # fmt: skip
+
+    def save() -> None:
+        def add_tokenizer(folder: Path) -> None:
+            config: Any = unwrapped(model).config
+            written = json.dumps(config, indent=1) if isinstance(config, dict) else config.to_json_string()
+            (folder / "config.json").write_text(written.strip() + "\n")
+            if options.tokenizer is not None:
+                shutil.copyfile(options.tokenizer, folder / "tokenizer.json")
+
+        training.save(about, add_tokenizer)
+
+    def backward(step: int) -> float:
+        torch.manual_seed(1_000_003 * (settings.seed * world.size + world.rank) + step)  # nothing else is random
+        return gradients(wrapped, windows, settings, step, options, world)
+
     if options.fresh:  # now that nothing is left to refuse
         world.once(lambda: shutil.rmtree(checkpoints) if checkpoints.exists() else None)
     board = options.out / "tensorboard" if options.tensorboard else None
-    metrics = Metrics(options.out / "metrics.jsonl", first, board, say) if world.first else None
+    metrics = Metrics(options.out / "metrics.jsonl", training.done, board, say) if world.first else None
     step_tokens = settings.batch * settings.length
-    finished, signalled = first == settings.steps, False
     progress = tqdm(
-        total=settings.steps, initial=first, unit="step", disable=not world.first, dynamic_ncols=True,
+        total=settings.steps, initial=training.done, unit="step", disable=not world.first, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
-    losses, seconds = 0.0, 0.0  # since the last evaluation, which tells of their means
-    told = first
-    with Stop(options.minutes, impatient=not world.parallel) as stop, progress:
-        for step in range(first, settings.steps):
-            begin = time.perf_counter()
-            torch.manual_seed(1_000_003 * (settings.seed * world.size + world.rank) + step)  # nothing else is random
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            optimizer.zero_grad()
-            loss = gradients(wrapped, windows, settings, step, options, world)
-            clipped = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            norm = float(clipped.full_tensor() if hasattr(clipped, "full_tensor") else clipped)
-            optimizer.step()
-            loss, signals, late = world.sum(loss / world.size, float(stop.signalled), float(stop.late()))
-            signalled, asked = signals > 0, signals + late > 0
-            done = step + 1
-            finished = done == settings.steps
-            keep = finished or asked or done % options.save_every == 0
-            record: dict[str, Any] = dict(step=done, loss=loss, learning_rate=settings.rate(step), gradient_norm=norm)
-            record["seconds"] = round(time.perf_counter() - begin, 4)
+    losses, seconds, told = 0.0, 0.0, training.done  # since the last evaluation, which tells their means
+    signalled = False
+    deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    with Stop(deadline, impatient=not world.parallel) as stop, progress:
+        for step in training.run(backward):
+            norm = float(step.gradient_norm)
+            loss, signals, late = world.sum(step.loss / world.size, float(stop.signalled), float(stop.late))
+            signalled, stopping = signals > 0, signals + late > 0
+            finished = step.number == settings.steps
+            saving = finished or stopping or step.number % options.save_every == 0
+            learning_rate = settings.learning_rate_at(step.number - 1)
+            record: dict[str, Any] = dict(
+                step=step.number, loss=loss, learning_rate=learning_rate, gradient_norm=norm,
+                seconds=round(time.perf_counter() - step.start, 4),
+            )  # fmt: skip
             scores: dict[str, float] = {}
-            if finished or done % options.evaluate_every == 0:
+            if finished or step.number % options.evaluate_every == 0:
                 scores = evaluate(wrapped, held_out, lengths, options.target, options.half, world)
                 record["evaluation"] = scores
-            elif keep:  # the loss is of the weights before this step
+            elif saving:  # the loss is of the weights before this step
                 scores = evaluate(wrapped, held_out[:1], lengths[:1], options.target, options.half, world)
             if wrong := _not_finite(loss, norm, scores, model, world):
                 kept = f"; {checkpoints} has what came before" if checkpoints.exists() else ""
                 raise FloatingPointError(
-                    f"{wrong} at step {done}{kept}. Start anew with a lower --learning-rate or a longer --warmup, and "
-                    "--fresh"
+                    f"{wrong} at step {step.number}{kept}. Start anew with a lower --learning-rate or a longer "
+                    "--warmup, and --fresh"
                 )
             if metrics is not None:
                 metrics.append(record, step_tokens)
-                if keep:
+                if saving:
                     metrics.sync()
-            if keep:
-                save(checkpoints, done, wrapped, optimizer, about, options.tokenizer, options.keep, world)
+            if saving:
+                save()
             losses, seconds = losses + loss, seconds + record["seconds"]
-            speed = step_tokens * (done - told) / max(seconds, 1e-9)
+            speed = step_tokens * (step.number - told) / max(seconds, 1e-9)
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             progress.update()
             if "evaluation" in record:
                 held = ", ".join(f"{score:.4f} at {int(n):,}" for n, score in scores.items())
-                say(f"step {done:,}: training {losses / (done - told):.4f}, held out {held} nats per token; "
-                    f"{speed:,.0f} tokens/s")  # fmt: skip
-                losses, seconds, told = 0.0, 0.0, done
-            if asked:
+                say(f"step {step.number:,}: training {losses / (step.number - told):.4f}, held out {held} "
+                    f"nats per token; {speed:,.0f} tokens/s")  # fmt: skip
+                losses, seconds, told = 0.0, 0.0, step.number
+            if stopping:
                 break
     if metrics is not None:
         metrics.close()
-    world.once(lambda: export(checkpoints, options, words.vocabulary, settings, metrics, say))
-    if finished:
+    world.once(lambda: export(checkpoints, options, tokens.vocabulary, settings, metrics, say))
+    if training.done == settings.steps:
         say(f"done: {options.out}")
         return 0
     say(f"{'stopped' if signalled else 'the time is over'}; the same command goes on from here")
@@ -529,7 +452,7 @@ def export(
     assert found is not None
     assert metrics is not None
     out = options.out / "transformers"
-    model = language_model.load(found[0])
+    model = language_model.load_model(found[0])
     if isinstance(model, LanguageModel):
         language_model.save_pretrained(model, out, 0 if options.tokenizer is None else vocabulary - 1)
     else:
@@ -557,8 +480,8 @@ def _not_finite(loss: float, norm: float, scores: dict[str, float], model: nn.Mo
 
 def find_start(
     settings: Settings, options: argparse.Namespace, checkpoints: Path, data: Path, say: Callable[[str], object]
-) -> tuple[Path, int] | None:
-    """Makes the tokens ready; returns the newest checkpoint and its step, or None without one."""
+) -> Path | None:
+    """Make the tokens ready; return the newest checkpoint, or None where there is none."""
     if options.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -576,7 +499,7 @@ def find_start(
         given: dict[str, Any] = {}
         if options.init_from is not None:
             given = _vocabulary(options.init_from if found is None else found[0], options.tokenizer)
-        text.prepare(
+        text.write_tokens(
             data, options.text, options.tokenizer, options.split, options.column, out=options.out, say=say, **given
         )
 
@@ -599,18 +522,18 @@ def find_start(
     if changed := [f"{shown[n]} was {then.get(n)!r}, now {now[n]!r}" for n in now if now[n] != then.get(n)]:
         raise ValueError(f"{folder} is of another training: {'; '.join(changed)}; {advice}")
     try:
-        same = text.load(data, check=True).sha256 == sha256
+        same = text.load_tokens(data, check=True).sha256 == sha256
     except (OSError, ValueError) as error:
         say(f"the tokens are made anew: {error}")
         prepare()
-        same = text.load(data).sha256 == sha256
+        same = text.load_tokens(data).sha256 == sha256
     if not same:
         raise ValueError(f"{folder} is of another training: the text in {_names(options.text)} has changed; {advice}")
-    return folder, manifest["step"]
+    return folder
 
 
 def _vocabulary(folder: Path, tokenizer: Path | None) -> dict[str, int]:
-    """The id that ends a document, and how many ids there are, of the model in a folder; as text.prepare takes them."""
+    """Return which id ends a document of the model in a folder, and how many ids there are, for text.write_tokens."""
     config = language_model.read_config(folder)
     if "shape" in config:
         size = config["shape"]["vocabulary"]

@@ -6,21 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import multiprocessing
-import os
-import queue
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor
 
+from logpe.clock import between_events
 from logpe.position import PRESET_PARTS, LogPosition
+from logpe.worker import Failed, Pool, Worker, one_line
 
 if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
     from logpe_kernels.configs import Traits
@@ -163,7 +160,8 @@ class Comparison(NamedTuple):
         return self.milliseconds / self.default
 
 
-class Launch(NamedTuple):
+@dataclasses.dataclass
+class Launch:
     """One launch of a kernel."""
 
     kernel: Any
@@ -219,7 +217,7 @@ def compile_candidate(task: Task, config: Any) -> Resources | str:
         compiled._init_handles()  # loads it, as PyTorch's inductor does: raises where it does not fit
         return Resources(compiled.n_regs, compiled.n_spills, compiled.metadata.shared)
     except Exception as error:
-        return describe(error)
+        return one_line(error)
 
 
 def compare(
@@ -287,104 +285,19 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: to
 
 def take_turns(launches: list[Launch], budget: float) -> list[float]:
     """Median milliseconds of each launch, one after the other with a cold cache, over ``budget`` milliseconds."""
-    from triton.runtime import driver
 
-    cache = driver.active.get_empty_cache_for_benchmark()
-
-    def turn() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-        events = []
-        for launch in launches:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            driver.active.clear_cache(cache)
-            begin.record()
-            launch()
-            end.record()
-            events.append((begin, end))
-        return events
-
-    def times(turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> list[float]:
+    def times(turns: int) -> list[float]:
+        events = [[between_events(launch) for launch in launches] for _ in range(turns)]
         torch.cuda.synchronize()
-        columns = zip(*turns, strict=True)
+        columns = zip(*events, strict=True)
         return [statistics.median(begin.elapsed_time(end) for begin, end in column) for column in columns]
 
-    turn()  # warms up
-    once = sum(times([turn()]))
-    return times([turn() for _ in range(min(200, max(5, int(budget / max(once, 1e-3)))))])
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__
+    times(1)  # warms up
+    once = sum(times(1))
+    return times(min(200, max(5, int(budget / max(once, 1e-3)))))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-
-
-class Failed(Exception):
-    """A call in a worker raised, took too long, or brought the worker down."""
-
-
-class Worker:
-    """A process that calls functions, on ``device`` if given. It starts with a call, and anew after a failure."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-        self.process: Any = None
-        self.pipe: Any = None
-        self.closed = False
-
-    def call(self, function: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> Any:
-        """What the function returns; raises Failed, which says why, if it does not return in so many seconds."""
-        if self.closed:
-            raise Failed("stopped")
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-            self.pipe, other = context.Pipe()
-            self.process = context.Process(target=_serve, args=(other, self.device), daemon=True)
-            self.process.start()
-            other.close()
-        process = self.process
-        try:
-            self.pipe.send((function, args))
-            answered = self.pipe.poll(max(0.0, seconds))
-            fine, answer = self.pipe.recv() if answered else (False, f"took more than {seconds:.0f} s")
-        except (EOFError, OSError):
-            process.join(5)
-            fine, answer = False, f"brought its process down (exit code {process.exitcode})"
-        if not fine:  # what a failed kernel leaves behind is not to be relied on
-            self._end()
-            raise Failed(answer)
-        return answer
-
-    def _end(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            process.join(10)  # not for ever: one that hangs in the driver does not die
-            self.pipe.close()
-
-    def close(self) -> None:
-        """End the process, in the middle of a call if need be."""
-        self.closed = True
-        self._end()
-
-
-def _serve(pipe: Any, device: torch.device | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints
-    with open(os.devnull, "w") as nothing:  # on failure the compilers print whole modules
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
-    with contextlib.suppress(EOFError):
-        while True:
-            function, args = pipe.recv()
-            try:
-                if device is not None:
-                    torch.cuda.set_device(device)
-                answer = True, function(*args)
-            except Exception as error:
-                answer = False, describe(error)
-            pipe.send(answer)
 
 
 class OutOfTime(Exception):
@@ -396,41 +309,37 @@ class Gpu:
 
     def __init__(self, device: torch.device | None, jobs: int, end: float) -> None:
         self.device, self.end = device, end
-        self.bench = Worker(device)
-        self.compilers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.workers = [Worker(device) for _ in range(jobs)]
-        for worker in self.workers:
-            self.compilers.put(worker)
-        self.threads = ThreadPoolExecutor(jobs)
+        self.bench, self.compilers = Worker(), Pool(jobs)
 
     def _call(self, worker: Worker, function: Callable[..., Any], *args: Any) -> Any:
         left = self.end - time.monotonic()
         if left <= 0:
             raise OutOfTime
         try:
-            return worker.call(function, *args, seconds=min(LIMIT, left))
+            return worker.call(_on, self.device, function, *args, seconds=min(LIMIT, left))
         except Failed as error:
             if time.monotonic() >= self.end:
                 raise OutOfTime from None
             return str(error)
 
-    def _compile(self, task: Task, config: Any) -> Resources | str:
-        worker = self.compilers.get()
-        try:
-            return self._call(worker, compile_candidate, task, config)
-        finally:
-            self.compilers.put(worker)
-
     def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
-        """See Machine."""
-        return list(self.threads.map(functools.partial(self._compile, task), candidates))
+        """Return what each candidate takes, or why there is no such kernel."""
+        return self.compilers.map(
+            lambda worker, config: self._call(worker, compile_candidate, task, config), candidates
+        )
 
     def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-        """See Machine."""
+        """Return the times, or why the configuration is out."""
         return self._call(self.bench, compare, task, config, default, budget, self.device)
 
     def close(self) -> None:
         """End all processes."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in (self.bench, *self.workers):
-            worker.close()
+        self.compilers.close()
+        self.bench.close()
+
+
+def _on(device: torch.device | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a device as the current one."""
+    if device is not None:
+        torch.cuda.set_device(device)
+    return function(*args)

@@ -93,11 +93,11 @@ class Machine(Protocol):
     """What compiles and measures for :func:`search`."""
 
     def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
-        """Of each candidate what it takes, or why there is no such kernel."""
+        """Return what each candidate takes, or why there is no such kernel."""
         ...
 
     def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-        """Times, or why the configuration is out."""
+        """Return the times, or why the configuration is out."""
         ...
 
 
