@@ -1,4 +1,4 @@
-"""The functions that people call: defaults filled in, and the choice of a backend."""
+"""The functions that people call: they fill in defaults and choose a backend."""
 
 from __future__ import annotations
 
@@ -46,48 +46,51 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose sense of position is logarithmic; otherwise as ``F.scaled_dot_product_attention``.
+    """Attention whose sense of position is logarithmic; otherwise like ``F.scaled_dot_product_attention``.
 
-    Unlike it, ``is_causal`` aligns the last query with the last key (bottom-right, as flash-attention 2 does
-    and ``torch.nn.attention.bias.causal_lower_right``); pass ``query_start=0`` for the top-left alignment.
+    Unlike there, ``is_causal`` aligns the last query with the last key (bottom-right, as in flash-attention 2 and
+    ``torch.nn.attention.bias.causal_lower_right``). Pass ``query_start=0`` for the top-left alignment.
+
+    The letters of the shapes are explained in :mod:`logpe`.
 
     Args:
-        q: (B, Hq, Nq, D), D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
-        k, v: (B, Hkv, Nk, D), Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
-            Any strides with a contiguous last dimension.
+        q: (B, Hq, Nq, D), with D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
+        k, v: (B, Hkv, Nk, D), where Hq is a multiple of Hkv. q, k and v may have any strides, as long as the last
+            dimension is contiguous.
         position: a :class:`LogPosition` or the values it returns; None is plain attention.
         is_causal: hide the keys after each query.
-        query_start, key_start: position of the first query and the first key: an int, or an int tensor (B,).
-            Keys start at 0 by default; queries so that the last query stands at the last key. Required
-            where that would be a guess: Nq != Nk without is_causal, or with key_lengths. Tokens at negative
-            positions do not exist, which is how left padding is said: ``key_start = -padding``. At most 2^29.
-        key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
-        key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient. -inf hides;
-            values beyond -65504 and 65504, the range of float16, count as these: every ``finfo.min`` means the same.
-        block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
-            page_size 16, 32, 64, 128 or 256, and key n of sequence b is row n % page_size of page
-            block_table[b, n // page_size]; Nk is max_pages * page_size. An entry that is no page, such as -1,
-            holds no keys. Without dropout, without a gradient (but from backend="reference"), and with a rotary
-            position only :meth:`unrotated`, on queries and keys that :func:`rotate` has turned.
-        window: (left, right): the query at i sees the keys from i - left to i + right. One int means both,
-            None or -1 unlimited.
-        scale: of the scores, a number; 1 / sqrt(D) by default. To learn one, or for one per head, multiply q by it.
+        query_start, key_start: position of the first query and of the first key, an int or an int tensor (B,), at
+            most 2^29. By default keys start at 0, and the last query stands at the last key. Where that would be a
+            guess, query_start is required: if Nq != Nk without is_causal or with key_lengths. Tokens at negative
+            positions do not exist, which is how to describe left padding: ``key_start = -padding``.
+        key_lengths: int (B,). Keys at this index and beyond are hidden (right padding).
+        key_mask: (B, Nk). Bool, where True is visible, or floating and added to the logits, without a gradient. -inf
+            hides. Other values are clamped to float16's range, -65504 to 65504, so that any ``finfo.min`` means the
+            same.
+        block_table: int (B, max_pages), for a paged cache. k and v are then (num_pages, Hkv, page_size, D), with a
+            page_size of 16, 32, 64, 128 or 256. Key n of sequence b is row n % page_size of page
+            block_table[b, n // page_size], and Nk is max_pages * page_size. An entry that is no page, such as -1,
+            holds no keys. Pages allow no dropout, no gradient (except with backend="reference"), and a rotary
+            position only :meth:`unrotated`, with queries and keys that :func:`rotate` has turned.
+        window: (left, right): the query at i sees the keys from i - left to i + right. One int means both sides, None
+            or -1 unlimited.
+        scale: factor of the scores, a number; 1 / sqrt(D) by default. To learn it, or for one per head, multiply q.
         dropout_p: probability to drop a weight, in [0, 1).
         dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
-        context_length: n of the query gain, int or int (B,). By default the query's position when causal (at
-            most window[0]), else the number of keys: the position of the last one, plus 1.
+        context_length: n of the query gain, an int or an int tensor (B,). By default it is the query's position when
+            causal (at most window[0]), and otherwise the number of keys: the position of the last key, plus 1.
         return_lse: also return the log of the sum of exponentials.
-        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU; "reference" is the eager definition, which
-            holds the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
+        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU. "reference" is the eager definition: it holds
+            the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
         validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
 
     Returns:
-        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query
-        that may see no key gets zeros and -inf.
+        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
+        see no key gets zeros and -inf.
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
-        RuntimeError: the asked backend cannot run here; the call is being traced by ``torch.jit.trace``.
+        RuntimeError: the chosen backend cannot run here, or ``torch.jit.trace`` is tracing the call.
     """
     q, k, v = _autocast(q, k, v)
     values = values_of(position, q)
@@ -184,17 +187,17 @@ def log_attention_varlen(  # type: ignore[misc]
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`log_attention` on packed sequences, as ``flash_attn_varlen_func``.
+    """Run :func:`log_attention` on packed sequences, like ``flash_attn_varlen_func``.
 
     Args:
         q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the tokens cu_seqlens[b] to cu_seqlens[b + 1];
-            both start at 0 and never fall. Tokens past the last one belong to no sequence: they get zeros.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; longer ones are cut there.
-        query_start: by default each sequence's last query stands at its last key when causal; else 0, which
-            needs equal lengths: with two different cu_seqlens and no is_causal it must be given.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0 on and never falling. Sequence b consists of the tokens
+            from cu_seqlens[b] to before cu_seqlens[b + 1]. Tokens after the last sequence get zeros.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; longer ones are cut there.
+        query_start: by default, when causal, each sequence's last query stands at its last key. Without is_causal
+            queries start where keys do, which needs equal lengths: with two different cu_seqlens it is required.
 
-    The other arguments, and what raises, are those of :func:`log_attention`; B counts sequences.
+    The other arguments and the errors are those of :func:`log_attention`.
 
     Returns:
         out: (total_q, Hq, D). lse: (Hq, total_q).
@@ -256,18 +259,21 @@ def log_attention_varlen(  # type: ignore[misc]
 
 
 def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
-    """Queries or keys, turned as :func:`log_attention` turns them with this position: what a cache of keys stores.
+    """Rotate queries or keys as :func:`log_attention` does with this position. A cache stores its keys like this.
 
-    A key's rotation depends on where it stands and on nothing else, so turning it once is exact. Attention over what
-    this returns takes the rest of the position, ``position().unrotated()``.
+    A key's rotation depends only on where it stands, so rotating it once is exact. Attention over rotated queries and
+    keys takes the rest of the position, ``position().unrotated()``.
 
     Args:
         x: (B, H, N, D), contiguous in the last dimension.
-        position: a :class:`LogPosition` or the values it returns; without a rotation x comes back as it is.
-        start: position of the first token, an int or an int tensor (B,). Tokens before 0 do not exist.
+        position: a :class:`LogPosition` or the values it returns. Without a rotation in it, x is returned as it is.
+        start: position of the first token, an int or an int tensor (B,). Tokens before position 0 do not exist.
 
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, with its value and what is allowed.
     """
     checks.check_dense("x", x)
     values = values_of(position, x)
@@ -283,16 +289,15 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     """Merge results over disjoint chunks of the keys into the result over all of them, exactly.
 
     Args:
-        outs: each (B, H, N, D), or packed (total, H, D). Empty chunks (zeros, lse -inf) are welcome.
+        outs: each (B, H, N, D), or packed (total, H, D). Chunks without keys (zeros, lse -inf) are welcome.
         lses: each (B, H, N), or packed (H, total), in natural log.
 
     Returns:
-        out and lse in the shapes of the parts, differentiable in all of them. With a query gain, give
-        every chunk the same context_length; with dropout, the same dropout_seed.
+        out and lse in the shapes of the parts, differentiable in all of them. The parts must come from calls with the
+        same context_length if there is a query gain, and with the same dropout_seed if there is dropout.
 
     Raises:
-        TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not belong
-            together.
+        TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not match.
     """
     outs, lses = list(outs), list(lses)
     if len(outs) == 0 or len(outs) != len(lses):
@@ -313,7 +318,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
                 f"outs and lses must have the shapes (B, H, N, D) and (B, H, N), or (total, H, D) and (H, total), "
                 f"the same in all parts, got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
-    # The rows of an empty part weigh nothing, whatever they hold: 0 * NaN is NaN.
+    # Rows of an empty part weigh nothing, but may hold NaN: 0 * NaN is NaN.
     rows = torch.stack(lses)  # [chunks, ...]
     peak = rows.detach().amax(0)
     empty = peak == -math.inf
@@ -329,7 +334,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
 
 
 for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
-    # What torch.jit.script raises, where it would complain of the first line that it does not understand.
+    # torch.jit.script raises this, rather than complain of the first line that it does not understand.
     _function.__dict__["__script_unsupported"] = (
         f"{_function.__name__} cannot be compiled by torch.jit.script: use torch.compile or torch.export"
     )
@@ -356,14 +361,13 @@ def _attend(
     dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
     scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
     given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
+    scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
+    options = Options(**(_given(values) | given | scalars))
     if backend != "reference":
-        scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-        options = Options(**(_given(values) | given | scalars))
         plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
         return ops.attention(q, k, v, options, backend, plan)
-    del scalars["max_seqlen_q"], scalars["max_seqlen_k"]
-    run = reference.attention_varlen if "cu_seqlens_q" in given else reference.attention
-    out, lse = run(q, k, v, values, **given, **scalars)[:2]
+    run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
+    out, lse = run(q, k, v, options)[:2]
     return out, lse
 
 
@@ -431,9 +435,9 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
             checks.check_dense(name, x)
-    kind = "cuda" if q.is_cuda else q.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    device_type = "cuda" if q.is_cuda else q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 

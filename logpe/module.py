@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import Options
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 
@@ -20,6 +21,7 @@ from logpe import checks, reference
 from logpe.attention import log_attention
 from logpe.checks import plain_bool, plain_float, plain_int
 from logpe.position import LogPosition, refuse_scripting
+from logpe.reference import PositionValues
 
 _warned: set[str] = set()
 
@@ -362,11 +364,9 @@ class LogAttention(nn.MultiheadAttention):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
         dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, None, q)
-        out, _, weights = reference.attention(
-            q,
-            k,
-            v,
-            None if self.position is None else self.position(q.device),
+        values = PositionValues() if self.position is None else self.position(q.device)
+        options = Options(
+            **values._asdict(),
             query_start=query_start,
             query_starts=query_starts,
             key_start=key_start,
@@ -377,9 +377,8 @@ class LogAttention(nn.MultiheadAttention):
             scale=self.head_dim**-0.5,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
-            attn_mask=attn_mask,
-            return_weights=True,
         )
+        out, _, weights = reference.attention(q, k, v, options, attn_mask=attn_mask, return_weights=True)
         return out, weights.to(q.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,9 +14,10 @@ All other implementations are tested against this file. It holds Nq x Nk tensors
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from logpe_kernels.options import Options
 from torch import Tensor
 
 
@@ -231,21 +232,8 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    values: PositionValues | None = None,
+    options: Options,
     *,
-    query_start: int = 0,
-    key_start: int = 0,
-    query_starts: Tensor | None = None,
-    key_starts: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    context_lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    scale: float,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     attn_mask: Tensor | None = None,
     return_weights: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -257,14 +245,8 @@ def attention(
 
     Args:
         q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
-        values: the position; None for plain attention.
-        query_start, key_start: position of the first query and of the first key; the (B,) tensors override them.
-        key_lengths: (B,). Keys at this index and beyond are hidden.
-        key_bias: (B, Nk), added to the logits as :func:`bounded` returns it; -inf hides a key.
-        block_table: (B, max_pages), for paged k and v; see :func:`gather_pages`.
-        context_lengths: (B,), n of the query gain. By default n is the query's position, at most ``window_left``.
-        window_left, window_right: keys i - left <= j <= i + right are visible. None is unlimited; causal is
-            window_right = 0.
+        options: everything but cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k. key_bias is clamped by
+            :func:`bounded`.
         attn_mask: bool, where True is visible, or additive like key_bias. Broadcastable to (B, Hq, Nq, Nk).
         return_weights: also return the weights.
 
@@ -272,24 +254,24 @@ def attention(
         out: like q. lse: (B, Hq, Nq), natural log, before dropout. A query that sees no key gets zeros and -inf.
         With ``return_weights``, the weights (B, Hq, Nq, Nk) after dropout.
     """
-    if values is None:
-        values = PositionValues()
-    if block_table is not None:
-        k, v, key_bias = gather_pages(k, v, block_table, key_bias)
+    key_bias, scale = options.key_bias, options.scale
+    if options.block_table is not None:
+        k, v, key_bias = gather_pages(k, v, options.block_table, key_bias)
     (batch, heads, num_queries, _), num_keys = q.shape, k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
 
-    i = positions_of(num_queries, query_start, query_starts, q.device)[:, None, :, None]  # (B or 1, 1, Nq, 1)
-    j = positions_of(num_keys, key_start, key_starts, q.device)[:, None, None, :]  # (B or 1, 1, 1, Nk)
+    # i: (B or 1, 1, Nq, 1), j: (B or 1, 1, 1, Nk)
+    i = positions_of(num_queries, options.query_start, options.query_starts, q.device)[:, None, :, None]
+    j = positions_of(num_keys, options.key_start, options.key_starts, q.device)[:, None, None, :]
     key_index = torch.arange(num_keys, device=q.device)
 
-    visible = (i >= 0) & (j >= 0)
-    if window_left is not None:
-        visible = visible & (j >= i - window_left)
-    if window_right is not None:
-        visible = visible & (j <= i + window_right)
-    if key_lengths is not None:
-        visible = visible & (key_index < key_lengths[:, None])[:, None, None]
+    visible = (i >= 0) & (j >= 0)  # (B or 1, 1, Nq, Nk)
+    if options.window_left is not None:
+        visible = visible & (j >= i - options.window_left)
+    if options.window_right is not None:
+        visible = visible & (j <= i + options.window_right)
+    if options.key_lengths is not None:
+        visible = visible & (key_index < options.key_lengths[:, None])[:, None, None]
     if key_bias is not None:
         key_bias = bounded(key_bias.to(compute))
         visible = visible & (key_bias != -math.inf)[:, None, None]
@@ -304,9 +286,9 @@ def attention(
     sees_any = visible.any(-1, keepdim=True)  # (B or 1, 1 or Hq, Nq, 1)
     q = q.where(sees_any, 0)
 
-    if values.theta is not None:
-        q = rotate(q, i[..., 0], values.theta, values.rotary_scale)
-        k = rotate(k, j[..., 0, :], values.theta, values.rotary_scale)
+    if options.theta is not None:
+        q = rotate(q, i[..., 0], options.theta, options.rotary_scale)
+        k = rotate(k, j[..., 0, :], options.theta, options.rotary_scale)
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
@@ -316,19 +298,19 @@ def attention(
     if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
         q, k, scale = q / 8, k / 8, 64 * scale
     logit = (q @ k.mT).to(compute) * scale
-    if values.alpha is not None:
-        if context_lengths is not None:
-            n = context_lengths[:, None, None, None]
+    if options.alpha is not None:
+        if options.context_lengths is not None:
+            n = options.context_lengths[:, None, None, None]
         else:
-            n = i if window_left is None else i.clamp(max=window_left)
-        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(values.alpha), values.gain_length)
-    if values.rate is not None or values.power is not None:
-        rate = None if values.rate is None else per_head(values.rate)
+            n = i if options.window_left is None else i.clamp(max=options.window_left)
+        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(options.alpha), options.gain_length)
+    if options.rate is not None or options.power is not None:
+        rate = None if options.rate is None else per_head(options.rate)
         l = log_distance((i - j).abs().to(compute), rate)  # noqa: E741
-        if values.sharpness is not None:
-            logit = sharpening(l, per_head(values.sharpness)) * logit
-        if values.power is not None:
-            logit = logit + distance_bias(l, per_head(values.power))
+        if options.sharpness is not None:
+            logit = sharpening(l, per_head(options.sharpness)) * logit
+        if options.power is not None:
+            logit = logit + distance_bias(l, per_head(options.power))
     if key_bias is not None:
         logit = logit + key_bias[:, None, None]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
@@ -338,46 +320,40 @@ def attention(
     logit = logit.masked_fill(~visible, -math.inf).masked_fill(~sees_any, 0)
     lse = torch.logsumexp(logit, -1).masked_fill(~sees_any[..., 0], -math.inf)
     weights = torch.softmax(logit, -1).where(visible, 0)
-    if dropout_p > 0:
-        assert dropout_seed is not None
+    if options.dropout_p > 0:
+        assert options.dropout_seed is not None
         batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
-        keep = dropout_keep(dropout_seed, batch_head, i, j, dropout_p)
-        weights = weights.where(keep, 0) / (1 - dropout_p)
+        keep = dropout_keep(options.dropout_seed, batch_head, i, j, options.dropout_p)
+        weights = weights.where(keep, 0) / (1 - options.dropout_p)
     out = (weights.to(v.dtype) @ v).where(sees_any, 0)
     return (out, lse, weights) if return_weights else (out, lse)
 
 
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    values: PositionValues | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Run :func:`attention` on packed sequences, through a padded copy.
 
     Args:
         q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
-        cu_seqlens_q, cu_seqlens_k: int (B + 1,).
+        options: cu_seqlens_q and cu_seqlens_k, and the options of :func:`attention` except key_lengths, key_bias and
+            block_table.
 
     Returns:
         out: like q. lse: (Hq, total_q). Tokens outside every sequence get zeros and -inf.
     """
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
 
     def padded(x: Tensor, index: Tensor) -> Tensor:  # (total, H, D) -> (B, H, longest, D)
         return x[index.clamp(max=max(len(x) - 1, 0))].transpose(1, 2)
 
-    index_q, lengths_q = _padded_index(cu_seqlens_q)
-    index_k, lengths_k = _padded_index(cu_seqlens_k)
+    index_q, lengths_q = _padded_index(options.cu_seqlens_q)
+    index_k, lengths_k = _padded_index(options.cu_seqlens_k)
     out = torch.zeros_like(q)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     if len(k) == 0:  # so that there is something to index, in the graph of k and v
         k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))
     padded_out, padded_lse = attention(
-        padded(q, index_q), padded(k, index_k), padded(v, index_k), values, key_lengths=lengths_k, **options
+        padded(q, index_q), padded(k, index_k), padded(v, index_k), options._replace(key_lengths=lengths_k)
     )[:2]
     real = torch.arange(index_q.shape[1], device=q.device) < lengths_q[:, None]  # (B, longest)
     tokens = index_q[real]

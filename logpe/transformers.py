@@ -59,6 +59,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from logpe_kernels.options import LEARNABLE_PARTS, MAX_HEAD_DIM
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -67,8 +68,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import log_attention
-from logpe.checks import MAX_HEAD_DIM, plain_bool
-from logpe.position import LEARNABLE_PARTS, PRESET_ROTATION, LogPosition, plain_options
+from logpe.checks import plain_bool
+from logpe.position import PRESET_ROTATION, LogPosition, plain_options
 from logpe.reference import PositionValues
 
 #: Values of ``config.model_type`` that can be converted.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ class TookTooLong(Failed):
 class Worker:
     """A process that calls one function after the other. It starts with a call, and anew after a call that failed.
 
-    What the process prints goes to a file, of which only the last line is ever shown: compilers that fail print whole
-    modules. Ctrl-C does not reach it; the process that started it decides when to stop.
+    What the process prints goes to a file, of which only :func:`complaint` is ever shown: compilers that fail print
+    whole modules. Ctrl-C does not reach it; the process that started it decides when to stop.
     """
 
     def __init__(self) -> None:
@@ -102,15 +104,24 @@ class Pool:
 
     def map(self, call: Callable[[Worker, Any], Any], items: Iterable[Any]) -> list[Any]:
         """Return ``call(worker, item)`` of each item, in their order; raise what the first call raises."""
+        return list(self.threads.map(functools.partial(self._one, call), items))
 
-        def one(item: Any) -> Any:
-            worker = self.idle.get()
-            try:
-                return call(worker, item)
-            finally:
-                self.idle.put(worker)
+    def each(self, call: Callable[[Worker, Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Yield each item with its ``call(worker, item)``, as they are done. Those not begun are dropped on close."""
+        pending = {self.threads.submit(self._one, call, item): item for item in items}
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        finally:
+            for future in pending:
+                future.cancel()
 
-        return list(self.threads.map(one, items))
+    def _one(self, call: Callable[[Worker, Any], Any], item: Any) -> Any:
+        worker = self.idle.get()
+        try:
+            return call(worker, item)
+        finally:
+            self.idle.put(worker)
 
     def close(self) -> None:
         """End all processes, in the middle of their calls if need be."""
@@ -133,19 +144,35 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"[:200].removesuffix(": ")
 
 
+def complaint(log: Path | None = None) -> str:
+    """Return the last error in what a worker printed, or else its last line; "" if there is none.
+
+    log: the file that it prints to. By default this process is the worker, if it is one.
+    """
+    try:
+        lines = (log or _log).read_text(errors="replace").splitlines()  # type: ignore[union-attr]
+    except (OSError, AttributeError):  # the worker was closed meanwhile; this process is none
+        return ""
+    printed = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in printed if re.search(r"error: |LLVM ERROR|Assertion", line)]
+    errors = [line for line in errors if "have been detected" not in line]  # ptxas counts its errors at the end
+    return (errors or printed or [""])[-1][:500]
+
+
 def _how_it_ended(status: int | None, log: Path) -> str:
-    """Return how a process ended that nobody asked to, and the last line that it printed."""
+    """Return how a process ended that nobody asked to, and why, as far as it printed that."""
     how = f"ended with status {status}"
     if status is not None and status < 0:
         how = f"killed by signal {-status} ({signal.Signals(-status).name})"
-    try:
-        printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:  # the worker was closed meanwhile
-        printed = []
-    return f"{how}: {printed[-1][:200]}" if printed else how
+    return ": ".join(filter(None, [how, complaint(log)]))
+
+
+_log: Path | None = None  # of this process, if it is a worker
 
 
 def _serve(pipe: Any, log: Path) -> None:
+    global _log
+    _log = log
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

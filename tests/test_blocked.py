@@ -1,4 +1,4 @@
-"""The CPU backend against eager attention in float64."""
+"""Test the CPU backend against eager attention in float64."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles for few tokens: several blocks of rows, and several groups of heads."""
+    """Make many tiles of few tokens: several blocks of rows, and several groups of heads."""
     monkeypatch.setattr(blocked, "BLOCK_ROWS", 8)
     monkeypatch.setattr(blocked, "TILE_ELEMENTS", 2**9)
 
 
 def assert_exact(call: Call) -> None:
-    """In float64 nothing separates the two but the order of summation."""
+    """Assert equality in float64, where the two differ in the order of summation alone."""
     actual, expected = (run(call, backend, torch.float64) for backend in ("blocked", "reference"))
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
@@ -110,7 +110,7 @@ def test_rotations(scale: float, fraction: float) -> None:
     ids=lambda a: "-".join(map(str, a)),
 )
 def test_error_is_that_of_eager_attention(arguments: dict[str, Any], dtype: torch.dtype) -> None:
-    """The largest errors, in the mean over several draws: in a single one either implementation can be lucky."""
+    """Largest errors are averaged over several draws: in a single one either implementation may be lucky."""
     arguments = dict(heads=8, num_queries=269, head_dim=24, dtype=dtype) | arguments
     calls = [make_call(1, **arguments) for _ in range(4)]
     with torch.no_grad():  # heads of one kind, so that no single one makes the largest error every time
@@ -269,7 +269,7 @@ def test_gradcheck(packed: bool) -> None:
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: float) -> None:
-    """NaN or inf in keys that no query sees and in queries that see no key: as zeros there, bit for bit."""
+    """NaN or inf in unseen keys, and in queries that see no key, gives the bits that zeros there give."""
     call = make_call(3, 4, 2, 13, 18, 6, preset=preset, query_gain=True, **options)
     everyone = make_values(4, 6, "none")
     seen = run(call.replace(values=everyone, v=torch.ones_like(call.v), dout=torch.ones_like(call.dout)), "reference")
@@ -300,7 +300,7 @@ def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: 
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_a_key_reaches_only_those_who_see_it(options: dict[str, Any], preset: str) -> None:
-    """NaN or inf in it, as in the definition."""
+    """NaN or inf in a key spreads as in the definition."""
     call = make_call(2, 4, 2, 20, 20, 6, preset=preset, query_gain=True, **options)
     for bad in (NAN, INF, -INF):
         k = call.k.clone()

@@ -20,6 +20,7 @@ from bench.speed import compile_report as report  # noqa: E402
 from bench.speed import roofline  # noqa: E402
 from logpe import files  # noqa: E402
 from logpe.command import TIME_IS_OVER  # noqa: E402
+from logpe.worker import Failed, Worker  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -368,6 +369,31 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     out.write_text(out.read_text()[:-9])
     assert report.main(command) == 2
     assert f"{out} is damaged" in capsys.readouterr().err
+
+
+def test_a_compiler_that_aborts_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(worker: Worker, function: object, case: report.Case, *rest: object, seconds: float) -> list[report.Row]:
+        assert function is report.compile_case
+        if "none" in case.presets:
+            raise Failed("killed by signal 6 (SIGABRT): LLVM ERROR: no")
+        return [row_of(preset) for preset in case.presets]
+
+    monkeypatch.setattr(Worker, "call", call)
+    cases = [report.Case("sm_90", "bfloat16", head_dim, ("none", "log-bias")) for head_dim in (64, 128)]
+    compiled = dict(report.compile_all(cases, jobs=2))
+    assert set(compiled) == set(cases)
+    for failed, row in compiled.values():  # each preset was compiled alone
+        assert list(failed.failures(None)) == ["does not compile: killed by signal 6 (SIGABRT): LLVM ERROR: no"]
+        assert row.error is None
+
+
+def test_what_the_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
+    assert report.sources() == report.sources() != report.sources("other settings")
+    assert {"forward.py", "tile.py", "default.json", "compile_report.py", "roofline.py"} <= set(read)
+    assert "throughput.py" not in read
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What works where packages are missing.
+"""Test what works where packages are missing.
 
 Without triton, logpe imports, the CPU backends work, and backend="triton" says what is missing. Without the packages
 that only some tests need, the other tests run.
@@ -68,7 +68,7 @@ except RuntimeError as error:
 
 
 def test_importing_logpe_does_not_import_triton() -> None:
-    """It would take a second, and freeze TRITON_INTERPRET before the user can set it."""
+    """Importing it would take a second, and freeze TRITON_INTERPRET before the user can set it."""
     code = "import sys, logpe; print([name for name in sys.modules if name.partition('.')[0] == 'triton'])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import logpe
 from logpe import log_attention
+from logpe.clock import Repeats
 from logpe.command import TIME_IS_OVER
+from logpe.worker import Failed, Worker
 
 pytest.importorskip("triton")
 
@@ -468,20 +470,19 @@ def test_no_compilation_as_the_length_changes(device: torch.device) -> None:
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, plot and resuming; a method that fails is a row that says so; other settings do not mix."""
+    """Rows, plot and resuming; a method that fails is a row that says so; each setting has its own table."""
     pytest.importorskip("matplotlib")
     from bench.speed import decode as bench
 
-    def answer(worker: Any, case: bench.Case, timeout: float) -> dict[str, Any]:  # in this process, which is warm
+    def call(worker: Worker, function: Any, case: bench.Case, *, seconds: float) -> dict[str, Any]:
         asked.append(case)
         if case.method == "flex":
-            raise RuntimeError("no such kernel")
-        return bench.measure(case)
+            raise Failed("no such kernel")
+        return function(case)  # in this process, which is warm
 
     asked: list[Any] = []
-    monkeypatch.setattr(bench.Worker, "ask", answer)
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
-    monkeypatch.setattr(bench, "MIN_REPEATS", 2)
+    monkeypatch.setattr(Worker, "call", call)
+    monkeypatch.setattr(bench, "REPEATS", Repeats(seconds=0, at_least=2, at_most=2, longest=60))
     command = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--out", str(tmp_path)]
     assert bench.main([*command, "--lengths", "100"]) == 0
     assert bench.main([*command, "--lengths", "100", "--minutes", "0"]) == 0  # nothing is missing
@@ -489,17 +490,19 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert bench.main([*command, "--lengths", "100", "33", "--minutes", "0"]) == TIME_IS_OVER
     assert bench.main([*command, "--lengths", "100", "33", "--methods", "none"]) == 0
     assert [case.length for case in asked] == [100] * len(bench.METHODS) + [33]
-    data = json.loads((tmp_path / "decode-cpu.json").read_text())
-    assert {"machine", "commit", "command", "date", "setting"} <= data.keys()
-    assert {row["method"] for row in data["rows"]} == set(bench.METHODS)
-    for row in data["rows"]:
-        assert row.get("missing") == "failed: no such kernel" if row["method"] == "flex" else row["p50"] > 0
+    (run,) = bench.BENCH.read(tmp_path / "decode-cpu.json")
+    assert {row["method"] for row in run.points} == set(bench.METHODS)
+    for row in run.points:
+        assert row.get("missing") == "no such kernel" if row["method"] == "flex" else row["p50"] > 0
     assert (tmp_path / "decode-cpu.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "failed: no such kernel" in printed
+    assert "no such kernel" in printed
     assert "100%" in printed
-    assert bench.main([*command, "--batch", "2"]) == 2
-    assert "decode-cpu.json has another setting: --fresh" in capsys.readouterr().err
+    assert bench.main([*command, "--batch", "2", "--lengths", "33", "--methods", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("\nbatch 1, 4 query and 2 key heads of 16, float32\n") < printed.index("\nbatch 2, ")
+    assert bench.main([*command, "--report"]) == 0
+    assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit):
         bench.main([*command, "--heads", "3"])
 

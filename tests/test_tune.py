@@ -25,7 +25,7 @@ import logpe
 from bench.speed.compile_report import TARGETS
 from logpe import __main__ as command
 from logpe import files
-from logpe.lm import checkpoint
+from logpe.command import TIME_IS_OVER
 from logpe.tuning import trial as measure
 from logpe.tuning import tune
 from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
@@ -389,7 +389,7 @@ def test_the_whole_command(
         assert command.main(arguments) == 2
     assert f"another run writes to {path}" in capsys.readouterr().err
 
-    for error, status in ((OutOfTime, checkpoint.TIME_IS_OVER), (KeyboardInterrupt, 130)):
+    for error, status in ((OutOfTime, TIME_IS_OVER), (KeyboardInterrupt, 130)):
 
         def stop(self: Any, *_: Any, error: type[BaseException] = error) -> Any:
             raise error
@@ -539,7 +539,7 @@ def test_candidates_compile_without_being_launched() -> None:
     script = """
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
-from bench.speed.compile_report import _Driver
+from bench.speed.compile_report import Driver
 from logpe.tuning import trial as measure
 from logpe_kernels.configs import Config
 
@@ -547,7 +547,7 @@ def load(self):
     self.n_regs, self.n_spills = 100, 0
 
 CompiledKernel._init_handles = load
-driver.set_active(_Driver("sm_90"))
+driver.set_active(Driver("sm_90"))
 for kernel in measure.KERNELS:
     task = measure.Task(kernel, "bfloat16", 64, "log-bias", True, 1024, 2, 4, 2)
     found = measure.compile_candidate(task, Config(64, 64, 4, 2))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from logpe.worker import Failed, Pool, TookTooLong, Worker, one_line
+from logpe.worker import Failed, Pool, TookTooLong, Worker, complaint, one_line
 
 
 @pytest.fixture
@@ -36,9 +36,10 @@ def test_it_outlives_its_process(worker: Worker) -> None:
     assert worker.call(operator.add, 5, 6, seconds=60) == 11
 
 
-def test_it_says_what_killed_it_and_what_was_printed_last(worker: Worker) -> None:
-    worker.call(print, "first\nLLVM ERROR: no\n", seconds=60)
-    worker.call(exec, "import sys; sys.stdout.flush()", seconds=60)
+def test_it_says_what_killed_it_and_the_last_error_that_was_printed(worker: Worker) -> None:
+    worker.call(os.write, 2, b"first\n", seconds=60)
+    assert worker.call(complaint, seconds=60) == "first"
+    worker.call(os.write, 2, b"LLVM ERROR: no\nstack dump\n", seconds=60)
     with pytest.raises(Failed, match=r"^killed by signal 9 \(SIGKILL\): LLVM ERROR: no$"):
         worker.call(signal.raise_signal, signal.SIGKILL, seconds=60)
 
@@ -60,6 +61,8 @@ def test_several_keep_the_order() -> None:
         assert pool.map(negative, range(5)) == [0, -1, -2, -3, -4]
         with pytest.raises(Failed, match="TypeError"):
             pool.map(negative, ["x"])
+        assert dict(pool.each(negative, range(3))) == {0: 0, 1: -1, 2: -2}
+    assert complaint() == ""  # this process is no worker
 
 
 def test_the_line_that_tells() -> None:

@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 from bench import command
-from bench.common import commit, describe_machine, write_whole
-from bench.speed import throughput
+from bench.common import commit, describe_machine
+from bench.speed import host_overhead, runner, throughput
 from logpe.command import STOPPED, TIME_IS_OVER
 from logpe.files import locked
 
@@ -46,7 +46,13 @@ METHODS = ("log-bias", "log-bias-rope", "none", "flex", "sdpa-cudnn", "sdpa-flas
 
 @dataclass(frozen=True)
 class Part:
-    """One process. command: of the seconds that it has; summary: a line from what it left behind."""
+    """One process.
+
+    Attributes:
+        share: of the time that all parts have.
+        command: returns the arguments of Python, for the seconds that the part has.
+        summary: returns a line made from what the process left behind.
+    """
 
     name: str
     share: float
@@ -65,7 +71,7 @@ class Outcome:
 
 
 def parts(folder: Path, gpu: bool) -> list[Part]:
-    """In the order of running."""
+    """Return the parts in the order of running."""
 
     def minutes(seconds: float) -> str:
         return f"{max(0.0, seconds - GRACE) / 60:.2f}"
@@ -83,7 +89,7 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         if not gpu:
             size = ["--device", "cpu", "--methods", throughput.OURS, "--directions", "forward"]
             size += ["--hidden", "64", "--lengths", "64", "128", "--long"]
-        return ["-m", "bench", "throughput", *size, "--resume", "--minutes", minutes(seconds), "--out", str(folder)]
+        return ["-m", "bench", "throughput", *size, "--minutes", minutes(seconds), "--out", str(folder)]
 
     def host(seconds: float) -> list[str]:
         size = [] if gpu else ["--device", "cpu", "--rounds", "5"]
@@ -93,16 +99,17 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         size = ["--masks", "causal", "--presets", "log-bias", "--lengths", "8192"]
         return ["-m", "logpe", "tune", *size, "--minutes", minutes(seconds), "--out", str(folder / "tune.json")]
 
-    found = [
+    all_parts = [
         Part("tests", 0.32, tests, lambda: test_summary(folder / "tests.xml")),
         Part("throughput", 0.34, compare, lambda: throughput_summary(folder, gpu)),
-        Part("host overhead", 0.06, host, lambda: json.loads((folder / "host_overhead.json").read_text())["target"]),
+        Part("host overhead", 0.06, host, lambda: host_summary(folder / "host_overhead.json")),
+        Part("tuner", 0.28, tune, lambda: ""),
     ]
-    return [*found, Part("tuner", 0.28, tune, lambda: "")] if gpu else found
+    return all_parts if gpu else all_parts[:-1]
 
 
 def test_summary(path: Path) -> str:
-    """Counts from pytest's report, and the names of tests that failed."""
+    """Return the counts of pytest's report, and the names of tests that failed."""
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     total, failed, errors, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
@@ -114,25 +121,24 @@ def test_summary(path: Path) -> str:
     return text + (f" ({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''})" if bad else "")
 
 
-def throughput_rows(folder: Path, gpu: bool) -> throughput.Rows:
-    """Of the last run of this code. LookupError if there is none."""
-    path = folder / f"throughput-{'cuda' if gpu else 'cpu'}.json"
-    run = [run for run in throughput.read(path)["runs"] if run["commit"] == commit()][-1]
-    return {throughput.Case.of(row): row for row in run["points"]}
-
-
 def throughput_summary(folder: Path, gpu: bool) -> str:
-    """How many points there are."""
-    rows = throughput_rows(folder, gpu)
-    missing = sum("missing" in row for row in rows.values())
-    return f"{len(rows) - missing} points" + (f", {missing} that failed" if missing else "")
+    """Return how many points the last run of this code has. Raises LookupError where there is none."""
+    path = throughput.BENCH.file(folder, "cuda" if gpu else "cpu")
+    points = [run for run in throughput.BENCH.read(path) if run.commit == commit()][-1].points
+    missing = sum("missing" in row for row in points)
+    return f"{len(points) - missing} points" + (f", {missing} that failed" if missing else "")
+
+
+def host_summary(path: Path) -> str:
+    """Return the host time of a call."""
+    return host_overhead.summary(json.loads(path.read_text())["microseconds"])
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """As Ctrl-C does, and if that is not heard, at once; with all that it started."""
+    """Stop a process as Ctrl-C does, and if that is not heard, at once; with all that it started."""
     for how, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, how)
@@ -147,7 +153,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def run_part(part: Part, seconds: float, log: Path) -> Outcome:
-    """Run it for at most so many seconds (and GRACE); what it prints goes to the end of `log`."""
+    """Run a part for at most so many seconds (and GRACE); what it prints goes to the end of `log`."""
     command = part.command(seconds)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -193,7 +199,7 @@ def run_part(part: Part, seconds: float, log: Path) -> Outcome:
 
 
 def run_all(todo: Sequence[Part], seconds: float, log: Path) -> list[Outcome]:
-    """Each part in its share of the time that is left; Ctrl-C ends them all, and is a state."""
+    """Run each part in its share of the time that is left. Ctrl-C ends them all, and is a state."""
     end = time.monotonic() + seconds
     outcomes = []
     for index, part in enumerate(todo):
@@ -206,7 +212,7 @@ def run_all(todo: Sequence[Part], seconds: float, log: Path) -> list[Outcome]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The parts, one a line."""
+    """Return the parts, one a line."""
     lines = [f"{'part':16}{'state':14}{'seconds':>8}  result"]
     lines += [f"{x.part:16}{x.state:14}{x.seconds:8.0f}  {x.result}" for x in outcomes]
     return "\n".join(lines)
@@ -214,8 +220,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 @command.program("bench gpu")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run what the command line asks for; return the exit status."""
     parser = command.new_parser("bench gpu", __doc__)
     parser.add_argument("--minutes", type=command.minutes, default=9.0, help="for everything (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
@@ -225,37 +230,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError("torch finds no GPU here, so there is nothing to measure (--cpu checks the command without)")
     folder = options.out.resolve()
     with locked(folder):
-        return run_in(folder, options, shlex.join(["python", "-m", "bench", "gpu", *arguments]))
+        return run_in(folder, options, arguments)
 
 
-def run_in(folder: Path, options: argparse.Namespace, command_line: str) -> int:
-    """Run all parts, and write and print what they found; returns the exit status."""
+def run_in(folder: Path, options: argparse.Namespace, arguments: Sequence[str] | None) -> int:
+    """Run all parts, write and print what became of them; return the exit status."""
     gpu = not options.cpu
     for name in ("tests.xml", "host_overhead.json"):  # of an earlier call: not to be taken for this one's
         (folder / name).unlink(missing_ok=True)
     log = folder / "log.txt"
     machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
+    about = runner.circumstances("gpu", arguments, machine)
     outcomes = run_all(parts(folder, gpu), options.minutes * 60, log)
+    runner.write_json(folder / "gpu.json", about | dict(parts=[asdict(outcome) for outcome in outcomes]))
     lines = [f"{name}: {value}" for name, value in machine.items()]
-    verdicts = []
-    if gpu:
-        try:
-            verdicts = throughput.targets(throughput_rows(folder, gpu))
-        except (ValueError, LookupError):
-            verdicts = throughput.targets({})
-        lines += ["", "Targets, stated for an H100 or H200"]
-        lines += [f"  {text}\n      {verdict}" for text, verdict in verdicts]
-    else:
+    if not gpu:
         lines += ["", "--cpu: this checked the command and measured nothing."]
-    content = dict(
-        machine=machine,
-        commit=commit(),
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        command=command_line,
-        parts=[asdict(outcome) for outcome in outcomes],
-        targets=dict(verdicts),
-    )
-    write_whole(folder / "gpu.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
     lines += ["", *(str(path) for path in sorted(folder.glob("[!.]*"))), "", table(outcomes)]
     with log.open("a") as file:
         file.write("\n" + "\n".join(lines) + "\n")

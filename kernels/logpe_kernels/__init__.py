@@ -1,5 +1,13 @@
 """Triton kernels for attention with log positions: tensors in, tensors out. Needs torch and triton alone.
 
+The letters of shapes:
+
+    B   sequences              Hq   query heads    Nq   queries of a sequence    D   head_dim
+                               Hkv  key heads      Nk   keys of a sequence
+
+Hq is a multiple of Hkv: query head h attends to key head h // (Hq / Hkv). H and N stand for those of either side. In
+packed tensors, (total, H, D), sequences of any length lie one after the other.
+
 The functions are imported on first use, since options are needed where there is no triton, too. They are named like
 the operators of logpe, and not like their modules, whose import would put a module in place of a function.
 """

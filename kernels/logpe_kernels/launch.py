@@ -33,9 +33,10 @@ def launch(
 ) -> None:
     """Do kernel[(grid,)](*tensors, *numbers, **constants), on the current device, if the grid is not empty.
 
-    The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those), ``numbers`` (or
-    None, tuples of those) and constexprs; ``constants`` are these and Triton's options, by name. ``kernels`` holds what
-    was compiled for calls of one layout; ``variant`` tells apart what else Triton compiles for in one kernel of theirs.
+    The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those and of numbers),
+    ``numbers`` (or None, tuples of those) and constexprs; ``constants`` are these and Triton's options, by name.
+    ``kernels`` holds what was compiled for calls of one layout; ``variant`` tells apart what else Triton compiles for
+    in one kernel of theirs.
     """
     if grid == 0:
         return

@@ -18,21 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Traits, log2_length, padded
-from .options import MAX_HEAD_DIM, NUM_TENSORS, Options
-from .tile import Sequences, Strides
+from .options import MAX_HEAD_DIM, NUM_LEARNABLE, NUM_TENSORS, Options
+from .position import Parameters
+from .tile import Dropout, Layer, Sequences, Strides
 
 #: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
-RUNTIME_INTEGERS = [
-    "dropout_threshold",
-    "num_queries",
-    "num_keys",
-    "total_queries",
-    "total_keys",
-    "query_start",
-    "key_start",
-    "window_left",
-    "window_right",
-]
+RUNTIME_INTEGERS = ["num_queries", "num_keys", "total_queries", "total_keys", "query_start", "key_start"]
 MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 MOST_PLANS = 1024  # lengths are part of a key, and may change from call to call
@@ -105,6 +96,9 @@ def constants(head_dim: int, config: Any) -> dict[str, Any]:
     )
 
 
+_sequences = operator.attrgetter(*Sequences._fields)
+
+
 class Plan:
     """What calls share that differ in the values of their tensors and the positions of the first tokens.
 
@@ -139,13 +133,13 @@ class Plan:
             causal=options.window_right == 0,
             log2_length=log2_length(self.num_queries, self.num_keys),
         )
-        self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
+        self._dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
         lengths = self.num_queries, self.num_keys, self.total_queries, k.shape[0] if self.packed else 0
         if max(lengths) >= 2**31:
             raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
         window = [None if side is None else min(side, FARTHEST) for side in (options.window_left, options.window_right)]
-        layer = float(options.scale), float(options.gain_length), self.heads, self.heads // self.kv_heads
-        self._numbers = *layer, *lengths, *window
+        heads = self.heads, self.heads // self.kv_heads
+        self._numbers = Layer(float(options.scale), float(options.gain_length), *heads, *window), *lengths
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
         like_q, like_k = (torch.empty_like(x, device="meta") for x in (q, k))  # as q, k and out are after a rotation
@@ -162,9 +156,10 @@ class Plan:
             raise ValueError(f"query_start and key_start must be int32, got {query_start} and {key_start}")
         return *self._numbers, query_start, key_start
 
-    def seed(self, options: Options) -> Tensor | None:
-        """Return the seed of the dropout of a call; None without dropout."""
-        return options.dropout_seed if options.dropout_p > 0 else None
+    def shared(self, options: Options) -> tuple[Parameters, Sequences, Dropout | None]:
+        """Return the tensors that all kernels of a call take, in the order of their parameters."""
+        dropout = Dropout(options.dropout_seed, *self._dropout) if options.dropout_p > 0 else None
+        return Parameters(*options[:NUM_LEARNABLE]), Sequences(*_sequences(options)), dropout
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """Return what ``make`` returned in the first of these calls."""
@@ -201,14 +196,6 @@ class Plan:
         if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
             return None
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)])
-
-
-_sequences = operator.attrgetter(*Sequences._fields)
-
-
-def sequences_of(options: Options) -> Sequences:
-    """Return the fields of the same names."""
-    return Sequences(*_sequences(options))
 
 
 def plan_of(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:

@@ -27,7 +27,7 @@ LIMIT = 120.0  # seconds for one candidate, the start of a process included
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One kernel on one shape. preset: one of PRESETS, and "+gain" for a query gain."""
+    """One kernel on one shape. ``preset`` is one of PRESETS, with "+gain" behind it for a query gain."""
 
     kernel: str
     dtype: str
@@ -41,23 +41,23 @@ class Task:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Arguments of LogPosition."""
+        """The arguments of LogPosition."""
         name, _, gain = self.preset.partition("+")
         return dict(preset=name, query_gain=bool(gain))
 
     @property
     def parts(self) -> list[str]:
-        """As in the configurations' files."""
+        """The parts of the position, as the files of configurations name them."""
         present = (*PRESET_PARTS[self.position["preset"]], *(["alpha"] if self.position["query_gain"] else []))
         return [part for part in LEARNABLE_PARTS if part in present and part != "rate"]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """The size of an element in bytes."""
         return getattr(torch, self.dtype).itemsize
 
     def traits(self, device: torch.device) -> Traits:
-        """By which its configuration is found."""
+        """Return the traits by which the task's configuration is chosen."""
         from logpe_kernels import configs
 
         return configs.traits(device, self.itemsize, self.head_dim, self.parts, self.causal, self.length)
@@ -68,7 +68,10 @@ class Task:
 
 
 class Inputs(NamedTuple):
-    """Arguments of the launchers; out and lse are those of the forward."""
+    """Arguments of the launchers.
+
+    q, dout and out are (B, Hq, N, D), k and v (B, Hkv, N, D), lse (B, Hq, N); out and lse come from the forward pass.
+    """
 
     q: Tensor
     k: Tensor
@@ -80,7 +83,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(task: Task, device: torch.device) -> Inputs:
-    """Random ones; on the meta device, tensors of the same shapes."""
+    """Return random inputs; on the meta device, tensors of the same shapes."""
     import logpe_kernels
 
     dtype = getattr(torch, task.dtype)
@@ -114,8 +117,13 @@ def _backward(x: Inputs) -> dict[str, Tensor]:
 class Kernel(NamedTuple):
     """Where a kernel is, what launches it, and what it keeps in registers.
 
-    module, function: of logpe_kernels. run: calls the launcher. resident: the side of the tile that stays while the
-    loop streams the other. accumulators, scores: tiles [resident, head_dim] and [resident, streamed] held at once.
+    Attributes:
+        module: the one of logpe_kernels that has the kernel.
+        function: the name of the kernel there.
+        run: calls the launcher, and returns its results by name.
+        resident: the side of the tile that stays while the loop streams the other.
+        accumulators: how many tiles [resident, head_dim] are held at once.
+        scores: how many tiles [resident, streamed] are held at once.
     """
 
     module: str
@@ -126,7 +134,7 @@ class Kernel(NamedTuple):
     scores: int
 
     def jit_function(self) -> Any:
-        """The Triton kernel itself."""
+        """Return the Triton kernel itself."""
         return getattr(importlib.import_module(f"logpe_kernels.{self.module}"), self.function)
 
 
@@ -141,7 +149,7 @@ KERNELS = {
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers and spilled registers of a thread, bytes of shared memory."""
+    """What a compiled kernel needs: registers and spilled registers of a thread, bytes of shared memory."""
 
     registers: int
     spills: int
@@ -156,7 +164,7 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Below 1, the candidate is faster."""
+        """The time of the candidate over that of the default: below 1, the candidate is faster."""
         return self.milliseconds / self.default
 
 
@@ -170,12 +178,12 @@ class Launch:
     keywords: dict[str, Any]
 
     def __call__(self) -> Any:
-        """Repeat it."""
+        """Repeat the launch."""
         return self.kernel[self.grid](*self.args, **self.keywords)
 
 
 class _Recorder:
-    """Stands in for a kernel, and keeps its launches."""
+    """What stands in for a kernel, and keeps its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch], dry: bool) -> None:
         self.kernel, self.launches, self.dry = kernel, launches, dry
@@ -190,7 +198,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
-    """The launches of each of KERNELS, which with ``dry`` are not carried out."""
+    """Record the launches of each of KERNELS; with ``dry``, do not carry them out."""
     launches: dict[str, list[Launch]] = {name: [] for name in KERNELS}
     originals = {name: kernel.jit_function() for name, kernel in KERNELS.items()}
 
@@ -206,7 +214,7 @@ def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
 
 
 def compile_candidate(task: Task, config: Any) -> Resources | str:
-    """Compile one configuration for the current device and load it; why that fails, where it does."""
+    """Compile one configuration for the current device and load it. Return what it needs, or why that fails."""
     from logpe_kernels import configs
 
     try:
@@ -228,9 +236,11 @@ def compare(
     device: torch.device,
     timer: Callable[[list[Launch], float], list[float]] | None = None,
 ) -> Comparison | str:
-    """Run a configuration and the default on the same inputs; times, or why the configuration is out.
+    """Run a configuration and the default on the same inputs. Return the times, or why the configuration is out.
 
-    budget: milliseconds for the timing. timer: :func:`take_turns`, unless a test has another.
+    Args:
+        budget: milliseconds for the timing.
+        timer: replaces :func:`take_turns` in tests.
     """
     from logpe_kernels import configs
 
@@ -255,7 +265,7 @@ _inputs = functools.lru_cache(maxsize=1)(make_inputs)
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN, so that what a kernel leaves out is not what another left there."""
+    """Fill fresh memory with NaN: what a kernel does not write shows, and is not what another kernel left there."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -265,10 +275,10 @@ def poisoned() -> Iterator[None]:
 
 
 def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """How two results differ by more than the rounding of another order of summation; None if they do not.
+    """Return how two results differ by more than the rounding of another order of summation; None if they do not.
 
-    Allowed are 4 eps of the largest value in half precision (out is rounded, and so are the weights before they meet
-    v), and 256 eps in float32, where nothing is rounded but the sums over keys.
+    They may differ by 4 eps of the largest value in half precision, where out is rounded, and so are the weights
+    before they meet v; and by 256 eps in float32, where nothing is rounded but the sums over keys.
     """
     allowed = torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
     for name, x in expected.items():
@@ -284,7 +294,7 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: to
 
 
 def take_turns(launches: list[Launch], budget: float) -> list[float]:
-    """Median milliseconds of each launch, one after the other with a cold cache, over ``budget`` milliseconds."""
+    """Return the median milliseconds of each launch, which take turns with a cold cache for ``budget`` milliseconds."""
 
     def times(turns: int) -> list[float]:
         events = [[between_events(launch) for launch in launches] for _ in range(turns)]
@@ -305,7 +315,7 @@ class OutOfTime(Exception):
 
 
 class Gpu:
-    """Compiles in several processes and measures in one. Raises OutOfTime after ``end``, of time.monotonic()."""
+    """Compiles in several processes, and measures in one. Raises OutOfTime after ``end``, by time.monotonic()."""
 
     def __init__(self, device: torch.device | None, jobs: int, end: float) -> None:
         self.device, self.end = device, end
