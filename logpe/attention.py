@@ -16,7 +16,6 @@ from logpe.position import LogPosition, Position, values_of
 from logpe.reference import PositionValues
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
-MOST_KNOWN = 1024  # kinds of calls
 _TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
 
 
@@ -96,14 +95,13 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     q, k, v = _autocast(q, k, v)
     values = values_of(position, q)
     left, right = checks.resolve_window(window, is_causal)
-    kind = None
+    key = None
     plain = query_start is key_lengths is key_mask is block_table is context_length is None
-    if plain and type(dropout_p) in (float, int) and dropout_p == 0:
-        given = _given(values)
-        kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
-        if kind is not None and (known := _known.get(kind)):
-            options, same = known
-            result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
+    if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
+        key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
+        if key is not None and (plan := ops.plans().get(key)) is not None:
+            options = Options._make((*values[:5], *plan.options[5:]))
+            result = ops.run(q, k, v, options, "triton", plan)
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
     dropout_p = checks.check_number("dropout_p", dropout_p)
@@ -155,11 +153,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         "scale": checks.resolve_scale(scale, head_dim),
         "dropout_p": dropout_p,
     }
-    if kind is not None and context_lengths is None:
-        options, same = _remember(kind, scalars, values)
-        result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
-    else:
-        result = _attend(q, k, v, values, tensors, scalars, backend)
+    result = _attend(q, k, v, values, tensors, scalars, backend, key)
     return result if return_lse else result[0]
 
 
@@ -357,8 +351,12 @@ def _attend(
     tensors: dict[str, Tensor | None],
     scalars: dict[str, Any],
     backend: str,
+    key: Hashable = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options."""
+    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options.
+
+    key: what later calls that need no checks will find the plan by.
+    """
     backend = _resolve_backend(backend, q)
     dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
     scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
@@ -366,7 +364,8 @@ def _attend(
     scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
     options = Options(**(_given(values) | given | scalars))
     if backend != "reference":
-        return ops.attention(q, k, v, options, backend)
+        plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
+        return ops.attention(q, k, v, options, backend, plan)
     run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
     out, lse = run(q, k, v, options)[:2]
     return out, lse
@@ -401,50 +400,32 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 
 # --- calls like an earlier one --------------------------------------------------------------------------------
 
-#: The options of calls that passed all checks, without tensors, and an object that stands for their layout; by kind.
-_known: dict[Hashable, tuple[Options, object]] = {}
 
-
-def _kind_of(
+def _key_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     position: Position,
     values: PositionValues,
-    given: dict[str, Tensor],
     is_causal: bool,
     key_start: int | Tensor,
     window: tuple[int | None, int | None],
     scale: float | None,
     backend: str,
 ) -> Hashable:
-    """What the checks and the scalars of a call follow from that has no other options than these.
+    """Return what the checks and the plan follow from of a call that has no other options than these.
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *given.values()):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *values[:5]):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
-    try:
-        return (
-            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-            v.shape, v.stride(), v.dtype, v.device, is_causal, key_start, window, scale,
-            *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
-            values.theta is not None and values.theta.requires_grad,
-            values.rotary_scale, values.gain_length,
-            (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
-        )  # fmt: skip
-    except RuntimeError:  # nested and sparse tensors have no shape or no strides; the checks refuse them by name
-        return None
-
-
-def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> tuple[Options, object]:
-    rest = dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length, dropout_p=0.0)
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
-    _known[kind] = known = Options(**(scalars | rest)), object()
-    return known
+    return ops.plans().call_key(
+        (q, k, v, *values[:5]), "log_attention", is_causal, key_start, window, scale, *values[5:],
+        values.theta is not None and values.theta.requires_grad,
+        (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
+    )  # fmt: skip
 
 
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
