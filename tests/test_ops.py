@@ -189,9 +189,8 @@ def test_the_private_doors_agree_with_what_goes_on() -> None:
     negative = torch.complex(x, x).detach().conj().imag
     assert negative.is_neg()
     others = left_over[0], negative, nn.parameter.UninitializedParameter()
-    assert [eager.plain(x, y) for y in (None, nn.Parameter(x), left_over[0], negative, subclass)] == [True] * 2 + [
-        False
-    ] * 3
+    assert eager.plain(x, None, nn.Parameter(x))
+    assert not any(eager.plain(x, y) for y in others)
 
 
 class Double(torch.autograd.Function):
