@@ -32,6 +32,11 @@ def transforming() -> bool:
     return known and not torch.compiler.is_compiling() and _is_transforming()
 
 
+def tracing() -> bool:
+    """Whether torch.jit.trace records the call."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
 def observed() -> bool:
     """Whether somebody wants to see operators: compiler, tracer, functional transform, dispatch mode, forward AD."""
     return (

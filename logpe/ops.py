@@ -47,6 +47,11 @@ def why_not_triton(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on ``device``; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the Triton kernels need a GPU, and the tensors are on {device} (TRITON_INTERPRET=1 interprets them)"
+    return _why_no_triton()
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -147,7 +147,7 @@ class Plan:
         self.strides = self.strides_of(q=like_q if turned else q, k=like_k if turned else k, v=v, out=like_q)
         self.options = Options._make((*(None,) * NUM_TENSORS, *options[NUM_TENSORS:]))
         self.kernels: dict[Hashable, Any] = {}
-        self._once: dict[str, Any] = {}
+        self._once: dict[Hashable, Any] = {}
 
     def numbers(self, options: Options) -> tuple[Any, ...]:
         """Return the numbers that all kernels of a call take, in the order of their parameters."""
@@ -161,8 +161,8 @@ class Plan:
         dropout = Dropout(options.dropout_seed, *self._dropout) if options.dropout_p > 0 else None
         return Parameters(*options[:NUM_LEARNABLE]), Sequences(*_sequences(options)), dropout
 
-    def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """Return what ``make`` returned in the first of these calls."""
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what ``make`` returned in the first call with this name."""
         if name not in self._once:
             self._once[name] = make()
         return self._once[name]
@@ -192,10 +192,15 @@ class Plan:
     def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
         if self.packed:
             x = x.transpose(0, 1)[None]  # (1, H, total, D)
-        steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-        if x.numel() == 0 or x.data_ptr() % 16 or any(step == 0 or step % 16 for step in steps):
-            return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)])
+
+        def layout() -> tuple[list[int], ...] | None:
+            steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+            if x.numel() == 0 or any(step == 0 or step % 16 for step in steps):
+                return None
+            return list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)]
+
+        described = self.once((x.shape, x.stride(), rows), layout)
+        return None if described is None or x.data_ptr() % 16 else TensorDescriptor(x, *described)
 
 
 def plan_of(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:
