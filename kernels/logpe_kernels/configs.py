@@ -410,14 +410,12 @@ def choose(kernel: str, traits: Traits) -> Choice:
     return Choice(config, TABLE, f"for {target}{why}")
 
 
-_override: dict[str, Any] = {}
+overrides: dict[str, Any] = {}  # what :func:`override` sets, by kernel
 
 
 def lookup(kernel: str, traits: Traits) -> Any:
-    """The configuration of ``kernel`` (one of KERNELS) for a call: a cached :func:`choose`."""
-    if _override and kernel in _override:
-        return _override[kernel]
-    return choose(kernel, traits).config
+    """Return the configuration of ``kernel`` (one of KERNELS) for a call."""
+    return overrides[kernel] if kernel in overrides else choose(kernel, traits).config
 
 
 @contextlib.contextmanager
@@ -430,10 +428,10 @@ def override(*configs: Any, **by_kernel: Any) -> Iterator[None]:
         by_kernel |= {kernel: configs[0] for kernel, model in KERNELS.items() if type(model) is type(configs[0])}
     else:
         by_kernel |= dict(zip(KERNELS, configs, strict=False))
-    before = dict(_override)
-    _override.update(by_kernel)
+    before = dict(overrides)
+    overrides.update(by_kernel)
     try:
         yield
     finally:
-        _override.clear()
-        _override.update(before)
+        overrides.clear()
+        overrides.update(before)
