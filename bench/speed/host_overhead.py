@@ -153,7 +153,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
 
     here = contextlib.nullcontext
     steps: dict[str, tuple[Call, Any]] = {
-        "launcher: problem, outputs, tile sizes": (kernels, without_triton),
+        "launcher: plan, outputs, tile sizes": (kernels, without_triton),
         "+ the compiled kernel found": (kernels, without_launch),
         "+ the launch": (kernels, here),
         "+ autograd": (differentiable, here),

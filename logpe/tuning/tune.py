@@ -194,7 +194,7 @@ def _unrotated(preset: str) -> str:
 
 def _key(kernel: str, traits: Traits) -> tuple[Any, ...]:
     """Return the key of the tasks that share an entry of a file."""
-    return kernel, *traits.kind, traits.log2_length
+    return kernel, *traits.form, traits.log2_length
 
 
 def versions() -> dict[str, str]:
