@@ -47,7 +47,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose sense of position is logarithmic; otherwise like ``F.scaled_dot_product_attention``.
+    """Compute attention whose sense of position is logarithmic, otherwise like ``F.scaled_dot_product_attention``.
 
     Unlike there, ``is_causal`` aligns the last query with the last key (bottom-right, as in flash-attention 2 and
     ``torch.nn.attention.bias.causal_lower_right``). Pass ``query_start=0`` for the top-left alignment.

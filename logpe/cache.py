@@ -344,7 +344,7 @@ class PagedKVCache(KVCache):
     def _allocate(self, dtype: torch.dtype | None) -> None:
         if self.window is not None and self.window >= self.capacity:
             raise ValueError(f"capacity must be above the window, {self.window}, got {self.capacity}")
-        # Of the oldest page, a window may need the last token alone.
+        # A window may need no more than the last token of its oldest page.
         max_pages = -(-self.capacity // self.page_size) + (self.window is not None)
         self.num_pages = self._num_pages or self.batch_size * max_pages
         device = self._lengths.device
@@ -421,7 +421,7 @@ class PagedKVCache(KVCache):
         pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)
         for b, end in enumerate(ends):
             if end == 0:
-                dropped[b] = 0  # a new start
+                dropped[b] = 0  # begin anew
             elif self._first_seen(end) < dropped[b]:
                 raise ValueError(
                     f"lengths must be at least {dropped[b] + (self.window or 0)} or 0 for sequence {b}, got {end}: the "

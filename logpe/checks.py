@@ -1,7 +1,8 @@
 """What is wrong with the arguments of a call, said clearly.
 
-A ``check_`` function raises what is wrong, and returns the argument as the backends take it where that may differ.
-A ``resolve_`` function also fills in defaults. Every message names the argument, what it was, and what is allowed.
+All functions raise TypeError or ValueError. A message names the argument, what it was, and what is allowed. A
+``check_`` function returns the argument as the backends take it, if that may differ from what was given; a
+``resolve_`` function also fills in defaults.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from logpe.reference import PositionValues, bounded, device_of_angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (torch.int32, torch.int64)
-MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
+MAX_POSITION = 2**29  # a position plus as many tokens plus a window stays within int32
 PAGE_SIZES = (16, 32, 64, 128, 256)
 Window = int | tuple[int | None, int | None] | None
-# Tuples: a union of types would be formed anew in each call.
+# Tuples, since a union of types would be built anew in each call.
 _INTEGERS = (int, torch.SymInt, numbers.Integral)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
 
@@ -40,10 +41,7 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_int(name: str, value: Any) -> int:
-    """Return ``value``, an integer of Python, of NumPy or in a tensor, as an int of at least 1.
-
-    Raises TypeError or ValueError that names the argument.
-    """
+    """Return ``value``, an integer of at least 1 of Python, of NumPy or in a tensor, as an int."""
     try:
         boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
         plain = None if boolean else operator.index(value)
@@ -57,10 +55,7 @@ def plain_int(name: str, value: Any) -> int:
 
 
 def plain_float(name: str, value: Any) -> float:
-    """Return ``value``, a number of Python, of NumPy or in a tensor without a gradient, as a float.
-
-    Raises TypeError that names the argument, and ValueError for a number beyond all floats.
-    """
+    """Return ``value``, a number of Python, of NumPy or in a tensor without a gradient, as a float."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
     plain = plain_value(value)
@@ -71,7 +66,7 @@ def plain_float(name: str, value: Any) -> float:
 
 
 def plain_bool(name: str, value: Any) -> bool:
-    """Return ``value``, a bool of Python, of NumPy or in a tensor, as a bool. Raises TypeError otherwise."""
+    """Return ``value``, a bool of Python, of NumPy or in a tensor, as a bool."""
     plain = plain_value(value)
     if not isinstance(plain, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -81,8 +76,7 @@ def plain_bool(name: str, value: Any) -> bool:
 def check_number(name: str, value: Any, instead: str = "") -> float:
     """Return a number of Python, of NumPy or of a compiler as a float, or inf if it is too large for one.
 
-    Raises TypeError otherwise. A tensor is refused, because it would be cut off from its gradient; ``instead`` is
-    what the message then says to do.
+    A tensor is refused, since it would be cut off from its gradient. The message then says ``instead``, what to do.
     """
     if type(value) is float:
         return value
@@ -206,7 +200,7 @@ def check_theta(theta: Tensor, x: Tensor) -> None:
 
 def resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
     """Return the window as (left, right), each an int or None for unlimited; causal is right = 0."""
-    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # or numpy's
+    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # NumPy, tracing
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if window is None:
         return None, 0 if is_causal else None
@@ -254,7 +248,7 @@ def resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[f
 
 
 def readable(x: Tensor, validate: bool) -> bool:
-    """Whether to look at the values of ``x``: a GPU tensor is read only on demand, for it waits; a trace has none."""
+    """Whether to look at the values of ``x``: on a GPU only on demand, for reading waits; in a trace there are none."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
         return False
     return x.device.type != "meta" and (validate or x.device.type == "cpu")
@@ -310,7 +304,7 @@ def per_sequence(name: str, x: int | Tensor, batch: int, q: Tensor, validate: bo
 
 
 def resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
-    """Return a mask (batch, num_keys) as what is added to the logits, float32 or, with q, float64."""
+    """Return a mask (batch, num_keys) as a bias of the logits, float32, or float64 if q is."""
     check_dense("key_mask", key_mask, "a bool or floating tensor")
     if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
         raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
@@ -320,7 +314,7 @@ def resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, val
         raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
     if key_mask.requires_grad:
         raise ValueError("key_mask must not require a gradient: it has none")
-    key_mask = key_mask.contiguous()  # as the kernels read it; what follows keeps strides
+    key_mask = key_mask.contiguous()  # the kernels read it so; what follows keeps strides
     if key_mask.dtype == torch.bool:
         hidden = torch.full((), -math.inf, device=q.device)
         return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
@@ -337,7 +331,7 @@ def check_max_seqlen(name: str, x: int) -> int:
 
 
 def check_cu_seqlens(axis: str, x: Tensor, tokens: Tensor, max_seqlen: int, validate: bool) -> Tensor:
-    """Return cu_seqlens of an axis, "q" or "k", as int32 (B + 1,); ``tokens`` (total, H, D) is what they divide."""
+    """Return cu_seqlens of an axis, "q" or "k", as int32 (B + 1,). ``tokens`` (total, H, D) is what it divides."""
     name = f"cu_seqlens_{axis}"
     x = _check_int_vector(name, x, None, tokens)
     if x.shape[0] < 1:
@@ -359,7 +353,7 @@ def check_cu_seqlens(axis: str, x: Tensor, tokens: Tensor, max_seqlen: int, vali
 
 
 def check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
-    """Return the pages of each sequence, (B, max_pages), as int32; what goes with pages is checked, too."""
+    """Return the pages of each sequence as int32 (B, max_pages). What pages rule out is refused, too."""
     check_dense("block_table", block_table, "an int32 or int64 tensor")
     if block_table.dtype not in INT_DTYPES:
         raise TypeError(f"block_table must be an int32 or int64 tensor, got {block_table.dtype}")
@@ -379,6 +373,6 @@ def check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: Positio
         )
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
-    if block_table.dtype == torch.int64:  # what is no page must not become one
+    if block_table.dtype == torch.int64:  # an entry beyond int32 must not wrap around to a page
         block_table = block_table.clamp(-1, k.shape[0])
     return block_table.to(torch.int32).contiguous()

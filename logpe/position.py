@@ -351,7 +351,7 @@ class LogPosition(nn.Module):
             return tensor.to(moved.device) if lost else moved
 
         super()._apply(keep_precision, recurse)
-        if self._theta is not None:  # where fn moves to, an empty tensor shows; on meta there is nothing to move
+        if self._theta is not None:  # fn of an empty tensor shows the device; on meta there is nothing to move
             device = "cpu" if self._theta.is_meta else self._theta.device
             self._theta = self._angles_on(fn(torch.empty(0, device=device)).device)
         self._mark()
@@ -471,7 +471,7 @@ def position_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, LogPosition):
-            for parameter in module.parameters():  # of its children, too: parametrizations keep them there
+            for parameter in module.parameters():  # also those that parametrizations keep in children
                 if parameter not in seen:
                     seen.add(parameter)
                     yield parameter

@@ -237,7 +237,7 @@ def attention(
     attn_mask: Tensor | None = None,
     return_weights: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Attention with log positions, one eager step after the other.
+    """Compute attention with log positions, one eager step after the other.
 
     The two matrix products run in the dtype of the inputs: a half-precision score is rounded once, as ``q @ k.mT``
     rounds it, and a weight once before it meets v. Positions and softmax run in float32, or in float64 for float64

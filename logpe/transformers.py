@@ -315,7 +315,7 @@ def _check_call(
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
         visible = torch.ones_like(tokens[0][..., 0] if tokens[0].is_floating_point() else tokens[0], dtype=torch.bool)
     if visible is not None and not is_tracing(visible):
-        visible.left_padding = padding  # type: ignore[attr-defined]  # saves log_position_mask a look
+        visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
         given["attention_mask"] = visible
     return (), given | {CHECKED: True}
 
@@ -548,7 +548,8 @@ def log_position_mask(
                 f"{tuple(attention_mask.shape)}"
             )
         if not is_tracing(attention_mask):
-            checked = attention_mask if attention_mask._base is None else attention_mask._base  # GPT-2 takes a view
+            # GPT-2 passes on a view of what _check_call checked.
+            checked = attention_mask if attention_mask._base is None else attention_mask._base
             padding = getattr(checked, "left_padding", None)
         else:
             padding = None

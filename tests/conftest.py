@@ -12,11 +12,17 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+# Processes that tests start import this checkout, too.
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 
 # Triton reads this when its own modules are imported, hence before anything else can import it.
 if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
+from logpe_kernels.options import Options
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.two_tensor import TwoTensor
@@ -446,7 +447,7 @@ def test_lse() -> None:
     assert log_attention_varlen(**packed(), return_lse=True)[1].shape == (HEADS, 8)
 
 
-@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
 def test_autocast(backend: str) -> None:
     """q, k and v become bfloat16; the position's float32 parameters stay, and get float32 gradients."""
     position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
@@ -886,26 +887,6 @@ def test_the_lowest_number_as_a_mask(backend: str, dtype: torch.dtype) -> None:
         assert (lse[1] < -60000).all()
 
 
-# --- the promise of no NaN --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["blocked", "reference"])
-def test_a_query_that_sees_nothing(backend: str) -> None:
-    position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
-    x = {name: t.requires_grad_() for name, t in tensors().items()}
-    mask = torch.zeros(B, NK, dtype=torch.bool)
-    mask[0, 3:] = True
-    out, lse = log_attention(
-        **x, position=position, is_causal=True, query_start=0, key_mask=mask, return_lse=True, backend=backend
-    )
-    dead = lse == -INF
-    assert dead.equal((torch.arange(NQ) < 3).logical_or(torch.tensor([[False], [True]]))[:, None].expand(B, HEADS, NQ))
-    assert (out[dead] == 0).all()
-    (out.sum() + lse[~dead].sum()).backward()
-    assert (x["q"].grad[dead] == 0).all()
-    assert all(t.grad.isfinite().all() for t in (*x.values(), *position.parameters()))
-
-
 # --- on a GPU only ------------------------------------------------------------------------------------------------
 
 
@@ -941,4 +922,5 @@ def test_backends_on_a_gpu() -> None:
 def test_public_names() -> None:
     for name in logpe.__all__:
         assert hasattr(logpe, name)
-    assert set(PARAMETERS) < set(PositionValues._fields)
+    assert PositionValues._fields[:5] == Options._fields[:5]
+    assert PositionValues._field_defaults.items() <= Options._field_defaults.items()

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import pickle
 import signal
 import subprocess
@@ -1023,11 +1022,8 @@ def test_command_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("options", "message"),
     [
         (["--model", "nowhere"], "nowhere is not a folder with a config.json"),
-        (["--model", "x", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
-        (["--model", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
         (["--model", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--model", "x", "--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
-        (["--model", "x", "--device", "gpu7"], "--device gpu7: "),
     ],
 )
 def test_command_refuses(
@@ -1042,9 +1038,8 @@ def test_command_refuses(
 def test_command_stopped_midway(how: str, continued: tuple[Path, list[float]]) -> None:
     command = [sys.executable, "-m", "logpe", "generate", "--model", str(continued[0]), "--device", "cpu"]
     command += ["--prompt", "The following ", "--max-new-tokens", "100000"]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.read(20).startswith(b"The following ")
         if how == "Ctrl-C":
             process.send_signal(signal.SIGINT)
