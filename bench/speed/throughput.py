@@ -518,7 +518,7 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
     directions = [direction for direction in DIRECTIONS if any(case.direction == direction for case in rows)]
     columns: list[tuple[str, str, Callable[[Case, Row], float]]] = [(name, "TFLOP/s", tflops) for name in directions]
     columns.append((directions[-1], "milliseconds", lambda case, row: row["p50"]))  # of the direction that does most
-    columns.append((directions[-1], "MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
+    columns.append((directions[-1], "peak MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
     panels = itertools.product(settings, columns)
     count = len(settings) * len(columns)
     with plots.panels(path, count, caption, columns=len(columns), size=(3.4, 2.9), legend="upper center") as axes:
@@ -536,7 +536,11 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
             if label == "TFLOP/s":
                 axis.set_ylim(bottom=0)
             else:
-                axis.set_yscale("log")
+                axis.set_yscale("log", base=2)
+                low, high = map(math.log2, axis.get_ylim())
+                bottom = math.floor(low)  # whole powers of two, at least two of them: others have no label
+                axis.set_ylim(2.0**bottom, 2.0 ** max(bottom + 1, math.ceil(high)))
+                axis.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
             plots.length_axis(axis, sorted({case.length for case in some}), "tokens in a sequence", short=True)
     return True
 
