@@ -517,11 +517,12 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
         return False
     directions = [direction for direction in DIRECTIONS if any(case.direction == direction for case in rows)]
     columns: list[tuple[str, str, Callable[[Case, Row], float]]] = [(name, "TFLOP/s", tflops) for name in directions]
-    columns.append((directions[-1], "milliseconds", lambda case, row: row["p50"]))  # of the direction that does most
-    columns.append((directions[-1], "peak MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
+    most = directions[-1]  # the direction that does most
+    columns.append((most, "milliseconds", lambda case, row: row["p50"]))
+    columns.append((most, "peak MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
     panels = itertools.product(settings, columns)
-    count = len(settings) * len(columns)
-    with plots.panels(path, count, caption, columns=len(columns), size=(3.4, 2.9), legend="upper center") as axes:
+    count, width = len(settings) * len(columns), len(columns)
+    with plots.panels(path, count, caption, columns=width, size=(3.4, 2.9), legend="upper center") as axes:
         for axis, (some, (direction, label, value)) in zip(axes, panels, strict=True):
             for name in METHODS:
                 points = sorted(
