@@ -1,4 +1,4 @@
-"""What the commands share: their options and the types of these, how they end, and the record of a run."""
+"""Shared by all programs of ``python -m bench``: options and their types, how a program ends, and a run's record."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from bench.common import commit
 from logpe.command import STATUSES, STOPPED, TIME_IS_OVER, find_device, minutes, run
 
-Budgets = Mapping[str, Mapping[str, Any]]  # of "cuda" and "cpu", and of "quick" where there is one: option, value
-
+#: Defaults of the options, by name, for "cuda" and "cpu", and for "quick" where there is such a run.
+Budgets = Mapping[str, Mapping[str, Any]]
 
 # Not where this repository keeps its own measurements: they would count as already done.
 OUT = Path("results")
@@ -33,7 +33,10 @@ class TimeIsOver(KeyboardInterrupt):
 
 
 def program(name: str) -> Callable[[Main], Main]:
-    """Make a function the ``main`` of a program: what a user can mend ends it with one line. See STATUSES."""
+    """Make a function the ``main`` of a program, which ends with one line and a status for errors that a user can mend.
+
+    See STATUSES.
+    """
 
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
@@ -46,14 +49,14 @@ def program(name: str) -> Callable[[Main], Main]:
 
 
 def stopped(error: KeyboardInterrupt) -> int:
-    """Say that the same command goes on; returns the exit status."""
+    """Say that the same command goes on, and return the exit status."""
     over = isinstance(error, TimeIsOver)
     print(f"{'The time is over' if over else 'Stopped'}: the same command (without --fresh) goes on from here.")
     return TIME_IS_OVER if over else STOPPED
 
 
 def new_parser(name: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser that keeps line breaks, and ends its help with what the exit statuses mean."""
+    """Return a parser that keeps line breaks, and ends its help with what the exit statuses mean."""
     return argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -66,7 +69,7 @@ def new_parser(name: str, description: str | None, epilog: str = "") -> argparse
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Whole numbers."""
+    """Return a type for argparse: a whole number of at least ``least``."""
 
     def number(argument: str) -> int:
         if (value := int(argument)) < least:
@@ -80,7 +83,7 @@ count = at_least(1)
 
 
 def positive(argument: str) -> float:
-    """Finite numbers above 0."""
+    """Parse a finite number above 0."""
     value = float(argument)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
@@ -88,7 +91,7 @@ def positive(argument: str) -> float:
 
 
 def share(argument: str) -> float:
-    """Numbers in [0, 1)."""
+    """Parse a number in [0, 1)."""
     value = float(argument)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {value:g}")
@@ -99,51 +102,52 @@ def share(argument: str) -> float:
 
 
 def default_of(budgets: Budgets) -> Callable[[str], str]:
-    """How the help of an option says what is taken where it is left out."""
+    """Return a function of an option's name: how its help says what is taken where it is left out."""
     places = {"cuda": "default", "cpu": "on the CPU", "quick": "with --quick"}
 
     def default(name: str) -> str:
-        shown = {kind: " ".join(map(str, v)) if isinstance(v := b[name], list) else v for kind, b in budgets.items()}
-        return "(" + "; ".join(f"{place} {shown[kind]}" for kind, place in places.items() if kind in shown) + ")"
+        values = {key: budget[name] for key, budget in budgets.items()}
+        shown = {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in values.items()}
+        return "(" + "; ".join(f"{place} {shown[key]}" for key, place in places.items() if key in shown) + ")"
 
     return default
 
 
-def add_run_options(p: argparse.ArgumentParser, most: float | None = None) -> None:
-    """Where, how long, and what becomes of it. most: minutes by default; None is no limit, or the caller's affair."""
+def add_run_options(p: argparse.ArgumentParser, default_minutes: str = "") -> None:
+    """Add where to run, how long, and what becomes of it. default_minutes: how the help says what --minutes is."""
     p.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    text = "stop measuring after M minutes, as Ctrl-C does" + ("" if most is None else f" ({most:g})")
-    p.add_argument("--minutes", type=minutes, metavar="M", default=most, help=text)
+    text = f"stop measuring after M minutes, as Ctrl-C does {default_minutes}".rstrip()
+    p.add_argument("--minutes", type=minutes, metavar="M", help=text)
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
 
 
 def deadline(minutes: float | None) -> float:
-    """By time.monotonic()."""
+    """Return when the time of --minutes is over, by time.monotonic()."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
 def parse_device(name: str) -> torch.device:
-    """`auto` takes the GPU of torchrun's local rank, or the first, or the CPU. Raises ValueError."""
+    """Return the device of --device; ``auto`` is the GPU of torchrun's local rank, or the CPU. Raises ValueError."""
     return find_device(name, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def fill_in(args: argparse.Namespace, budget: Mapping[str, Any]) -> None:
-    """What was left out is taken from the budget."""
+    """Take what was left out, or is no option, from the budget."""
     for name, value in budget.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
 
 
 def stamp() -> dict[str, Any]:
-    """What goes beside every measurement."""
+    """Return what goes beside every measurement."""
     return {"commit": commit(), "threads": torch.get_num_threads()}
 
 
 def about(
     program: str, arguments: Sequence[str] | None, settings: Any, stamp: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """The head of a file of results. `arguments` None: the process's own."""
+    """Return the head of a file of results. arguments: of the program; None for those of the process."""
     command = ["python", "-m", program, *(sys.argv[1:] if arguments is None else arguments)]
     return {
         "key": settings.key,

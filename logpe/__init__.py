@@ -1,16 +1,22 @@
-"""Attention whose sense of position is logarithmic: train short, run long."""
+"""Attention whose sense of position is logarithmic: train short, run long.
+
+The shapes in docstrings are made of these letters:
+
+    B        sequences in a batch
+    Hq       query heads
+    Hkv      heads of keys and values; query head h reads key head h // (Hq // Hkv)
+    H        heads, where only one number of them matters
+    Nq, Nk   queries and keys of a sequence
+    N        tokens of a sequence
+    total    tokens of all sequences together, packed one after the other; total_q and total_k where they differ
+    D        size of a head, head_dim
+"""
 
 from logpe.attention import log_attention, log_attention_varlen, merge_partials, rotate
 from logpe.cache import KVCache, PagedKVCache
 from logpe.module import LogAttention, replace_attention
-from logpe.position import (
-    PRESETS,
-    LogPosition,
-    LogSinusoid,
-    PositionValues,
-    parameter_groups,
-    position_parameters,
-)
+from logpe.position import PRESETS, LogPosition, LogSinusoid, parameter_groups, position_parameters
+from logpe.reference import PositionValues
 
 __version__ = "0.1.0"
 

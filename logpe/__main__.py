@@ -1,4 +1,4 @@
-"""The commands of ``python -m logpe``; each is a module with an ``add_parser``."""
+"""The command line of ``python -m logpe``. Each command is a module with an ``add_parser``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from logpe.tuning import doctor, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command that the command line names, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m logpe", description="Attention with log positions.", epilog=command.STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

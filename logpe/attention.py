@@ -1,33 +1,23 @@
-"""The functions that people call: validation, defaults, and the choice of a backend."""
+"""The functions that people call: they fill in defaults and choose a backend."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Hashable, Sequence
-from numbers import Integral
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.fx import Proxy
+from logpe_kernels.options import Options
+from torch import Tensor
 
-from logpe import ops, reference
-from logpe.position import LogPosition, PositionValues, check_number
+from logpe import checks, ops, reference
+from logpe.checks import Window
+from logpe.position import LogPosition, Position, values_of
+from logpe.reference import PositionValues
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "blocked", "reference")
-MAX_HEAD_DIM = 256
-MAX_POSITION = 2**29  # a position, so many tokens and a window further, is an int32
 MOST_KNOWN = 1024  # kinds of calls
-PAGE_SIZES = (16, 32, 64, 128, 256)
-Window = int | tuple[int | None, int | None] | None
-Position = LogPosition | PositionValues | None
-_NO_POSITION = PositionValues()
 _TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
-_LENGTHS = ("rotary_scale", "gain_length")  # then these
-_INTEGERS = (int, torch.SymInt, Integral)  # a lookup: int | SymInt would be formed anew in each call
 
 
 @overload
@@ -57,71 +47,75 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose sense of position is logarithmic; otherwise as ``F.scaled_dot_product_attention``.
+    """Compute attention whose sense of position is logarithmic, otherwise like ``F.scaled_dot_product_attention``.
 
-    Unlike it, ``is_causal`` aligns the last query with the last key (bottom-right, as flash-attention 2 does
-    and ``torch.nn.attention.bias.causal_lower_right``); pass ``query_start=0`` for the top-left alignment.
+    Unlike there, ``is_causal`` aligns the last query with the last key (bottom-right, as in flash-attention 2 and
+    ``torch.nn.attention.bias.causal_lower_right``). Pass ``query_start=0`` for the top-left alignment.
+
+    The letters of the shapes are explained in :mod:`logpe`.
 
     Args:
-        q: (B, Hq, Nq, D), D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
-        k, v: (B, Hkv, Nk, D), Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
-            Any strides with a contiguous last dimension.
+        q: (B, Hq, Nq, D), with D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
+        k, v: (B, Hkv, Nk, D), where Hq is a multiple of Hkv. q, k and v may have any strides, as long as the last
+            dimension is contiguous.
         position: a :class:`LogPosition` or the values it returns; None is plain attention.
         is_causal: hide the keys after each query.
-        query_start, key_start: position of the first query and the first key: an int, or an int tensor (B,).
-            Keys start at 0 by default; queries so that the last query stands at the last key. Required
-            where that would be a guess: Nq != Nk without is_causal, or with key_lengths. Tokens at negative
-            positions do not exist, which is how left padding is said: ``key_start = -padding``. At most 2^29.
-        key_lengths: int (B,): keys at this index and beyond are hidden (right padding).
-        key_mask: (B, Nk), bool: True is visible; or floating: added to the logits, without a gradient. -inf hides;
-            values beyond -65504 and 65504, the range of float16, count as these: every ``finfo.min`` means the same.
-        block_table: int (B, max_pages) of a paged cache. k and v are then (num_pages, Hkv, page_size, D), with
-            page_size 16, 32, 64, 128 or 256, and key n of sequence b is row n % page_size of page
-            block_table[b, n // page_size]; Nk is max_pages * page_size. An entry that is no page, such as -1,
-            holds no keys. Without dropout, without a gradient (but from backend="reference"), and with a rotary
-            position only :meth:`unrotated`, on queries and keys that :func:`rotate` has turned.
-        window: (left, right): the query at i sees the keys from i - left to i + right. One int means both,
-            None or -1 unlimited.
-        scale: of the scores, a number; 1 / sqrt(D) by default. To learn one, or for one per head, multiply q by it.
+        query_start, key_start: position of the first query and of the first key, an int or an int tensor (B,), at
+            most 2^29. By default keys start at 0, and the last query stands at the last key. Where that would be a
+            guess, query_start is required: if Nq != Nk without is_causal or with key_lengths. Tokens at negative
+            positions do not exist, which is how to describe left padding: ``key_start = -padding``.
+        key_lengths: int (B,). Keys at this index and beyond are hidden (right padding).
+        key_mask: (B, Nk). Bool, where True is visible, or floating and added to the logits, without a gradient. -inf
+            hides. Other values are clamped to float16's range, -65504 to 65504, so that any ``finfo.min`` means the
+            same.
+        block_table: int (B, max_pages), for a paged cache. k and v are then (num_pages, Hkv, page_size, D), with a
+            page_size of 16, 32, 64, 128 or 256. Key n of sequence b is row n % page_size of page
+            block_table[b, n // page_size], and Nk is max_pages * page_size. An entry that is no page, such as -1,
+            holds no keys. Pages allow no dropout, no gradient (except with backend="reference"), and a rotary
+            position only :meth:`unrotated`, with queries and keys that :func:`rotate` has turned.
+        window: (left, right): the query at i sees the keys from i - left to i + right. One int means both sides, None
+            or -1 unlimited.
+        scale: factor of the scores, a number; 1 / sqrt(D) by default. To learn it, or for one per head, multiply q.
         dropout_p: probability to drop a weight, in [0, 1).
         dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
-        context_length: n of the query gain, int or int (B,). By default the query's position when causal (at
-            most window[0]), else the number of keys: the position of the last one, plus 1.
+        context_length: n of the query gain, an int or an int tensor (B,). By default it is the query's position when
+            causal (at most window[0]), and otherwise the number of keys: the position of the last key, plus 1.
         return_lse: also return the log of the sum of exponentials.
-        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU; "reference" is the eager definition, which
-            holds the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
+        backend: "auto" takes "triton" on a GPU and "blocked" on the CPU. "reference" is the eager definition: it holds
+            the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
         validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
 
     Returns:
-        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query
-        that may see no key gets zeros and -inf.
+        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
+        see no key gets zeros and -inf.
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
-        RuntimeError: the asked backend cannot run here; the call is being traced by ``torch.jit.trace``.
+        RuntimeError: the chosen backend cannot run here, or ``torch.jit.trace`` is tracing the call.
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position, q)
-    left, right = _resolve_window(window, is_causal)
+    values = values_of(position, q)
+    left, right = checks.resolve_window(window, is_causal)
     kind = None
     plain = query_start is key_lengths is key_mask is block_table is context_length is None
     if plain and type(dropout_p) in (float, int) and dropout_p == 0:
         given = _given(values)
         kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
         if kind is not None and (known := _known.get(kind)):
-            result = ops.run(q, k, v, given, known, "triton")
+            options, same = known
+            result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
             return result if return_lse else result[0]
-    (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = _check_tensors(4, q=q, k=k, v=v)
-    dropout_p = check_number("dropout_p", dropout_p)
+    (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
+    dropout_p = checks.check_number("dropout_p", dropout_p)
     _check_position(position, values, q, heads, head_dim)
     if block_table is not None:
-        block_table = _check_block_table(block_table, k, q, values, dropout_p)
+        block_table = checks.check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
     elif pages != batch:  # one for each sequence where there is no block_table
         raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
     if key_lengths is not None:
-        key_lengths = _check_values("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
-    key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
+        key_lengths = checks.check_int_tensor("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
         if num_queries != num_keys and positional and (not is_causal or key_lengths is not None):
@@ -133,15 +127,15 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         offset = num_keys - num_queries if positional else 0
         query_start, query_starts = key_start + offset, None if key_starts is None else key_starts + offset
     else:
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q, validate)
+        query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
             ends = key_lengths if key_lengths is not None else num_keys
             context_length = ends + (key_starts if key_starts is not None else key_start)
-        context_lengths = _per_batch("context_length", context_length, batch, q, validate)
+        context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
     if key_mask is not None:
-        key_mask = _resolve_key_mask(key_mask, batch, num_keys, q, validate)
+        key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
     tensors = {
         "query_starts": query_starts,
         "key_starts": key_starts,
@@ -158,11 +152,12 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         "window_right": right,
         "max_seqlen_q": num_queries,
         "max_seqlen_k": num_keys,
-        "scale": _resolve_scale(scale, head_dim),
+        "scale": checks.resolve_scale(scale, head_dim),
         "dropout_p": dropout_p,
     }
     if kind is not None and context_lengths is None:
-        result = ops.run(q, k, v, _given(values), _remember(kind, scalars, values), "triton")
+        options, same = _remember(kind, scalars, values)
+        result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
     else:
         result = _attend(q, k, v, values, tensors, scalars, backend)
     return result if return_lse else result[0]
@@ -198,39 +193,39 @@ def log_attention_varlen(  # type: ignore[misc]
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`log_attention` on packed sequences, as ``flash_attn_varlen_func``.
+    """Run :func:`log_attention` on packed sequences, like ``flash_attn_varlen_func``.
 
     Args:
         q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the tokens cu_seqlens[b] to cu_seqlens[b + 1];
-            both start at 0 and never fall. Tokens past the last one belong to no sequence: they get zeros.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; longer ones are cut there.
-        query_start: by default each sequence's last query stands at its last key when causal; else 0, which
-            needs equal lengths: with two different cu_seqlens and no is_causal it must be given.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0 on and never falling. Sequence b consists of the tokens
+            from cu_seqlens[b] to before cu_seqlens[b + 1]. Tokens after the last sequence get zeros.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; longer ones are cut there.
+        query_start: by default, when causal, each sequence's last query stands at its last key. Without is_causal
+            queries start where keys do, which needs equal lengths: with two different cu_seqlens it is required.
 
-    The other arguments, and what raises, are those of :func:`log_attention`; B counts sequences.
+    The other arguments and the errors are those of :func:`log_attention`.
 
     Returns:
         out: (total_q, Hq, D). lse: (Hq, total_q).
     """
     q, k, v = _autocast(q, k, v)
-    values = _values_of(position, q)
-    (_, heads, head_dim), *_ = _check_tensors(3, q=q, k=k, v=v)
+    values = values_of(position, q)
+    (_, heads, head_dim), *_ = checks.check_tensors(3, q=q, k=k, v=v)
     same_lengths = cu_seqlens_q is cu_seqlens_k
-    max_seqlen_q = _check_longest("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = _check_longest("max_seqlen_k", max_seqlen_k)
-    cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q", validate)
-    cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k", validate)
+    max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    cu_seqlens_q = checks.check_cu_seqlens("q", cu_seqlens_q, q, max_seqlen_q, validate)
+    cu_seqlens_k = checks.check_cu_seqlens("k", cu_seqlens_k, k, max_seqlen_k, validate)
     batch = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] != batch + 1:
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
     _check_position(position, values, q, heads, head_dim)
-    left, right = _resolve_window(window, is_causal)
-    key_start, key_starts = _resolve_start("key_start", key_start, batch, q, validate)
+    left, right = checks.resolve_window(window, is_causal)
+    key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
     if query_start is None:
         positional = left is not None or right is not None or _is_positional(values)
         if positional and not same_lengths and not is_causal:
-            same_lengths = _readable(cu_seqlens_q, validate) and torch.equal(cu_seqlens_q, cu_seqlens_k)
+            same_lengths = checks.readable(cu_seqlens_q, validate) and torch.equal(cu_seqlens_q, cu_seqlens_k)
             if not same_lengths:
                 raise ValueError(
                     "query_start is required for sequences of different query and key lengths without is_causal "
@@ -241,12 +236,12 @@ def log_attention_varlen(  # type: ignore[misc]
             first_key = key_start if key_starts is None else key_starts
             query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
     else:
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q, validate)
+        query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
             context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
-        context_lengths = _per_batch("context_length", context_length, batch, q, validate)
+        context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
     tensors = {
         "query_starts": query_starts,
         "key_starts": key_starts,
@@ -262,7 +257,7 @@ def log_attention_varlen(  # type: ignore[misc]
         "window_right": right,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
-        "scale": _resolve_scale(scale, head_dim),
+        "scale": checks.resolve_scale(scale, head_dim),
         "dropout_p": dropout_p,
     }
     result = _attend(q, k, v, values, tensors, scalars, backend)
@@ -270,26 +265,29 @@ def log_attention_varlen(  # type: ignore[misc]
 
 
 def rotate(x: Tensor, position: Position, start: int | Tensor = 0) -> Tensor:
-    """Queries or keys, turned as :func:`log_attention` turns them with this position: what a cache of keys stores.
+    """Rotate queries or keys as :func:`log_attention` does with this position. A cache stores its keys like this.
 
-    A key's rotation depends on where it stands and on nothing else, so turning it once is exact. Attention over what
-    this returns takes the rest of the position, ``position().unrotated()``.
+    A key's rotation depends only on where it stands, so rotating it once is exact. Attention over rotated queries and
+    keys takes the rest of the position, ``position().unrotated()``.
 
     Args:
         x: (B, H, N, D), contiguous in the last dimension.
-        position: a :class:`LogPosition` or the values it returns; without a rotation x comes back as it is.
-        start: position of the first token, an int or an int tensor (B,). Tokens before 0 do not exist.
+        position: a :class:`LogPosition` or the values it returns. Without a rotation in it, x is returned as it is.
+        start: position of the first token, an int or an int tensor (B,). Tokens before position 0 do not exist.
 
     Returns:
         (B, H, N, D), the dtype of x, differentiable in x.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, with its value and what is allowed.
     """
-    check_dense("x", x)
-    values = _values_of(position, x)
+    checks.check_dense("x", x)
+    values = values_of(position, x)
     if values.theta is None:
         return x
-    _check_tensors(4, x=x)
-    start, starts = _resolve_start("start", start, x.shape[0], x)
-    _check_theta(values.theta, x)
+    checks.check_tensors(4, x=x)
+    start, starts = checks.resolve_start("start", start, x.shape[0], x)
+    checks.check_theta(values.theta, x)
     return ops.rotate(x, values.theta, starts, start, values.rotary_scale)
 
 
@@ -297,23 +295,22 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     """Merge results over disjoint chunks of the keys into the result over all of them, exactly.
 
     Args:
-        outs: each (B, H, N, D), or packed (total, H, D). Empty chunks (zeros, lse -inf) are welcome.
+        outs: each (B, H, N, D), or packed (total, H, D). Chunks without keys (zeros, lse -inf) are welcome.
         lses: each (B, H, N), or packed (H, total), in natural log.
 
     Returns:
-        out and lse in the shapes of the parts, differentiable in all of them. With a query gain, give
-        every chunk the same context_length; with dropout, the same dropout_seed.
+        out and lse in the shapes of the parts, differentiable in all of them. The parts must come from calls with the
+        same context_length if there is a query gain, and with the same dropout_seed if there is dropout.
 
     Raises:
-        TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not belong
-            together.
+        TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not match.
     """
     outs, lses = list(outs), list(lses)
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be of one length, at least 1, got {len(outs)} and {len(lses)}")
     for name, parts in (("outs", outs), ("lses", lses)):
         for part in parts:
-            check_dense(name, part)
+            checks.check_dense(name, part)
             if not part.is_floating_point() or part.dtype != parts[0].dtype or part.device != outs[0].device:
                 raise TypeError(
                     f"{name} must be floating tensors of one dtype, all on one device, "
@@ -327,7 +324,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
                 f"outs and lses must have the shapes (B, H, N, D) and (B, H, N), or (total, H, D) and (H, total), "
                 f"the same in all parts, got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
-    # The rows of an empty part weigh nothing, whatever they hold: 0 * NaN is NaN.
+    # Rows of an empty part weigh nothing, but may hold NaN: 0 * NaN is NaN.
     rows = torch.stack(lses)  # [chunks, ...]
     peak = rows.detach().amax(0)
     empty = peak == -math.inf
@@ -343,7 +340,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
 
 
 for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
-    # What torch.jit.script raises, where it would complain of the first line that it does not understand.
+    # torch.jit.script raises this, rather than complain of the first line that it does not understand.
     _function.__dict__["__script_unsupported"] = (
         f"{_function.__name__} cannot be compiled by torch.jit.script: use torch.compile or torch.export"
     )
@@ -361,17 +358,17 @@ def _attend(
     scalars: dict[str, Any],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; tensors and scalars are named as in ops.OPTIONS."""
+    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options."""
     backend = _resolve_backend(backend, q)
-    dropout = _resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
-    scalars["dropout_p"], tensors["dropout_seed"] = dropout["dropout_p"], dropout["dropout_seed"]
+    dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
+    scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
     given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
+    scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
+    options = Options(**(_given(values) | given | scalars))
     if backend != "reference":
-        scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-        return ops.attention(q, k, v, _given(values) | given, scalars, backend)
-    del scalars["max_seqlen_q"], scalars["max_seqlen_k"]
-    run = reference.attention_varlen if "cu_seqlens_q" in given else reference.attention
-    out, lse = run(q, k, v, values, **given, **scalars)[:2]
+        return ops.attention(q, k, v, options, backend)
+    run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
+    out, lse = run(q, k, v, options)[:2]
     return out, lse
 
 
@@ -404,8 +401,8 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 
 # --- calls like an earlier one --------------------------------------------------------------------------------
 
-#: The scalars of calls that passed all checks, by their kind.
-_known: dict[Hashable, dict[str, Any]] = {}
+#: The options of calls that passed all checks, without tensors, and an object that stands for their layout; by kind.
+_known: dict[Hashable, tuple[Options, object]] = {}
 
 
 def _kind_of(
@@ -425,7 +422,7 @@ def _kind_of(
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, given):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *given.values()):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
@@ -442,12 +439,11 @@ def _kind_of(
         return None
 
 
-def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> dict[str, Any]:
-    """Returns all scalars, among them a kind for the kernels: a key that takes no time to look up."""
+def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> tuple[Options, object]:
     rest = dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length, dropout_p=0.0)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
-    _known[kind] = known = scalars | rest | dict(kind=object())
+    _known[kind] = known = Options(**(scalars | rest)), object()
     return known
 
 
@@ -457,96 +453,12 @@ def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            check_dense(name, x)
-    kind = "cuda" if q.is_cuda else q.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+            checks.check_dense(name, x)
+    device_type = "cuda" if q.is_cuda else q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
-
-
-def check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
-    """Raise TypeError by ``name`` for what is no dense tensor."""
-    if not isinstance(x, Tensor):
-        if isinstance(x, Proxy):
-            raise TypeError(
-                f"{name} must be a tensor, got a Proxy: torch.fx.symbolic_trace needs the function as a leaf; write "
-                'torch.fx.wrap("log_attention"), or the name of another, at the top of the module that calls it'
-            )
-        raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
-    if x.is_nested:
-        raise TypeError(
-            f"{name} must be a dense tensor, got a nested one: log_attention_varlen takes packed sequences, which are "
-            "values() and offsets() of a jagged one"
-        )
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {x.layout}")
-
-
-def _check_tensors(rank: int, **tensors: Tensor) -> list[torch.Size]:
-    """Check q, k and v, or the first of them alone; returns their shapes."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "attention with log positions cannot be traced by torch.jit.trace, which would keep the lengths of the "
-            "example: use torch.export or torch.compile"
-        )
-    first, *_ = tensors
-    for name, x in tensors.items():
-        check_dense(name, x)
-        if x.dim() != rank:
-            layout = "(B, H, N, D)" if rank == 4 else "(total, H, D)"
-            raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
-    shapes = [x.shape for x in tensors.values()]
-    dtype, device, head_dim = tensors[first].dtype, tensors[first].device, shapes[0][-1]
-    if dtype not in DTYPES:
-        raise TypeError(f"{first} must be float16, bfloat16, float32 or (on the CPU) float64, got {dtype}")
-    for (name, x), shape in zip(tensors.items(), shapes, strict=True):
-        if x.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on the device of {first}, {device}, got {x.device}")
-        if shape[-1] != head_dim:
-            raise ValueError(f"{name} must have the head_dim of {first}, {head_dim}, got {shape[-1]}")
-        if head_dim > 1 and x.stride()[-1] != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of {first} must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    if len(shapes) == 1:
-        return shapes
-    q_shape, k_shape, v_shape = shapes
-    if k_shape != v_shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v_shape)}")
-    heads, kv_heads = q_shape[1], k_shape[1]
-    if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")
-    return shapes
-
-
-def _values_of(position: Position, q: Tensor) -> PositionValues:
-    """Return the values of a position for q, contiguous, as the kernels read them, and with plain numbers."""
-    if position is None:
-        return _NO_POSITION
-    if isinstance(position, LogPosition):
-        return position(q.device)
-    if isinstance(position, nn.Module):  # a LogPosition inside of FSDP, torch.compile, or an adapter of PEFT
-        position = position(q.device)
-    if not isinstance(position, PositionValues):
-        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
-    for x in position[:5]:
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous():
-            break
-        if not torch.compiler.is_compiling() and x.is_neg():  # a graph has no negative views
-            break
-    else:
-        if type(position.rotary_scale) is type(position.gain_length) is float:
-            return position
-    given: dict[str, Any] = {name: check_number(f"position.{name}", getattr(position, name)) for name in _LENGTHS}
-    for name, x in _given(position).items():
-        check_dense(f"position.{name}", x)
-        given[name] = (x if torch.compiler.is_compiling() else x.resolve_neg()).contiguous()
-    return PositionValues(**given)
 
 
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
@@ -555,206 +467,8 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
             raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
         if position.head_dim != head_dim:
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
-    device = q.device
-    for name, x in _given(values).items():
-        check_dense(f"position.{name}", x)
-        if name == "theta":
-            _check_theta(x, q)
-            continue
-        if x.shape != (heads,):
-            raise ValueError(f"position.{name} must have shape ({heads},), got {tuple(x.shape)}")
-        if x.dtype != torch.float32 and not (x.dtype == torch.float64 and q.dtype == torch.float64):
-            raise TypeError(f"position.{name} must be float32, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"position.{name} must be on the device of q, {device}, got {x.device}")
-    if values.rate is None and values.sharpness is not None:
-        raise ValueError("position.rate must be given where position.sharpness is")
-    for name in _LENGTHS:
-        if not getattr(values, name) > 0:
-            raise ValueError(f"position.{name} must be positive, got {getattr(values, name)}")
-
-
-def _check_theta(theta: Tensor, x: Tensor) -> None:
-    head_dim, device = x.shape[-1], x.device
-    if theta.dim() != 1 or not 2 <= 2 * theta.shape[0] <= head_dim or theta.dtype != torch.float64:
-        raise ValueError(
-            f"position.theta must be float64 (planes,) with 2 * planes from 2 to head_dim {head_dim}, "
-            f"got {theta.dtype} {tuple(theta.shape)}"
-        )
-    if theta.requires_grad:
-        raise ValueError("position.theta must not require a gradient: it has none")
-    if theta.device not in (device, reference.device_of_angles(device)):
-        raise ValueError(f"position.theta must be on {device}, where the tokens are, got {theta.device}")
-
-
-def _check_block_table(block_table: Tensor, k: Tensor, q: Tensor, values: PositionValues, dropout_p: float) -> Tensor:
-    check_dense("block_table", block_table, "an int32 or int64 tensor")
-    if block_table.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"block_table must be an int32 or int64 tensor, got {block_table.dtype}")
-    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
-        raise ValueError(f"block_table must have shape ({q.shape[0]}, max_pages), got {tuple(block_table.shape)}")
-    if block_table.device != q.device:
-        raise ValueError(f"block_table must be on the device of q, {q.device}, got {block_table.device}")
-    if k.shape[0] == 0 or k.shape[2] not in PAGE_SIZES:
-        raise ValueError(
-            f"k must have shape (num_pages, Hkv, page_size, D) with at least one page of {PAGE_SIZES} tokens "
-            f"where there is a block_table, got {tuple(k.shape)}"
-        )
-    if values.theta is not None:
-        raise ValueError(
-            "position must be without a rotation where there is a block_table, got one with theta: "
-            "turn queries and keys with logpe.rotate, and pass position().unrotated()"
-        )
-    if dropout_p > 0:
-        raise ValueError(f"dropout_p must be 0 where there is a block_table, got {dropout_p}")
-    if block_table.dtype == torch.int64:  # what is no page must not become one
-        block_table = block_table.clamp(-1, k.shape[0])
-    return block_table.to(torch.int32).contiguous()
+    checks.check_position_values(values, q, heads)
 
 
 def _is_positional(values: PositionValues) -> bool:
     return any(x is not None for x in (values.power, values.rate, values.alpha, values.theta))
-
-
-def _resolve_window(window: Window, is_causal: bool) -> tuple[int | None, int | None]:
-    if type(is_causal) is not bool and type(is_causal).__name__ not in ("bool", "bool_", "SymBool"):  # or numpy's
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
-    if window is None:
-        return None, 0 if is_causal else None
-    sides = tuple(window) if isinstance(window, Sequence) else (window, window)
-    if len(sides) != 2:
-        raise ValueError(f"window must be an int, (left, right) or None, got {window!r}")
-    for side in sides:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, _INTEGERS)):
-            raise TypeError(f"window must hold ints or None, got {window!r}")
-        if side is not None and side < -1:
-            raise ValueError(f"window must be at least 0 on each side (None or -1: unlimited), got {window!r}")
-    left, right = (None if side is None or side == -1 or side >= 2**31 else _plain(side) for side in sides)
-    return left, 0 if is_causal else right
-
-
-def _plain(x: Any) -> Any:
-    """NumPy's integers become int; a compiler's symbols stay."""
-    return x if type(x) is torch.SymInt else int(x)
-
-
-def _resolve_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    scale = check_number("scale", scale, ": to learn it, or for one per head, multiply q by it and pass scale=1.0")
-    if not abs(scale) < math.inf:  # nor NaN; math.isfinite would break the graph of a model whose scale is symbolic
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
-
-
-def _resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> dict[str, Any]:
-    dropout_p = check_number("dropout_p", dropout_p)
-    if dropout_p == 0:
-        return dict(dropout_p=0.0, dropout_seed=None)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is None:  # on the device: a CUDA graph draws a new one at each replay
-        seed = torch.randint(2**62, (1,), device=q.device)
-    elif (
-        not isinstance(seed, Tensor)
-        or (seed.dtype, seed.device, seed.layout) != (torch.int64, q.device, torch.strided)
-        or seed.numel() != 1
-    ):
-        raise ValueError(f"dropout_seed must be an int64 tensor of one element on {q.device}, got {seed!r}")
-    return dict(dropout_p=dropout_p, dropout_seed=seed)
-
-
-def _readable(x: Tensor, validate: bool) -> bool:
-    """Whether to look at the values of x: reading a GPU tensor waits for the GPU, and a trace has none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
-        return False
-    return x.device.type != "meta" and (validate or x.device.type == "cpu")
-
-
-def _check_int_vector(name: str, x: Any, length: int | None, q: Tensor) -> Tensor:
-    check_dense(name, x, "an int32 or int64 tensor")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
-    if x.dim() != 1 or (length is not None and x.shape[0] != length):
-        shape = "(B + 1,)" if length is None else f"({length},)"
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return x.contiguous()
-
-
-def _check_values(name: str, x: Any, length: int, q: Tensor, validate: bool, low: int, high: int) -> Tensor:
-    x = _check_int_vector(name, x, length, q)
-    if _readable(x, validate) and x.numel():
-        smallest, largest = int(x.min()), int(x.max())
-        if smallest < low or largest > high:
-            raise ValueError(f"{name} must be from {low} to {high}, got values from {smallest} to {largest}")
-    return x.to(torch.int32)
-
-
-def _resolve_start(
-    name: str, start: int | Tensor, batch: int, q: Tensor, validate: bool = False
-) -> tuple[int, Tensor | None]:
-    if isinstance(start, Tensor):
-        return 0, _check_values(name, start, batch, q, validate, low=-MAX_POSITION, high=MAX_POSITION)
-    return _check_integer(name, start, batch), None
-
-
-def _per_batch(name: str, x: int | Tensor, batch: int, q: Tensor, validate: bool = False) -> Tensor:
-    if isinstance(x, Tensor):
-        return _check_values(name, x, batch, q, validate, low=-MAX_POSITION, high=MAX_POSITION)
-    return torch.full((batch,), _check_integer(name, x, batch), dtype=torch.int32, device=q.device)
-
-
-def _check_integer(name: str, x: int, batch: int) -> int:
-    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
-        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {x!r}")
-    x = _plain(x)
-    if isinstance(x, int) and not -MAX_POSITION <= x <= MAX_POSITION:
-        raise ValueError(f"{name} must be from {-MAX_POSITION} to {MAX_POSITION}, got {x}")
-    return x
-
-
-def _check_longest(name: str, x: int) -> int:
-    if isinstance(x, bool) or not isinstance(x, _INTEGERS) or x < 0:
-        raise ValueError(f"{name} must be an int of at least 0, got {x!r}")
-    return _plain(x)
-
-
-def _resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, validate: bool) -> Tensor:
-    check_dense("key_mask", key_mask, "a bool or floating tensor")
-    if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
-        raise TypeError(f"key_mask must be a bool or floating tensor, got {key_mask.dtype}")
-    if key_mask.shape != (batch, num_keys):
-        raise ValueError(f"key_mask must have shape ({batch}, {num_keys}), got {tuple(key_mask.shape)}")
-    if key_mask.device != q.device:
-        raise ValueError(f"key_mask must be on the device of q, {q.device}, got {key_mask.device}")
-    if key_mask.requires_grad:
-        raise ValueError("key_mask must not require a gradient: it has none")
-    key_mask = key_mask.contiguous()  # as the kernels read it; what follows keeps strides
-    if key_mask.dtype == torch.bool:
-        hidden = torch.full((), -math.inf, device=q.device)
-        return torch.where(key_mask, torch.zeros((), device=q.device), hidden)
-    if _readable(key_mask, validate) and not (key_mask < math.inf).all():
-        raise ValueError("key_mask must not hold NaN or inf")
-    return reference.bounded(key_mask.to(torch.promote_types(q.dtype, torch.float32)))
-
-
-def _check_cu_seqlens(name: str, x: Tensor, tokens: Tensor, longest: int, longest_name: str, validate: bool) -> Tensor:
-    x = _check_int_vector(name, x, None, tokens)
-    if x.shape[0] < 1:
-        raise ValueError(f"{name} must have at least one element, 0, got {tuple(x.shape)}")
-    if _readable(x, validate):
-        bounds = x.tolist()
-        if bounds[0] != 0:
-            raise ValueError(f"{name} must start at 0, got {bounds[0]}")
-        for before, after in itertools.pairwise(bounds):
-            if after < before:
-                raise ValueError(f"{name} must never fall, got {before} followed by {after}")
-            if after - before > longest:
-                raise ValueError(
-                    f"{longest_name} must be at least the longest sequence, {after - before}, got {longest}"
-                )
-        if bounds[-1] > tokens.shape[0]:
-            raise ValueError(f"{name} must end at or before the {tokens.shape[0]} tokens given, got {bounds[-1]}")
-    return x.to(torch.int32)

@@ -1,94 +1,63 @@
 """The CPU backend: exact attention in O(N * block) memory, forward and backward, out of matrix products.
 
-A block of queries meets at once all the keys that it may see. With U[d] = sqrt(1 + sharpness * l(d)) and
-B[d] = -power * l(d), tables over the distance d = |i - j| for each head:
+A block of queries meets at once all keys that one of them may see. For each head there are two tables over the
+distance d = |i - j|, U[d] = sqrt(1 + sharpness * l(d)) and B[d] = -power * l(d):
 
     s = <q, k>, with q rotated and times scale * gain        a = U[d] s + B[d]        P = softmax(a)
     g = dL/da = P (dP - sum_j P dP + dlse)                   ds = U[d] g
     dU[d], dB[d] = sums of g s and of g over the pairs at distance d
 
-The tables, the gain and their derivatives come from :mod:`logpe.reference`: no
-formula of a position stands here. Two tricks make a table as cheap as none:
+The tables, the gain and their derivatives come from :mod:`logpe.reference`: no formula of a position stands here. Two
+tricks make the tables almost free:
 
-* The queries stand in reverse order. Row r holds position last - r, so i - j depends on r + c alone, and the
-  tile B[i - j] is a view of the table with strides (1, 1). -inf in the table is the causal mask or the window.
-* g is written with zeros after each row. Read back with rows one element shorter, the diagonals
-  r + c = constant stand as columns: their sums are one sum over rows.
+* The queries stand in reverse order. Row r holds position last - r, so that i - j depends on r + c alone, and the
+  tile B[i - j] is a view of the table with strides (1, 1). Where the causal mask or the window hides, the table holds
+  -inf.
+* g is written with zeros after each row. Read back with rows one element shorter, the diagonals r + c = constant
+  become columns, and one sum over rows gives all their sums.
 
-All sums run in a fixed order: the same input on as many threads gives the same bits.
+All sums run in a fixed order: the same input with the same number of threads gives the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor
 
 from logpe import reference
-from logpe.position import LEARNABLE_PARTS
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
-TILE_ELEMENTS = 2**19  # logits of a tile per thread, unless one head has more: they stay in cache
-UNLIMITED = 2**62
-
-
-@dataclass
-class _Options:
-    """The keywords of :func:`forward` and :func:`backward`, as ``logpe.ops.OPTIONS`` lists them."""
-
-    scale: float
-    max_seqlen_q: int
-    max_seqlen_k: int
-    power: Tensor | None = None
-    rate: Tensor | None = None
-    sharpness: Tensor | None = None
-    alpha: Tensor | None = None
-    theta: Tensor | None = None
-    query_starts: Tensor | None = None
-    key_starts: Tensor | None = None
-    key_lengths: Tensor | None = None
-    key_bias: Tensor | None = None
-    context_lengths: Tensor | None = None
-    block_table: Tensor | None = None  # of the forward pass
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    dropout_seed: Tensor | None = None
-    query_start: int = 0
-    key_start: int = 0
-    window_left: int | None = None
-    window_right: int | None = None
-    rotary_scale: float = 1.0
-    gain_length: float = 512.0
-    dropout_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.left = UNLIMITED if self.window_left is None else self.window_left
-        self.right = UNLIMITED if self.window_right is None else self.window_right
-        self.parameters = {name: x.double() for name in LEARNABLE_PARTS if (x := getattr(self, name)) is not None}
+TILE_ELEMENTS = 2**19  # logits of a tile per thread, which stay in cache; more if a single head has more
+UNLIMITED = 2**62  # side of a window, in tokens
 
 
 @torch.autocast("cpu", enabled=False)  # the products below are float32 on purpose
-def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Attention with log positions, below autograd; shapes and options as ``torch.ops.logpe.attention``.
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Run the forward pass of ``torch.ops.logpe.attention``, without autograd.
 
-    q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D), or packed (total, H, D); float16 and bfloat16 compute in
-    float32. Returns out like q, and lse (B, Hq, Nq) or (Hq, total_q), float32 or, for float64, float64.
+    Args:
+        q: (B, Hq, Nq, D), or packed (total_q, Hq, D). float16 and bfloat16 are computed in float32.
+        k, v: (B, Hkv, Nk, D), or packed (total_k, Hkv, D).
+
+    Returns:
+        out: like q. lse: (B, Hq, Nq), or packed (Hq, total_q), float32, and float64 for float64.
     """
-    o = _Options(**options)
-    if o.block_table is not None:
-        k, v, o.key_bias = reference.gather_pages(k, v, o.block_table, o.key_bias)
+    if options.block_table is not None:
+        k, v, key_bias = reference.gather_pages(k, v, options.block_table, options.key_bias)
+        options = options._replace(key_bias=key_bias)
     out = torch.zeros_like(q)
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))
     q, k, v, full_out = (_batched(x) for x in (q, k, v, out))
     full_lse = lse if lse.dim() == 3 else lse[None]
-    for span in _spans(o, q, k):
-        part = _Part(o, span, q, k, v)
+    for span in _spans(options, q, k):
+        part = _Part(options, span, q, k, v)
         for tile in part.tiles():
             logits = part.logits(tile)[1]
             peak = logits.amax(-1)
@@ -96,9 +65,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
                 peak = part.hide(tile, logits).amax(-1)
             weights = part.softmax(tile, logits, out=logits)
             tile_lse = tile.by_head(peak - weights.amax(-1).log_())
-            if part.dead is not None:
-                tile_lse.masked_fill_(part.dead[tile.heads, :, tile.rows], -math.inf)
-            if o.dropout_p:
+            if part.keyless is not None:
+                tile_lse.masked_fill_(part.keyless[tile.heads, :, tile.rows], -math.inf)
+            if options.dropout_p:
                 weights.mul_(part.dropout(tile))
             part.store(full_lse[span.queries], tile, tile_lse)
             part.store(full_out[span.queries], tile, tile.by_head(weights @ part.v[tile.keys]))
@@ -114,24 +83,23 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
+    options: Options,
     learned: Sequence[bool],
-    **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
+    """Return the gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
 
-    The weights are formed anew from whole rows, and neither ``out`` nor ``lse`` is needed: sum_j P dP is right
-    even where ``out`` was rounded to half precision.
+    ``out`` and ``lse`` are not needed, for the weights are computed again from whole rows. sum_j P dP is then right
+    even if ``out`` was rounded to half precision.
     """
-    o = _Options(**options)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
     if dlse is not None and dlse.dim() == 2:
         dlse = dlse[None]
-    wanted = [n for n, want in zip(LEARNABLE_PARTS, learned, strict=True) if want and n in o.parameters]
-    gradients = {name: torch.zeros_like(o.parameters[name]) for name in wanted}
-    for span in _spans(o, q, k):
-        part = _Part(o, span, q, k, v)
+    parameters = _parameters(options)
+    wanted = [n for n, want in zip(LEARNABLE_PARTS, learned, strict=True) if want and n in parameters]
+    gradients = {name: torch.zeros_like(parameters[name]) for name in wanted}
+    for span in _spans(options, q, k):
+        part = _Part(options, span, q, k, v)
         part_dout = part.reversed(dout)
         part_dlse = None if dlse is None else part.reversed(dlse)
         part_dq, part_dk, part_dv = torch.empty_like(part.q), torch.zeros_like(part.k), torch.zeros_like(part.v)
@@ -141,7 +109,7 @@ def backward(
             scores, logits = part.logits(tile)
             weights = part.softmax(tile, logits, out=part.buffer("weights", tile.shape).flatten(1, 2))
             dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=logits)  # the logits have served
-            if o.dropout_p:
+            if options.dropout_p:
                 dropout = part.dropout(tile)
                 part_dv[tile.keys].baddbmm_((weights * dropout).mT, tile_dout)
                 dweights.mul_(dropout)
@@ -150,7 +118,7 @@ def backward(
 
             g, padded_g = part.padded(tile)
             torch.mul(tile.by_head(weights), tile.by_head(dweights), out=g)
-            # Divided by what softmax made of 1 (0 in a dead row), so that rounding leaves no bias in the sums of g.
+            # Divided by the sum of the weights, 1 up to rounding (0 in a keyless row): the sums of g stay unbiased.
             delta = g.sum(-1) / tile.by_head(weights).sum(-1).clamp(min=0.5)
             if part_dlse is not None:
                 delta -= part_dlse[tile.queries]
@@ -173,13 +141,24 @@ def backward(
             for name in wanted:
                 gradients[name] += part_gradients[name]
         part_dq *= part.scale
-        if o.theta is not None:
-            part_dq = reference.rotate(part_dq, part.query_positions, o.theta, o.rotary_scale, inverse=True)
-            part_dk = reference.rotate(part_dk, part.key_positions, o.theta, o.rotary_scale, inverse=True)
+        if options.theta is not None:
+            part_dq = reference.rotate(part_dq, part.query_positions, options.theta, options.rotary_scale, inverse=True)
+            part_dk = reference.rotate(part_dk, part.key_positions, options.theta, options.rotary_scale, inverse=True)
         full_dq[span.queries] = part.unreversed(part_dq)
         full_dk[span.keys] = part_dk.unflatten(0, (-1, part.key_heads))
         full_dv[span.keys] = part_dv.unflatten(0, (-1, part.key_heads))
-    return dq, dk, dv, *(gradients[n].to(getattr(o, n).dtype) if n in wanted else None for n in LEARNABLE_PARTS)
+    return dq, dk, dv, *(gradients[n].to(getattr(options, n).dtype) if n in wanted else None for n in LEARNABLE_PARTS)
+
+
+def _parameters(options: Options) -> dict[str, Tensor]:
+    """Return the learnable parts by name, in float64."""
+    return {name: x.double() for name in LEARNABLE_PARTS if (x := getattr(options, name)) is not None}
+
+
+def _window(options: Options) -> tuple[int, int]:
+    """Return how many tokens a query sees before and after itself."""
+    left, right = options.window_left, options.window_right
+    return UNLIMITED if left is None else left, UNLIMITED if right is None else right
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -187,64 +166,71 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _batched(x: Tensor) -> Tensor:
-    """(B, H, N, D) as it is; packed (total, H, D) as one batch, (1, H, total, D)."""
+    """Return x (B, H, N, D) as it is, and packed (total, H, D) as a batch of one, (1, H, total, D)."""
     return x if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
 def _diagonal_sums(padded: Tensor) -> Tensor:
-    """[..., rows, columns + rows], zero from columns on -> [..., columns + rows - 1], sums over equal row + column."""
+    """Return the sums over equal row + column, [..., columns + rows - 1].
+
+    Args:
+        padded: [..., rows, columns + rows], zero after ``columns`` in each row.
+    """
     rows, stride = padded.shape[-2:]
     return padded.flatten(-2)[..., : rows * (stride - 1)].unflatten(-1, (rows, stride - 1)).sum(-2)
 
 
-# --- which rows meet which ----------------------------------------------------------------------------------
+# --- which queries meet which keys --------------------------------------------------------------------------
 
 
 class _Span(NamedTuple):
-    """Rows that exist and have at least one partner in the window; one position axis for all of ``batch``."""
+    """Sequences with the same positions, and their rows that exist and have a partner in the window."""
 
-    batch: slice  # of the first axis of q, k, v; packed sequences all lie in its only element
-    sequences: slice  # the numbers of the sequences
+    batch: slice  # in the first dimension of q, k and v; packed sequences all lie in its only element
+    sequences: slice  # their numbers
     query_rows: slice
     key_rows: slice
     query_position: int  # of the first query row
-    key_position: int
+    key_position: int  # of the first key row
 
     @property
     def queries(self) -> tuple[slice, slice, slice]:
+        """The index of the queries in q."""
         return self.batch, slice(None), self.query_rows
 
     @property
     def keys(self) -> tuple[slice, slice, slice]:
+        """The index of the keys in k and v."""
         return self.batch, slice(None), self.key_rows
 
 
-def _spans(o: _Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
-    """One span for the whole batch where its positions agree, else one for each sequence."""
+def _spans(options: Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
+    """Yield one span for the whole batch if its positions agree, and otherwise one for each sequence."""
+    left, right = _window(options)
     batch, total_q, total_k = q.shape[0], q.shape[2], k.shape[2]
-    agree = o.cu_seqlens_q is None and all(
-        x is None or bool((x == x[:1]).all()) for x in (o.query_starts, o.key_starts, o.key_lengths)
+    agree = options.cu_seqlens_q is None and all(
+        x is None or bool((x == x[:1]).all()) for x in (options.query_starts, options.key_starts, options.key_lengths)
     )
-    if o.cu_seqlens_q is not None:
-        batch = len(o.cu_seqlens_q) - 1
+    if options.cu_seqlens_q is not None:
+        batch = len(options.cu_seqlens_q) - 1
     for b in range(min(batch, 1) if agree else batch):
         sequences = slice(0, batch) if agree else slice(b, b + 1)
-        i = o.query_start if o.query_starts is None else int(o.query_starts[b])
-        j = o.key_start if o.key_starts is None else int(o.key_starts[b])
-        if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
+        i = options.query_start if options.query_starts is None else int(options.query_starts[b])
+        j = options.key_start if options.key_starts is None else int(options.key_starts[b])
+        if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
             rows, query_row, query_end, key_row = sequences, 0, total_q, 0
-            key_end = total_k if o.key_lengths is None else min(total_k, int(o.key_lengths[b]))
+            key_end = total_k if options.key_lengths is None else min(total_k, int(options.key_lengths[b]))
         else:
             rows = slice(0, 1)
-            query_row, query_end = o.cu_seqlens_q[b : b + 2].tolist()
-            key_row, key_end = o.cu_seqlens_k[b : b + 2].tolist()
-            query_end = min(query_end, total_q, query_row + o.max_seqlen_q)
-            key_end = min(key_end, total_k, key_row + o.max_seqlen_k)
-        # From rows to positions, which start at 0 and want a partner; ends are exclusive.
+            query_row, query_end = options.cu_seqlens_q[b : b + 2].tolist()
+            key_row, key_end = options.cu_seqlens_k[b : b + 2].tolist()
+            query_end = min(query_end, total_q, query_row + options.max_seqlen_q)
+            key_end = min(key_end, total_k, key_row + options.max_seqlen_k)
+        # From rows to positions, which must exist and have a partner in the window; ends are exclusive.
         i_end, j_end = i + query_end - query_row, j + key_end - key_row
         i_first, j_first = max(i, 0), max(j, 0)
-        first_query, end_query = max(i_first, j_first - o.right), min(i_end, j_end + o.left)
-        first_key, end_key = max(j_first, i_first - o.left), min(j_end, i_end + o.right)
+        first_query, end_query = max(i_first, j_first - right), min(i_end, j_end + left)
+        first_key, end_key = max(j_first, i_first - left), min(j_end, i_end + right)
         if i_first < i_end and j_first < j_end and first_query < end_query and first_key < end_key:
             query_rows = slice(query_row + first_query - i, query_row + end_query - i)
             key_rows = slice(key_row + first_key - j, key_row + end_key - j)
@@ -252,29 +238,31 @@ def _spans(o: _Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
 
 
 class _Tile(NamedTuple):
-    """A block of reversed query rows and all the keys that one of them may see."""
+    """A block of reversed query rows, and all keys that one of them may see."""
 
-    heads: slice  # (batch, key head) pairs
-    rows: slice
-    columns: slice
-    shape: tuple[int, int, int, int]  # heads, query heads to each ("group"), rows, columns
+    heads: slice  # (sequence, key head) pairs
+    rows: slice  # of queries
+    columns: slice  # of keys
+    shape: tuple[int, int, int, int]  # heads, group (query heads for each), rows, columns
 
     @property
     def queries(self) -> tuple[slice, slice, slice]:
+        """The index of the queries in _Part.q."""
         return self.heads, slice(None), self.rows
 
     @property
     def keys(self) -> tuple[slice, slice]:
+        """The index of the keys in _Part.k and _Part.v."""
         return self.heads, self.columns
 
     @property
     def diagonals(self) -> tuple[slice, slice, slice]:
-        """All row + column: where the tables hold this tile."""
+        """The index of the tile in a table: all values of row + column."""
         first, end = self.rows.start + self.columns.start, self.rows.stop + self.columns.stop - 1
         return self.heads, slice(None), slice(first, end)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[heads, group * rows, ...] -> [heads, group, rows, ...]"""
+        """Return x [heads, group * rows, ...] as [heads, group, rows, ...]."""
         return x.unflatten(1, self.shape[1:3])
 
 
@@ -284,13 +272,19 @@ class _Tile(NamedTuple):
 class _Part:
     """The rows of one span in the compute dtype, and the tables over its distances.
 
-    q: (batch * key heads, group, rows, D), reversed, rotated, times ``scale``. k, v: (batch * key heads, rows, D),
-    k rotated. tables: (batch * key heads, group, distances). key_bias: (batch * key heads, 1, key rows) or None.
-    dead: (batch * key heads, 1, query rows), the queries from which the key bias hides every key, or None.
+    Attributes:
+        q: (batch * key heads, group, query rows, D), reversed, rotated, times ``scale``.
+        k, v: (batch * key heads, key rows, D), the keys rotated.
+        tables: (batch * key heads, group, distances), by name.
+        key_bias: (batch * key heads, 1, key rows), or None.
+        keyless: (batch * key heads, 1, query rows), the queries from which the key bias hides every key; None if
+            there are none.
     """
 
-    def __init__(self, o: _Options, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.o, self.span, self.compute = o, span, _compute_dtype(q)
+    def __init__(self, options: Options, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.options, self.span, self.compute = options, span, _compute_dtype(q)
+        self.left, self.right = _window(options)
+        self.parameters = {name: x[:, None] for name, x in _parameters(options).items()}
         self.query_heads, self.key_heads = q.shape[1], k.shape[1]
         self.batch = span.batch.stop - span.batch.start
         num_queries = span.query_rows.stop - span.query_rows.start
@@ -301,41 +295,40 @@ class _Part:
         self.buffers: dict[str, Tensor] = {}
 
         k, v = k[span.keys].to(self.compute), v[span.keys].to(self.compute)
-        self.key_bias = self.dead = None
-        if o.key_bias is not None:
-            key_bias = o.key_bias[span.batch, span.key_rows].to(self.compute)
+        self.key_bias = self.keyless = None
+        if options.key_bias is not None:
+            key_bias = options.key_bias[span.batch, span.key_rows].to(self.compute)
             self.key_bias = key_bias.repeat_interleave(self.key_heads, 0)[:, None]
             hidden = key_bias == -math.inf
             if hidden.any():
                 k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
-            seen = F.pad((~hidden).cumsum(1), (1, 0))  # before each key
-            first, end = self.query_positions - o.left, self.query_positions + o.right + 1
+            visible_before = F.pad((~hidden).cumsum(1), (1, 0))  # number of keys
+            first, end = self.query_positions - self.left, self.query_positions + self.right + 1
             first, end = ((x - span.key_position).clamp(0, num_keys) for x in (first, end))
-            dead = seen[:, first] == seen[:, end]
-            self.dead = dead.repeat_interleave(self.key_heads, 0)[:, None] if dead.any() else None
+            keyless = visible_before[:, first] == visible_before[:, end]
+            self.keyless = keyless.repeat_interleave(self.key_heads, 0)[:, None] if keyless.any() else None
 
         self.q = self.reversed(q)
-        if o.theta is not None:
-            self.q = reference.rotate(self.q, self.query_positions, o.theta, o.rotary_scale)
-            k = reference.rotate(k, self.key_positions, o.theta, o.rotary_scale)
+        if options.theta is not None:
+            self.q = reference.rotate(self.q, self.query_positions, options.theta, options.rotary_scale)
+            k = reference.rotate(k, self.key_positions, options.theta, options.rotary_scale)
         self.k, self.v = (self.by_pair(x) for x in (k, v))
 
-        # Over i - j, falling: row r and column c meet at element r + c of a table.
-        along = torch.arange(num_queries + num_keys - 1, device=q.device)
-        offsets = self.last_query - span.key_position - along
+        # i - j falls along a table: row r and column c meet at element r + c.
+        offsets = self.last_query - span.key_position - torch.arange(num_queries + num_keys - 1, device=q.device)
         self.distances = offsets.abs().double()
         curves = self.curves()
-        curves["bias"] = curves["bias"].masked_fill((offsets > o.left) | (offsets < -o.right), -math.inf)
+        curves["bias"] = curves["bias"].masked_fill((offsets > self.left) | (offsets < -self.right), -math.inf)
         self.tables = {name: self.by_key_head(x.to(self.compute)) for name, x in curves.items()}
         self.gain = self.tables.pop("gain", None)
-        self.scale = o.scale if self.gain is None else o.scale * self.gain[..., None]
+        self.scale = options.scale if self.gain is None else options.scale * self.gain[..., None]
         self.q *= self.scale
 
-    # The mathematics of positions, in float64: it is O(N), and its gradients are sums over N^2 pairs.
+    # The mathematics of positions, in float64: it is O(N), but its gradients are sums over N^2 pairs.
 
     def curves(self) -> dict[str, Tensor]:
-        """The tables before the mask, (batch, query heads, distances); the gain, (batch, query heads, query rows)."""
-        p = {name: x[:, None] for name, x in self.o.parameters.items()}
+        """Return the tables before the mask, (batch, query heads, distances), and the gain over the query rows."""
+        p = self.parameters
         curves = {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
         if "rate" in p or "power" in p:
             l = reference.log_distance(self.distances, p.get("rate"))  # noqa: E741
@@ -344,21 +337,21 @@ class _Part:
             if "sharpness" in p:
                 curves["contrast"] = reference.sharpening(l, p["sharpness"])
         if "alpha" in p:
-            curves["gain"] = reference.query_gain(self.lengths(), p["alpha"], self.o.gain_length)
+            curves["gain"] = reference.query_gain(self.lengths(), p["alpha"], self.options.gain_length)
         return {name: x.expand(self.batch, -1, -1) for name, x in curves.items()}
 
     def lengths(self) -> Tensor:
-        """n of the query gain, (batch or 1, 1, query rows)."""
-        n = self.query_positions.clamp(max=self.o.left)[None, None]
-        if self.o.context_lengths is not None:
-            n = self.o.context_lengths[self.span.sequences, None, None].expand(-1, 1, n.shape[-1])
+        """Return n of the query gain, (batch or 1, 1, query rows)."""
+        n = self.query_positions.clamp(max=self.left)[None, None]
+        if self.options.context_lengths is not None:
+            n = self.options.context_lengths[self.span.sequences, None, None].expand(-1, 1, n.shape[-1])
         return n.clamp(min=0).double()
 
     def parameter_gradients(self, dtables: dict[str, Tensor], dq: Tensor) -> dict[str, Tensor]:
-        """Gradients of all parameters, from those of the tables and of the scaled q."""
+        """Return the gradients of all parameters, from those of the tables and of the scaled q."""
         gradients: dict[str, Tensor | None] = {}
         dcurves = {name: self.by_query_head(x).sum(0) for name, x in dtables.items()}
-        p = {name: x[:, None] for name, x in self.o.parameters.items()}
+        p = self.parameters
         if "rate" in p or "power" in p:
             parts = (p.get(name) for name in ("power", "rate", "sharpness"))
             gradients["power"], gradients["rate"], gradients["sharpness"] = reference.distance_gradients(
@@ -366,30 +359,32 @@ class _Part:
             )
         if self.gain is not None:
             dgain = self.by_query_head(torch.linalg.vecdot(dq, self.q).double() / self.gain)
-            gradients["alpha"] = (dgain * reference.log_length(self.lengths(), self.o.gain_length)).sum((0, 2))
+            gradients["alpha"] = (dgain * reference.log_length(self.lengths(), self.options.gain_length)).sum((0, 2))
         return {name: x for name, x in gradients.items() if x is not None}
 
     # The tiles.
 
     def tiles(self) -> Iterator[_Tile]:
+        """Yield tiles that cover all pairs of a query and a key in the window."""
         pairs, group, num_queries, _ = self.q.shape
         num_keys = self.k.shape[1]
         step = min(max(1, BLOCK_ROWS // group), num_queries)
-        elements = group * step * min(num_keys, step + self.o.left + self.o.right)
+        elements = group * step * min(num_keys, step + self.left + self.right)
         heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
-        # Whole sequences, or heads of one: no tile ends amid one and begins amid another.
-        span = max(heads // self.key_heads, 1) * self.key_heads
-        for pair in (p for first in range(0, pairs, span) for p in range(first, min(first + span, pairs), heads)):
+        # A tile takes whole sequences, or some heads of one: never parts of two sequences.
+        whole = max(heads // self.key_heads, 1) * self.key_heads
+        for pair in (p for first in range(0, pairs, whole) for p in range(first, min(first + whole, pairs), heads)):
             for row in range(0, num_queries, step):
-                pair_end, row_end = min(pair + heads, pair // span * span + span, pairs), min(row + step, num_queries)
+                pair_end = min(pair + heads, pair // whole * whole + whole, pairs)
+                row_end = min(row + step, num_queries)
                 offset = self.last_query - self.span.key_position
-                first = max(0, offset - (row_end - 1) - self.o.left)
-                end = min(num_keys, offset - row + self.o.right + 1)
+                first = max(0, offset - (row_end - 1) - self.left)
+                end = min(num_keys, offset - row + self.right + 1)
                 shape = (pair_end - pair, group, row_end - row, end - first)
                 yield _Tile(slice(pair, pair_end), slice(row, row_end), slice(first, end), shape)
 
     def logits(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """The scores s and logits a of a tile, [heads, group * rows, columns], in buffers."""
+        """Compute the scores s and the logits a of a tile, [heads, group * rows, columns], in buffers."""
         q, k = self.q[tile.queries].flatten(1, 2), self.k[tile.keys]
         scores = logits = self.buffer("logits", tile.shape).flatten(1, 2)
         if "contrast" in self.tables:
@@ -404,46 +399,47 @@ class _Part:
         return scores, logits
 
     def hide(self, tile: _Tile, logits: Tensor) -> Tensor:
-        """Logits -inf where the table says so, whatever the score: -inf + NaN, or + inf, is NaN."""
+        """Set logits to -inf where the table is -inf, whatever the score: -inf + NaN, or -inf + inf, is NaN."""
         return tile.by_head(logits).masked_fill_(self.view("bias", tile) == -math.inf, -math.inf).flatten(1, 2)
 
     def softmax(self, tile: _Tile, logits: Tensor, out: Tensor) -> Tensor:
-        """The weights P of a tile, zero in dead rows, in ``out``, which may be ``logits``."""
+        """Compute the weights P of a tile, zero in keyless rows, in ``out``, which may be ``logits``."""
         torch.softmax(logits, -1, out=out)
-        if self.dead is not None:
-            tile.by_head(out).masked_fill_(self.dead[tile.heads, :, tile.rows, None], 0)
+        if self.keyless is not None:
+            tile.by_head(out).masked_fill_(self.keyless[tile.heads, :, tile.rows, None], 0)
         return out
 
     def view(self, table: str, tile: _Tile) -> Tensor:
-        """The values of a table for a tile, [heads, group, rows, columns]."""
+        """Return the values of a table for a tile, [heads, group, rows, columns]."""
         x = self.tables[table][tile.diagonals]
         return x.as_strided(tile.shape, (*x.stride(), 1))
 
     def dropout(self, tile: _Tile) -> Tensor:
-        """0 or 1 / (1 - p) for each weight of a tile."""
-        o = self.o
-        assert o.dropout_seed is not None
+        """Return the factor of each weight of a tile, 0 or 1 / (1 - p), [heads, group * rows, columns]."""
+        options = self.options
+        assert options.dropout_seed is not None
         batch_head = torch.arange(self.batch * self.query_heads, device=self.q.device).view(self.batch, -1)
         batch_head = self.by_key_head(batch_head + self.span.sequences.start * self.query_heads)
         keep = reference.dropout_keep(
-            o.dropout_seed,
+            options.dropout_seed,
             batch_head[tile.heads, :, None, None],
             self.query_positions[tile.rows, None],
             self.key_positions[tile.columns],
-            o.dropout_p,
+            options.dropout_p,
         )
-        return keep.flatten(1, 2).to(self.compute) / (1 - o.dropout_p)
+        return keep.flatten(1, 2).to(self.compute) / (1 - options.dropout_p)
 
-    # Memory that the next tile uses again; the first tile is among the largest.
+    # Memory that all tiles use in turn; the first tile is among the largest.
 
     def buffer(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return uninitialised memory of this shape; what an earlier call of this name returned is overwritten."""
         size = math.prod(shape)
         if name not in self.buffers or len(self.buffers[name]) < size:
             self.buffers[name] = self.q.new_empty(size)
         return self.buffers[name][:size].view(*shape)
 
     def padded(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """A tile to write to, and the same with as many zero columns added as it has rows."""
+        """Return memory for a tile, and a view of it with as many zero columns added as there are rows."""
         rows, columns = tile.shape[2:]
         padded = self.buffer("padded", (*tile.shape[:2], rows, columns + rows))
         padded[..., columns:].zero_()
@@ -452,27 +448,27 @@ class _Part:
     # Between the caller's tensors and this part's.
 
     def by_key_head(self, x: Tensor) -> Tensor:
-        """(batch, query heads, ...) -> (batch * key heads, group, ...), contiguous."""
+        """Return x (batch, query heads, ...) as (batch * key heads, group, ...), contiguous."""
         return x.unflatten(1, (self.key_heads, -1)).flatten(0, 1).contiguous()
 
     def by_pair(self, x: Tensor) -> Tensor:
-        """(batch, key heads, rows, D) -> (batch * key heads, rows, D), each pair's rows side by side."""
+        """Return x (batch, key heads, rows, D) as (batch * key heads, rows, D), the rows of a pair side by side."""
         x = x.flatten(0, 1)
         return x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()  # a cache is not copied
 
     def by_query_head(self, x: Tensor) -> Tensor:
-        """(batch * key heads, group, ...) -> (batch, query heads, ...)"""
+        """Return x (batch * key heads, group, ...) as (batch, query heads, ...)."""
         return x.unflatten(0, (-1, self.key_heads)).flatten(1, 2)
 
     def reversed(self, x: Tensor) -> Tensor:
-        """A copy of this part's rows of x, which has the shape of q or of lse; dead rows are zero."""
+        """Copy the rows of this part from x, shaped like q or lse, in reverse order; keyless rows are zero."""
         x = self.by_key_head(x[self.span.queries].flip(2).to(self.compute))
-        if self.dead is not None:
-            x.masked_fill_(self.dead if x.dim() == 3 else self.dead[..., None], 0)
+        if self.keyless is not None:
+            x.masked_fill_(self.keyless if x.dim() == 3 else self.keyless[..., None], 0)
         return x
 
     def store(self, target: Tensor, tile: _Tile, x: Tensor) -> None:
-        """Write a tile, [heads, group, rows, ...], to its place in ``target``: (batch, query heads, rows, ...)."""
+        """Write a tile x, [heads, group, rows, ...], to its place in ``target``, (batch, query heads, rows, ...)."""
         num_queries = target.shape[2]
         target = target[:, :, num_queries - tile.rows.stop : num_queries - tile.rows.start]
         target = target.unflatten(1, (self.key_heads, -1))
@@ -480,4 +476,5 @@ class _Part:
         target[first : last + 1, head : head_last + 1] = x.flip(2).unflatten(0, (last + 1 - first, -1))
 
     def unreversed(self, x: Tensor) -> Tensor:
+        """Return x (batch * key heads, group, query rows, ...) as (batch, query heads, query rows, ...) in order."""
         return self.by_query_head(x).flip(2)

@@ -1,11 +1,12 @@
-"""Keys and values of the tokens so far, for generation: preallocated, or in pages that sequences take as they grow.
+"""Caches of keys and values for generation: preallocated, or in pages that sequences take as they grow.
 
-A cache belongs to one attention layer and knows its position, so that keys are turned once, as they come in (a
-rotation depends on where a key stands and on nothing else), and every token keeps the position at which it came,
-whatever the cache has let go of since. What a cache holds is part of no autograd graph.
+A cache belongs to one attention layer and knows its position. It rotates each key once, as it comes in, since a
+rotation depends only on where a key stands. Every token keeps the position at which it came, whatever the cache has
+dropped since. What a cache holds is part of no autograd graph.
 
-Lengths are counted twice: on the host, where the room is checked without waiting for a GPU, and in a tensor, which is
-what attention reads, so that a step can be compiled or captured in a CUDA graph (a replay moves the tensor alone).
+Lengths are counted twice. The count on the host tells whether there is room, without waiting for a GPU. The count in a
+tensor is what attention reads, so that a step can be compiled or captured in a CUDA graph; a replay moves the tensor
+alone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logpe.attention import PAGE_SIZES, Position, check_dense, log_attention, rotate
-from logpe.position import LogPosition, PositionValues
+from logpe.attention import log_attention, rotate
+from logpe.checks import PAGE_SIZES, check_dense, per_sequence, plain_int
+from logpe.position import LogPosition, Position
+from logpe.reference import PositionValues
 
 
 def _is_int(value: Any) -> bool:
@@ -31,22 +34,22 @@ class KVCache:
         cache = logpe.KVCache(batch_size, num_kv_heads, capacity, head_dim, position, dtype=q.dtype, device=q.device)
         out = cache.attend(q, k, v)    # the prompt, then token by token
 
-    Works under torch.compile when the cache is an argument of the compiled function (an int that belongs to a module
-    is a constant there: a cache that is a module's attribute would compile anew at every step).
+    Under torch.compile, pass the cache to the compiled function as an argument. As the attribute of a module it would
+    compile anew at every step, because a module's ints are constants there.
 
     Args:
         batch_size: sequences, B.
         num_kv_heads: key heads, Hkv.
-        capacity: tokens of one sequence.
-        head_dim: D.
-        position: of the layer, a :class:`LogPosition` or the values it returns; None is plain attention.
-        window: a query sees this many tokens before it, and itself; None is unlimited.
+        capacity: most tokens of a sequence.
+        head_dim: size of one head, D.
+        position: position of the layer, a :class:`LogPosition` or the values it returns; None is plain attention.
+        window: a query sees itself and this many tokens before it; None is unlimited.
         key_start: position of the first token, an int or an int tensor (B,). Tokens at negative positions do not
-            exist, which is how left padding is said: ``-padding``.
-        dtype, device: of the keys and values; torch's defaults.
+            exist, which is how to describe left padding: ``-padding``.
+        dtype, device: those of the keys and values; torch's defaults.
 
-    Attributes (no attribute can be assigned: append, crop, reset and reorder change what a cache holds):
-        k, v: (B, Hkv, capacity, D), the keys turned.
+    Attributes (none can be assigned: append, crop, reset and reorder change what a cache holds):
+        k, v: (B, Hkv, capacity, D), the keys rotated.
         lengths: int32 (B,), tokens appended to each sequence; a copy.
 
     Raises:
@@ -66,10 +69,10 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        sizes = dict(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
-        for name, size in sizes.items():
-            if not _is_int(size) or size < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        self.batch_size = plain_int("batch_size", batch_size)
+        self.num_kv_heads = num_kv_heads = plain_int("num_kv_heads", num_kv_heads)
+        self.capacity = plain_int("capacity", capacity)
+        self.head_dim = head_dim = plain_int("head_dim", head_dim)
         if window is not None and (not _is_int(window) or window < 0):
             raise ValueError(f"window must be an int of at least 0 or None, got {window!r}")
         if position is not None and not isinstance(position, LogPosition | PositionValues):
@@ -81,12 +84,11 @@ class KVCache:
                 raise ValueError(
                     f"num_kv_heads must divide the heads of the position, {position.num_heads}, got {num_kv_heads}"
                 )
-        self.batch_size, self.num_kv_heads, self.capacity, self.head_dim = sizes.values()
         self.position, self.window = position, window
-        self._lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._lengths = torch.zeros(self.batch_size, dtype=torch.int32, device=device)
         self._key_start = torch.zeros_like(self._lengths)
         self._set_start(key_start)
-        self._host_lengths = [0] * batch_size
+        self._host_lengths = [0] * self.batch_size
         self._allocate(dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -99,19 +101,19 @@ class KVCache:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens appended to each sequence, int32 (B,): a copy."""
+        """A copy of the numbers of tokens appended to each sequence, int32 (B,)."""
         return self._lengths.clone()
 
     def append(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
         """Add the next tokens of each sequence, and return the position of the first of them, int32 (B,).
 
         Args:
-            k, v: (B, Hkv, N, D), not turned.
-            lengths: how many of the N tokens sequence b has, the others being right padding; all by default. B ints,
-                or a tensor of them (one on a GPU is read back).
+            k, v: (B, Hkv, N, D), the keys not rotated.
+            lengths: B ints, or a tensor of them, which is read back from a GPU: how many of the N tokens belong to
+                each sequence, the rest being right padding. By default all do.
 
         Raises:
-            TypeError, ValueError: a bad argument, or no room; the cache is left as it was.
+            TypeError, ValueError: a bad argument, or no room. The cache is left as it was.
         """
         counts = self._check_tokens(k, v, lengths)
         ends = [length + count for length, count in zip(self._host_lengths, counts, strict=True)]
@@ -148,18 +150,19 @@ class KVCache:
         backend: str = "auto",
         validate: bool = False,
     ) -> Any:
-        """Append the next tokens, and return causal attention from them to all so far.
+        """Append the next tokens, and return causal attention from them to all tokens so far.
 
         Args:
-            q: (B, Hq, N, D), not turned; k, v and lengths as in :meth:`append`. Right padding of q is of no meaning.
-            key_mask: of :func:`logpe.log_attention`; (B, Nk) with one column for each place of the cache.
-            scale, context_length, return_lse, backend, validate: of :func:`logpe.log_attention`.
+            q: (B, Hq, N, D), not rotated. Results for right padding mean nothing.
+            k, v, lengths: as in :meth:`append`.
+            key_mask: as in :func:`logpe.log_attention`, with one column for each place of the cache.
+            scale, context_length, return_lse, backend, validate: as in :func:`logpe.log_attention`.
 
         Returns:
             out (B, Hq, N, D), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
 
         Raises:
-            TypeError, ValueError: a bad tensor, or no room; the cache is left as it was.
+            TypeError, ValueError: a bad argument, or no room. The cache is left as it was.
         """
         self._check_queries(q, k)
         held = self._host_lengths
@@ -182,30 +185,30 @@ class KVCache:
                 validate=validate,
                 **self._keys(),
             )
-        except Exception:  # a bad option: the tokens count as not given
+        except Exception:  # a bad option: take the tokens back
             self._crop(held)
             raise
 
     def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Go back to these lengths: forget all tokens after the first ``lengths`` of each sequence.
+        """Forget all tokens after the first ``lengths`` of each sequence, as if they had never come.
 
-        What follows is as if the tokens had never come, as after a draft of which a speculative decoder rejects the
-        end. ``cache.crop(cache.lengths - rejected)`` drops ``rejected`` tokens, one number or one per sequence.
+        This serves a speculative decoder, which may reject the end of a draft: ``cache.crop(cache.lengths - rejected)``
+        drops ``rejected`` tokens, one number or one per sequence.
 
         Args:
-            lengths: one int for all sequences, or B ints, or an int tensor (B,), each from 0 to the present length,
-                which is read back from a GPU, as the tensor is. Negative numbers are refused: unlike in Transformers'
-                ``DynamicCache.crop``, they do not count from the end.
+            lengths: an int for all sequences, B ints, or an int tensor (B,), each from 0 to the present length. The
+                present lengths are read back from a GPU, and so is a tensor. Negative numbers are refused: they do
+                not count from the end, as they do in Transformers' ``DynamicCache.crop``.
 
         Raises:
-            ValueError: bad lengths, or a window that has let go of tokens that they need. What came before the last
-                append is always there. The cache is left as it was.
+            ValueError: bad lengths, or lengths that need tokens which the window has dropped. The lengths before the
+                last append are always possible. The cache is left as it was.
         """
-        present = self._lengths.tolist()  # not the host's count, which a CUDA graph leaves behind
+        present = self._lengths.tolist()  # not the host's count, which a CUDA graph does not move
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         ends: Any = [given] * self.batch_size if _is_int(given) else given
-        good = isinstance(ends, Sequence) and len(ends) == self.batch_size and all(map(_is_int, ends))
-        if not good or any(not 0 <= end <= length for end, length in zip(ends, present, strict=True)):
+        valid = isinstance(ends, Sequence) and len(ends) == self.batch_size and all(map(_is_int, ends))
+        if not valid or any(not 0 <= end <= length for end, length in zip(ends, present, strict=True)):
             raise ValueError(
                 f"lengths must be an int or {self.batch_size} ints from 0 to the present lengths, {present}, "
                 f"got {given!r}"
@@ -213,13 +216,20 @@ class KVCache:
         self._crop(list(ends))
 
     def reset(self, key_start: int | Tensor = 0) -> None:
-        """Forget all tokens; key_start is that of the next ones."""
+        """Forget all tokens; ``key_start`` is the position of the next first token."""
         self._set_start(key_start)
         self._lengths.zero_()
         self._host_lengths = [0] * self.batch_size
 
     def reorder(self, beam_idx: Sequence[int] | Tensor) -> None:
-        """Let sequence b go on from what sequence beam_idx[b] holds: B ints, read back if they are on a GPU."""
+        """Let each sequence b go on from what sequence beam_idx[b] holds.
+
+        Args:
+            beam_idx: B ints, or an int tensor (B,), which is read back from a GPU.
+
+        Raises:
+            ValueError: a bad beam_idx. The cache is left as it was.
+        """
         beam_idx = torch.as_tensor(beam_idx)
         if beam_idx.shape != (self.batch_size,) or beam_idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"beam_idx must be int ({self.batch_size},), got {beam_idx.dtype} {tuple(beam_idx.shape)}")
@@ -231,7 +241,7 @@ class KVCache:
         for x in self._per_sequence():
             x.copy_(x[beam_idx])
 
-    # What a layout of the memory decides.
+    # What depends on the layout of the memory.
 
     def _allocate(self, dtype: torch.dtype | None) -> None:
         shape = (self.batch_size, self.num_kv_heads, self.capacity, self.head_dim)
@@ -239,47 +249,40 @@ class KVCache:
         self.v = torch.empty_like(self.k)
 
     def _reserve(self, ends: list[int]) -> None:
-        """Make room for sequences of these lengths, or raise and change nothing."""
+        """Make room for sequences of these lengths, or raise ValueError and change nothing."""
         if max(ends) > self.capacity:
             raise ValueError(f"the cache is full: {max(ends)} tokens, and its capacity is {self.capacity}")
 
     def _crop(self, ends: list[int]) -> None:
-        """Forget what comes after these lengths, or raise and change nothing."""
+        """Forget what comes after these lengths, or raise ValueError and change nothing."""
         self._host_lengths = ends
         self._lengths.copy_(torch.tensor(ends, dtype=torch.int32))
 
     def _locate(self, b: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """First index and row, in k and v, of tokens of sequences b."""
+        """Return the first index into k and v, and the row there, of tokens of the sequences b."""
         return b, token
 
     def _keys(self) -> dict[str, Any]:
-        """What :func:`log_attention` has to know about k and v."""
+        """Return the options by which :func:`log_attention` reads k and v."""
         return dict(key_start=self._key_start, key_lengths=self._lengths)
 
     def _per_sequence(self) -> tuple[Tensor, ...]:
-        """Tensors whose first dimension is the batch."""
+        """Return the tensors whose first dimension is the batch."""
         return self.k, self.v, self._lengths, self._key_start
 
     def _share(self, beams: list[int]) -> None:
-        """:meth:`reorder`, on the host."""
+        """Reorder what the host holds."""
         self._host_lengths = [self._host_lengths[beam] for beam in beams]
 
     # Checks.
 
     def _set_start(self, key_start: int | Tensor) -> None:
-        if _is_int(key_start):
-            self._key_start.fill_(key_start)
-        elif not isinstance(key_start, Tensor):
-            raise TypeError(f"key_start must be an int or an int tensor ({self.batch_size},), got {key_start!r}")
-        elif key_start.shape != (self.batch_size,) or key_start.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"key_start must be an int or int ({self.batch_size},), got {key_start.dtype} {tuple(key_start.shape)}"
-            )
-        else:
-            self._key_start.copy_(key_start)
+        if isinstance(key_start, Tensor):
+            key_start = key_start.to(self._lengths.device)
+        self._key_start.copy_(per_sequence("key_start", key_start, self.batch_size, self._lengths))
 
     def _check_tokens(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-        """The number of new tokens of each sequence."""
+        """Check new tokens, and return their number in each sequence."""
         check_dense("k", k)
         check_dense("v", v)
         for name, x in (("k", k), ("v", v)):
@@ -291,16 +294,16 @@ class KVCache:
         if lengths is None:
             return [k.shape[2]] * self.batch_size
         counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        good = isinstance(counts, Sequence) and len(counts) == self.batch_size
-        if not good or any(not _is_int(n) or not 0 <= n <= k.shape[2] for n in counts):
+        valid = isinstance(counts, Sequence) and len(counts) == self.batch_size
+        if not valid or any(not _is_int(n) or not 0 <= n <= k.shape[2] for n in counts):
             raise ValueError(f"lengths must be {self.batch_size} ints from 0 to {k.shape[2]}, got {counts}")
         return list(counts)
 
     def _check_queries(self, q: Tensor, k: Tensor) -> None:
         check_dense("q", q)
         check_dense("k", k)
-        good = q.dim() == 4 and q.shape[1] > 0 and q.shape[1] % self.num_kv_heads == 0
-        if not good or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
+        valid = q.dim() == 4 and q.shape[1] > 0 and q.shape[1] % self.num_kv_heads == 0
+        if not valid or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
             expected = f"({self.batch_size}, a multiple of {self.num_kv_heads}, {k.shape[-2]}, {self.head_dim})"
             raise ValueError(f"q must have shape {expected}, got {tuple(q.shape)}")
         if isinstance(self.position, LogPosition) and q.shape[1] != self.position.num_heads:
@@ -312,38 +315,36 @@ class KVCache:
 class PagedKVCache(KVCache):
     """A cache in pages, which sequences take from one pool as they grow, and share after :meth:`reorder`.
 
-    With a window, pages that no later query sees go back to the pool, so that a sequence may grow without end; then
-    ``capacity`` is how many tokens one step can reach, the window and the new tokens together.
+    With a window, pages that no later query sees go back to the pool, so that a sequence may grow without end.
+    ``capacity`` is then the window plus the most new tokens of one step.
 
     Args:
-        page_size: tokens of a page, 16, 32, 64, 128 or 256. From 64 on reads are at their best.
-        num_pages: of the pool; by default enough for all sequences to reach the capacity.
+        page_size: tokens of a page, 16, 32, 64, 128 or 256. Reads are fastest from 64 on.
+        num_pages: pages of the pool; by default enough for all sequences to reach the capacity.
 
-    The others are those of :class:`KVCache`. Pages are dealt out on the host: append outside of a compiled region.
+    The other arguments are those of :class:`KVCache`. The host assigns pages: append outside of a compiled region.
 
-    Attributes (no attribute can be assigned):
-        k, v: (num_pages, Hkv, page_size, D), the keys turned.
-        lengths: int32 (B,), tokens appended to each sequence, those included whose pages went back; a copy.
+    Attributes (none can be assigned):
+        k, v: (num_pages, Hkv, page_size, D), the keys rotated.
+        lengths: int32 (B,), tokens appended to each sequence, even if their pages went back; a copy.
         block_table: int32 (B, max_pages), the pages of each sequence in order, then -1; a copy.
     """
 
     def __init__(self, *args: Any, page_size: int = 64, num_pages: int | None = None, **options: Any) -> None:
         if not _is_int(page_size) or page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}")
-        if num_pages is not None and (not _is_int(num_pages) or num_pages < 1):
-            raise ValueError(f"num_pages must be an int of at least 1 or None, got {num_pages!r}")
-        self.page_size, self._num_pages = page_size, num_pages
+        self.page_size, self._num_pages = page_size, None if num_pages is None else plain_int("num_pages", num_pages)
         super().__init__(*args, **options)
 
     @property
     def block_table(self) -> Tensor:
-        """The pages of each sequence in order, then -1, int32 (B, max_pages): a copy."""
+        """A copy of the table of pages, int32 (B, max_pages): those of each sequence in order, then -1."""
         return self._block_table.clone()
 
     def _allocate(self, dtype: torch.dtype | None) -> None:
         if self.window is not None and self.window >= self.capacity:
             raise ValueError(f"capacity must be above the window, {self.window}, got {self.capacity}")
-        # The oldest page of a window may be seen by its last token alone.
+        # A window may need no more than the last token of its oldest page.
         max_pages = -(-self.capacity // self.page_size) + (self.window is not None)
         self.num_pages = self._num_pages or self.batch_size * max_pages
         device = self._lengths.device
@@ -357,13 +358,13 @@ class PagedKVCache(KVCache):
     def _forget(self) -> None:
         self._host_dropped = [0] * self.batch_size
         self._pages: list[list[int]] = [[] for _ in range(self.batch_size)]
-        self._holders = [0] * self.k.shape[0]  # sequences that have each page
+        self._holders = [0] * self.k.shape[0]  # how many sequences hold each page
 
     def _reserve(self, ends: list[int]) -> None:
         size = self.page_size
         changes: list[tuple[int, int, int, bool]] = []  # sequence, pages to give back, pages to take, last one shared
         for b, (begin, end) in enumerate(zip(self._host_lengths, ends, strict=True)):
-            seen = self._seen(begin)
+            seen = self._first_seen(begin)
             if end - seen > self.capacity:
                 raise ValueError(
                     f"the cache is full: {end - seen} tokens"
@@ -380,7 +381,7 @@ class PagedKVCache(KVCache):
         if not changes:
             return
 
-        # On copies: there may be too few pages yet.
+        # Work on copies, since there may turn out to be too few pages.
         pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)
         for b, unseen, _, _ in changes:
             for page in pages[b][:unseen]:
@@ -404,12 +405,12 @@ class PagedKVCache(KVCache):
             self.k[after], self.v[after] = self.k[before], self.v[before]
         self._deal([b for b, *_ in changes], pages, dropped, holders)
 
-    def _seen(self, begin: int) -> int:
-        """The first token that a query at begin sees."""
+    def _first_seen(self, begin: int) -> int:
+        """Return the first token that the query at ``begin`` sees."""
         return 0 if self.window is None else max(0, begin - self.window)
 
     def _deal(self, changed: list[int], pages: list[list[int]], dropped: list[int], holders: list[int]) -> None:
-        """Let the sequences have these pages; those that are named have others than before."""
+        """Assign the pages; only those of the ``changed`` sequences differ from before."""
         for b in changed:
             row = pages[b] + [-1] * (self._block_table.shape[1] - len(pages[b]))
             self._block_table[b] = torch.tensor(row, dtype=torch.int32)
@@ -420,8 +421,8 @@ class PagedKVCache(KVCache):
         pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)
         for b, end in enumerate(ends):
             if end == 0:
-                dropped[b] = 0  # a new start
-            elif self._seen(end) < dropped[b]:
+                dropped[b] = 0  # begin anew
+            elif self._first_seen(end) < dropped[b]:
                 raise ValueError(
                     f"lengths must be at least {dropped[b] + (self.window or 0)} or 0 for sequence {b}, got {end}: the "
                     f"window of {self.window} tokens has let go of the first {dropped[b]}"
@@ -457,7 +458,7 @@ class PagedKVCache(KVCache):
             self._holders[page] += 1
 
     def reset(self, key_start: int | Tensor = 0) -> None:
-        """Forget all tokens and give their pages back; key_start is that of the next ones."""
+        """Forget all tokens and give their pages back; ``key_start`` is the position of the next first token."""
         super().reset(key_start)
         self._block_table.fill_(-1)
         self._dropped.zero_()

@@ -1,4 +1,4 @@
-"""What the programs of ``python -m logpe`` share: exit statuses, types of options, and how errors are shown."""
+"""Shared by all programs of ``python -m logpe``: exit statuses, option types, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 
 from logpe.files import Busy
 
-#: Exit status of a program that stopped because its --minutes are over: the same command goes on (EX_TEMPFAIL).
+#: Exit status of a program that stopped after its --minutes (EX_TEMPFAIL). The same command goes on from there.
 TIME_IS_OVER = 75
 #: Exit status of a program that Ctrl-C or SIGTERM stopped.
 STOPPED = 130
-#: Of an option, a file or a folder that cannot be used.
+#: Exit status of a program that was given an option, a file or a folder that cannot be used.
 BAD_USE = 2
-#: For the help of every program.
+#: What the help of every program says about exit statuses.
 STATUSES = f"""exit status:
   0 done; {BAD_USE} an option, file or folder cannot be used, and the message says which;
   {TIME_IS_OVER} the time of --minutes is over: the same command goes on; {STOPPED} stopped by Ctrl-C or SIGTERM;
@@ -34,12 +34,12 @@ With LOGPE_DEBUG=1 in the environment, the traceback of an error stands above it
 
 
 def run(name: str, program: Callable[[], int]) -> int:
-    """Return the exit status of ``program``: what it returns, or the one for what it raises, after one line about it.
+    """Run ``program`` and return its exit status; for an error that the user can mend, print one line first.
 
-    OSError, ValueError, FloatingPointError and Busy are about what the user gave, and so is the lack of memory. Any
-    other error is a fault of the program, and raised. LOGPE_DEBUG=1 tells where an error comes from.
+    These are OSError, ValueError, FloatingPointError, Busy, and too little memory. Any other error is a fault of the
+    program, and is raised. With LOGPE_DEBUG=1, a traceback shows where an error comes from.
     """
-    for stream in ("stdout", "stderr"):  # a program may be started without them
+    for stream in ("stdout", "stderr"):  # a program may be started without these
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     try:
@@ -50,19 +50,19 @@ def run(name: str, program: Callable[[], int]) -> int:
         return STOPPED
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         return 1
     except (OSError, ValueError, FloatingPointError, Busy) as error:
         return _refuse(name, describe(error))
     except (MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not lacking:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
         return _refuse(name, f"out of memory: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _refuse(name: str, message: str) -> int:
-    """Print the message of the error in hand; returns the exit status."""
+    """Print the message of the error that is being handled, and return the exit status."""
     if os.environ.get("LOGPE_DEBUG", "0") != "0":
         traceback.print_exc()
     print(f"{name}: {message}", file=sys.stderr)
@@ -70,7 +70,7 @@ def _refuse(name: str, message: str) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """One error as a message: the file first, where there is one."""
+    """Return an error as a message, which starts with the file if there is one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
@@ -78,8 +78,8 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that locks and temporary files are given up."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """Let SIGTERM raise KeyboardInterrupt, so that locks are released and temporary files removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
         yield
         return
 
@@ -94,7 +94,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def count(argument: str) -> int:
-    """A type for argparse: a whole number of at least 1."""
+    """Parse a whole number of at least 1, as a type for argparse."""
     value = int(argument)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -102,7 +102,7 @@ def count(argument: str) -> int:
 
 
 def minutes(argument: str) -> float:
-    """A type for argparse: a time, at least 0."""
+    """Parse a time of at least 0, as a type for argparse."""
     value = float(argument)
     if math.isnan(value) or value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
@@ -110,7 +110,7 @@ def minutes(argument: str) -> float:
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device of ``--device``, ``auto`` included. Raises ValueError where nothing can be computed on it."""
+    """Return the device that ``--device`` names, which may be ``auto``. Raises ValueError if it cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -120,6 +120,6 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without this device
         raise ValueError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
     return device

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, files of tensors, and the lock on a folder that a program writes to."""
+"""Atomic writes, files of tensors, and the lock on a folder that a program writes to."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Busy(RuntimeError):
 def locked(folder: Path, name: str = "") -> Iterator[None]:
     """Keep other processes from writing to ``folder``, or only to ``name`` in it, while the context lasts.
 
-    The lock is the file ``.lock``, or ``.name.lock``, in the folder, which stays there. It is free as soon as the
-    process that holds it has ended, however it ended.
+    The lock is the file ``.lock``, or ``.name.lock``, in the folder. The file stays there, and is unlocked as soon as
+    the process that holds the lock has ended, however it ended.
 
     Args:
-        folder: made where it does not exist.
+        folder: created if it does not exist.
 
     Raises:
         Busy: another process, or another context of this one, holds the lock.
@@ -43,7 +43,7 @@ def locked(folder: Path, name: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that is raised inside, such as that of a full disk, name ``path`` if it names no file."""
+    """Make an OSError that is raised inside name ``path`` if it names no file, as that of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -53,14 +53,21 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at ``path`` is either the old one or the whole new one, on the disk. Raises OSError that names it."""
+    """Replace the file at ``path`` atomically: on the disk is the old one, or the whole new one.
+
+    Args:
+        write: writes the new file to the path it is given.
+
+    Raises:
+        OSError: names the file.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         try:
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)
-        except Exception:  # it may fill the disk
+        except Exception:  # do not leave behind what may fill the disk
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
@@ -68,7 +75,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file of safetensors. Raises OSError."""
+    """Write ``tensors``, by name, to a file of safetensors. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -79,7 +86,7 @@ def save_tensors(tensors: Any, path: Path, metadata: dict[str, str] | None = Non
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError where it is damaged."""
+    """Return the tensors of a file of safetensors by name. Raises OSError, and ValueError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -90,7 +97,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk (Windows knows no way for a folder)."""
+    """Wait until the file or folder is on the disk. On Windows, which cannot do this for a folder, do nothing."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,7 @@
-"""``nn.MultiheadAttention`` with a log position, and the swap of one for the other inside a model."""
+"""``nn.MultiheadAttention`` with a log position, and the swap of one for the other inside a model.
+
+As in torch, L is the number of queries and S the number of keys of a sequence: Nq and Nk elsewhere in logpe.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,24 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import Options
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 
-from logpe import reference
-from logpe.attention import _per_batch, _resolve_dropout, _resolve_start, log_attention
-from logpe.position import LogPosition, plain_bool, plain_float, plain_int, refuse_scripting
+from logpe import checks, reference
+from logpe.attention import log_attention
+from logpe.checks import plain_bool, plain_float, plain_int
+from logpe.position import LogPosition, refuse_scripting
+from logpe.reference import PositionValues
 
 _warned: set[str] = set()
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its weight: under autocast, that of queries and keys is lower."""
+    """RMSNorm in the precision of its weight, which autocast does not lower as it lowers queries and keys."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., head_dim) -> as x."""
+        """Return x (..., head_dim) normalised over its last dimension, in the dtype of x."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
@@ -32,34 +38,33 @@ class LogAttention(nn.MultiheadAttention):
     """Multi-head attention with a log position: a drop-in for ``nn.MultiheadAttention``.
 
     The arguments up to ``dtype`` are those of ``nn.MultiheadAttention``, and so are the initialisation and the
-    names of the weights. With ``position="none"`` or None the results are its own, to rounding.
+    names of the weights. With ``position="none"`` or None it computes the same results, up to rounding.
 
-    Two paths, one result. The kernel serves ``need_weights=False`` with any ``key_padding_mask`` and with
-    ``is_causal=True``. What it cannot serve takes the exact eager path, which holds (B, H, L, S) tensors, and
-    warns about it once per process and reason: ``need_weights=True`` (the default, as in
-    ``nn.MultiheadAttention``), an ``attn_mask`` without ``is_causal``, a mask that requires a gradient. Both
-    drop the same weights for the same random state.
+    There are two paths to one result. The kernel serves ``need_weights=False`` with any ``key_padding_mask`` and with
+    ``is_causal=True``. Everything else takes the exact eager path, which holds (B, num_heads, L, S) tensors, and warns
+    once per process and reason: ``need_weights=True`` (the default, as in ``nn.MultiheadAttention``), an ``attn_mask``
+    without ``is_causal``, a mask that requires a gradient. Both paths drop the same weights for the same random state.
 
     Args:
-        position: a preset name (see :class:`LogPosition`), a LogPosition built for these heads, which may be
-            shared by many layers, or None. It is the submodule ``position``, float32 in any dtype of the rest.
-        num_kv_heads: heads of keys and values, a divisor of ``num_heads`` (the default). With fewer,
-            ``in_proj_weight`` has embed_dim + 2 * num_kv_heads * head_dim rows, and likewise the other weights
-            of keys and values.
-        qk_norm: normalise q and k over head_dim (``nn.RMSNorm``, submodules ``q_norm`` and ``k_norm``).
-            Scale-invariant attention (preset ``log-invariant``) assumes logits of unit variance: switch it on
-            there, unless the model ensures them in another way.
+        position: a preset name (see :class:`LogPosition`), a LogPosition built for these heads, which many layers
+            may share, or None. It becomes the submodule ``position``, in float32 whatever the dtype of the rest.
+        num_kv_heads: heads of keys and values, a divisor of ``num_heads``, which is the default. With fewer,
+            ``in_proj_weight`` has embed_dim + 2 * num_kv_heads * head_dim rows; the other weights of keys and values
+            shrink alike.
+        qk_norm: normalise q and k over head_dim, by ``nn.RMSNorm`` in the submodules ``q_norm`` and ``k_norm``.
+            Scale-invariant attention (preset ``log-invariant``) assumes logits of unit variance: switch it on there,
+            unless the model ensures them in another way.
         position_options: more keywords for the LogPosition that a preset name builds, such as
             ``{"query_gain": True}``.
 
     ``add_bias_kv`` and ``add_zero_attn`` append keys that have no position: they need ``position=None``.
 
-    The attribute ``query_start`` (None) is what ``forward`` takes where it is given none; set it to 0 for
-    cross-attention whose queries and keys share an axis.
+    ``forward`` falls back on the attribute ``query_start``, which is None. Set it to 0 for cross-attention whose
+    queries and keys share an axis.
 
-    Loading a state_dict: a ``nn.MultiheadAttention``'s loads strictly. A part that it does not mention at all
-    (no ``position.*`` entry, or neither ``q_norm.*`` nor ``k_norm.*``) keeps its present values; a part that it
-    mentions must be complete. The other way round, drop those entries.
+    The state_dict of a ``nn.MultiheadAttention`` loads strictly. A part without any entry in it (``position.*``, or
+    ``q_norm.*`` and ``k_norm.*``) keeps its present values; a part with some entries must be complete. For the way
+    back, drop these entries.
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
@@ -103,24 +108,24 @@ class LogAttention(nn.MultiheadAttention):
         )
         if num_kv_heads != num_heads:
             self._shrink_kv(num_kv_heads * self.head_dim)
-            self._qkv_same_embed_dim = False  # not as those who read it take it: 3 * embed_dim rows in one weight
+            self._qkv_same_embed_dim = False  # it would promise one weight of 3 * embed_dim rows
         self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm)
 
     @classmethod
     def _from_plain(cls, plain: nn.MultiheadAttention, position: LogPosition | None, qk_norm: bool) -> LogAttention:
-        """``plain`` as a LogAttention that holds the very same parameters, output projection and hooks."""
+        """Return a LogAttention that holds the very parameters, output projection and hooks of ``plain``."""
         attention = cls.__new__(cls)
         attention.__dict__.update(plain.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             attention.__dict__[name] = copy.copy(plain.__dict__[name])
         attention.__dict__.pop("_compiled_call_impl", None)
-        if not plain._forward_pre_hooks:  # or one more would keep ``plain`` from fused inference
+        if not plain._forward_pre_hooks:  # a shared dict would put our hook on ``plain``, too: no fused inference
             attention._forward_pre_hooks = OrderedDict()
         attention._extend(plain.num_heads, position, qk_norm)
         return attention
 
     def _extend(self, num_kv_heads: int, position: LogPosition | None, qk_norm: bool) -> None:
-        """What a ``nn.MultiheadAttention`` lacks."""
+        """Add what a ``nn.MultiheadAttention`` lacks."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if position is not None and position.parts and (self.bias_k is not None or self.add_zero_attn):
@@ -141,18 +146,18 @@ class LogAttention(nn.MultiheadAttention):
         self._keep_forward()
 
     def _keep_forward(self) -> None:
-        """Keep fused inference, which skips forward() and so the position, away: it leaves modules with hooks alone."""
+        """Keep fused inference away: it would skip forward(), and so the position, but spares modules with hooks."""
         if _nothing not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_nothing)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         same = self.kdim == self.vdim == self.embed_dim and self.num_kv_heads == self.num_heads
-        self._qkv_same_embed_dim = same  # pickled before, it was always False
+        self._qkv_same_embed_dim = same  # older pickles always have False
         self._keep_forward()
 
     def merge_masks(self, *args: Any) -> NoReturn:
-        """Raise RuntimeError: only fused inference asks, and it would leave the position out."""
+        """Raise RuntimeError: only fused inference calls this, and it would leave the position out."""
         raise RuntimeError(
             "fused inference would leave out the position of a LogAttention whose forward pre-hooks were cleared: call "
             "torch.backends.mha.set_fastpath_enabled(False)"
@@ -176,14 +181,14 @@ class LogAttention(nn.MultiheadAttention):
         self._reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as ``nn.MultiheadAttention`` does (called by deferred initialisation from the meta device)."""
+        """Initialise as ``nn.MultiheadAttention`` does. Deferred initialisation from the meta device calls this."""
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        told = self._qkv_same_embed_dim  # from which the parent's concludes whether the weights are packed
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        same = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None  # what the parent's method takes it to mean
         super()._reset_parameters()
-        self._qkv_same_embed_dim = told
+        self._qkv_same_embed_dim = same
 
     def forward(
         self,
@@ -199,27 +204,28 @@ class LogAttention(nn.MultiheadAttention):
         query_start: int | Tensor | None = None,
         key_start: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output and weights, as ``nn.MultiheadAttention.forward``.
+        """Return the attention output and weights, as ``nn.MultiheadAttention.forward`` does.
 
         Args:
             query: (L, B, embed_dim), or (B, L, embed_dim) with ``batch_first``, or unbatched (L, embed_dim).
             key, value: the same with S, kdim and vdim.
-            key_padding_mask: (B, S), unbatched (S,). Bool: True hides the key; floating: added to the logits.
+            key_padding_mask: (B, S), unbatched (S,). Bool, where True hides the key, or floating and added to the
+                logits.
             need_weights: also return the weights, on the slow path.
-            attn_mask: (L, S) or (B * num_heads, L, S). Bool: True hides; floating: added to the logits.
+            attn_mask: (L, S) or (B * num_heads, L, S). Bool, where True hides, or floating and added to the logits.
             average_attn_weights: average the weights over the heads.
-            is_causal: hide the keys after each query, the first query aligned with the first key (top-left, as
-                in ``nn.MultiheadAttention``; ``query_start`` moves it). Given together with an ``attn_mask`` it
-                is the hint that this is the causal mask: the mask itself is read only with ``need_weights``, or
-                where it requires a gradient.
-            query_start, key_start: position of the first query and the first key, an int or an int tensor
-                (B,); negative positions do not exist. By default keys start at 0 and queries where the keys do,
-                which would be a guess where L != S without ``is_causal``: required there, with a position.
+            is_causal: hide the keys after each query. The first query is aligned with the first key (top-left, as in
+                ``nn.MultiheadAttention``), unless ``query_start`` moves it. Together with an ``attn_mask`` it is the
+                hint that this is the causal mask, which is then read only with ``need_weights``, or if it requires a
+                gradient.
+            query_start, key_start: position of the first query and of the first key, an int or an int tensor (B,).
+                Negative positions do not exist. By default keys start at 0, and queries where the keys do. Where
+                L != S without ``is_causal`` that would be a guess: with a position, query_start is then required.
 
         Returns:
-            output: like query. weights: (B, L, S), or (B, num_heads, L, S) without ``average_attn_weights``,
-            after dropout; None without ``need_weights``. A query that may see no key has zero weights, and its
-            output is the bias of the output projection (``nn.MultiheadAttention`` returns NaN).
+            output: like query. weights: (B, L, S), or (B, num_heads, L, S) without ``average_attn_weights``, after
+            dropout; None without ``need_weights``. A query that may see no key has zero weights, and its output is
+            the bias of the output projection, where ``nn.MultiheadAttention`` returns NaN.
 
         Raises:
             TypeError, ValueError: a bad argument, named, with its value and what is allowed.
@@ -230,22 +236,22 @@ class LogAttention(nn.MultiheadAttention):
                                average_attn_weights=average_attn_weights, is_causal=is_causal,
                                query_start=query_start, key_start=key_start)  # fmt: skip
                 return self._leaf(x, (query, key, value), options)
-        alone = query is key and key is value and attn_mask is None and key_padding_mask is None
-        if query.is_nested and alone and self.batch_first and query.layout == torch.strided:
+        unmasked_self_attention = query is key and key is value and attn_mask is None and key_padding_mask is None
+        if query.is_nested and unmasked_self_attention and self.batch_first and query.layout == torch.strided:
             return self._attend_nested(query, need_weights, average_attn_weights, is_causal, query_start, key_start)
         length, source, batch = self._check_inputs(query, key, value, key_padding_mask)
         q, k, v = self._project(query, key, value)
         if query.dim() == 2 and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
 
-        appended = self.bias_k is not None or self.add_zero_attn
-        hint = is_causal and not need_weights and not _is_learned(attn_mask)
-        if hint and not (appended and key_padding_mask is not None):
+        appends_keys = self.bias_k is not None or self.add_zero_attn
+        is_hint = is_causal and not need_weights and not _requires_grad(attn_mask)
+        if is_hint and not (appends_keys and key_padding_mask is not None):
             attn_mask = None
         if attn_mask is not None:
             _check_mask("attn_mask", attn_mask, ((length, source), (batch * self.num_heads, length, source)))
             attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
-        if appended:  # seen through every mask, but behind all queries for is_causal, as in torch
+        if appends_keys:  # no mask hides them, but is_causal takes them to follow all queries, as in torch
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
             pad = (0, k.shape[2] - source)
             key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, pad)
@@ -266,8 +272,8 @@ class LogAttention(nn.MultiheadAttention):
             query_start = key_start
         context_length: int | Tensor | None = None
         if position is not None and "alpha" in position.parts and not is_causal:
-            # n of the query gain is then the number of keys, and padding must not count
-            context_length = key_start + (source if key_padding_mask is None else _shown(key_padding_mask).sum(-1))
+            # n of the query gain is the number of keys, and padding must not count.
+            context_length = key_start + (source if key_padding_mask is None else _visible(key_padding_mask).sum(-1))
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -283,7 +289,7 @@ class LogAttention(nn.MultiheadAttention):
         else:
             key_mask = key_padding_mask
             if key_mask is not None:
-                key_mask = _shown(key_mask) if key_mask.dtype == torch.bool else key_mask.detach()
+                key_mask = _visible(key_mask) if key_mask.dtype == torch.bool else key_mask.detach()
             out = log_attention(
                 q,
                 k,
@@ -306,14 +312,14 @@ class LogAttention(nn.MultiheadAttention):
         return self.out_proj(out), weights
 
     def _leaf(self, proxy: Proxy, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """One node in a graph of torch.fx, as ``nn.MultiheadAttention`` is, which torch.fx knows by its name."""
+        """Return one node for a graph of torch.fx, which knows ``nn.MultiheadAttention`` as a leaf by its name."""
         tracer: Any = proxy.tracer
         if not (path := tracer.path_of_module(self)):
             raise TraceError("torch.fx cannot trace LogAttention itself: trace a model that holds it")
         return tracer.create_proxy("call_module", path, inputs, options)
 
     def _attend_nested(self, x: Tensor, *options: Any) -> tuple[Tensor, Tensor | None]:
-        """Self-attention to a nested tensor, which nn.TransformerEncoder makes of a padded batch in evaluation."""
+        """Attend within a nested tensor, which nn.TransformerEncoder makes of a padded batch in evaluation."""
         need_weights, average_attn_weights, is_causal, query_start, key_start = options
         sequences = x.unbind()
         padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
@@ -345,36 +351,38 @@ class LogAttention(nn.MultiheadAttention):
         context_length: int | Tensor | None,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        """The definition itself: any mask, and the weights (B, H, L, S) in the dtype of q."""
+        """Run the definition, with any mask; return out and the weights (B, num_heads, L, S) in the dtype of q."""
         batch = q.shape[0]
-        key_start, key_starts = _resolve_start("key_start", key_start, batch, q)
-        query_start, query_starts = _resolve_start("query_start", query_start, batch, q)
+        key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q)
+        query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q)
+        context_lengths = None
+        if context_length is not None:
+            context_lengths = checks.per_sequence("context_length", context_length, batch, q)
         key_bias = key_padding_mask
         if key_bias is not None and key_bias.dtype == torch.bool:
             key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
-        out, _, weights = reference.attention(
-            q,
-            k,
-            v,
-            None if self.position is None else self.position(q.device),
+        dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, None, q)
+        values = PositionValues() if self.position is None else self.position(q.device)
+        options = Options(
+            **values._asdict(),
             query_start=query_start,
             query_starts=query_starts,
             key_start=key_start,
             key_starts=key_starts,
             key_bias=key_bias,
-            context_lengths=None if context_length is None else _per_batch("context_length", context_length, batch, q),
+            context_lengths=context_lengths,
             window_right=0 if is_causal and attn_mask is None else None,
             scale=self.head_dim**-0.5,
-            attn_mask=attn_mask,
-            return_weights=True,
-            **_resolve_dropout(dropout_p, None, q),
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
         )
+        out, _, weights = reference.attention(q, k, v, options, attn_mask=attn_mask, return_weights=True)
         return out, weights.to(q.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, S, head_dim); views, not copies."""
+        """Return q (B, num_heads, L, head_dim), and k and v (B, num_kv_heads, S, head_dim): views, not copies."""
         kv_dim = self.num_kv_heads * self.head_dim
         sizes = [self.embed_dim, kv_dim, kv_dim]
         packed, bias = self.in_proj_weight, self.in_proj_bias
@@ -403,16 +411,16 @@ class LogAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Keys or values (B, H, S, D) with the learned one and the zero one behind them."""
-        more = [] if bias is None else [bias.to(x.dtype).view(1, -1, 1, self.head_dim)]
+        """Append the learned key or value, and that of zeros, to x (B, num_kv_heads, S, head_dim)."""
+        appended = [] if bias is None else [bias.to(x.dtype).view(1, -1, 1, self.head_dim)]
         if self.add_zero_attn:
-            more.append(x.new_zeros(1, 1, 1, 1))
-        return torch.cat([x, *(m.expand(*x.shape[:2], 1, self.head_dim) for m in more)], dim=2)
+            appended.append(x.new_zeros(1, 1, 1, 1))
+        return torch.cat([x, *(row.expand(*x.shape[:2], 1, self.head_dim) for row in appended)], dim=2)
 
     def _check_inputs(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
     ) -> tuple[int, int, int]:
-        """L, S and B (1 if unbatched)."""
+        """Return L, S and B, which is 1 if unbatched."""
         inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         for name, x, size in inputs:
             if x.is_nested:
@@ -450,7 +458,7 @@ class LogAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """The settings, for print(model)."""
+        """Return the settings, for print(model)."""
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
         if self.num_kv_heads != self.num_heads:
             text += f", num_kv_heads={self.num_kv_heads}"
@@ -468,72 +476,72 @@ def replace_attention(
 ) -> int:
     """Swap every ``nn.MultiheadAttention`` inside ``model`` for a :class:`LogAttention`, in place.
 
-    The parameters are the same objects as before (optimisers, tied and frozen weights go on), and so are dtype,
-    device, dropout, mode and hooks. A module that the model holds twice is swapped once. Each
+    The parameters stay the same objects, so that optimisers, tied weights and frozen weights go on. Dtype, device,
+    dropout, mode and hooks stay, too. A module that the model holds twice is swapped once. Each
     ``nn.TransformerEncoder`` around a swapped layer stops making nested tensors, which each layer would pad anew.
-    Other subclasses of ``nn.MultiheadAttention``, quantised ones among them, have a forward of their own: they
-    are left alone, with a warning.
+    Other subclasses of ``nn.MultiheadAttention``, such as quantised ones, have a forward of their own: they are left
+    alone, with a warning.
 
     Args:
         model: what holds the attention modules.
         position: for self-attention: a preset name, a LogPosition, or None.
-        cross_attention_position: the same for cross-attention, None by default: its queries and keys stand on
-            two different axes. Asked for, both axes start at 0 (the attribute ``query_start``). Cross-attention
-            is a module with a kdim or vdim of its own, one with "cross" in its name, or one beside a
-            ``self_attn``, as ``multihead_attn`` of ``nn.TransformerDecoderLayer``.
-        share_position: one set of position parameters for all layers (one per kind, shape and device) rather
-            than one for each. A LogPosition given is then used itself, else copied.
+        cross_attention_position: the same for cross-attention. None by default, for its queries and keys stand on two
+            different axes. With a position, both axes start at 0 (the attribute ``query_start``). A module counts as
+            cross-attention if it has a kdim or vdim of its own, if "cross" is in its name, or if it stands beside a
+            ``self_attn``, like ``multihead_attn`` of ``nn.TransformerDecoderLayer``.
+        share_position: share one set of position parameters among all layers of the same use (self or cross), shape
+            and device. A given LogPosition is then used itself; otherwise each layer gets a copy.
         qk_norm, position_options: see :class:`LogAttention`.
 
     Returns:
-        The number of modules swapped; 0 also warns.
+        The number of swapped modules. 0 comes with a warning.
 
     Raises:
-        TypeError, ValueError: a bad argument, or a module that a LogAttention cannot replace; nothing is
-            swapped then.
+        TypeError, ValueError: a bad argument, or a module that a LogAttention cannot replace. Nothing is swapped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a nn.Module, got {type(model).__name__}")
-    itself = isinstance(model, nn.MultiheadAttention)
-    if itself:
+    if isinstance(model, nn.MultiheadAttention):
         raise ValueError(
             f"model must hold attention modules, got {type(model).__name__} itself: construct a LogAttention in "
             "its place and load its state_dict"
         )
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
-    found = [place for place in found if isinstance(place[2], nn.MultiheadAttention)]
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, nn.MultiheadAttention)
+    ]
     shared: dict[Any, LogPosition | None] = {}
     swapped: dict[nn.Module, LogAttention] = {}
-    left = set()
-    for parent, name, plain in found:
+    left_alone = set()
+    for parent, name, plain in places:
         if type(plain) is not nn.MultiheadAttention:
             if not isinstance(plain, LogAttention):
-                left.add(type(plain).__name__)
+                left_alone.add(type(plain).__name__)
             continue
         if plain in swapped:
             continue
         cross = _is_cross_attention(parent, name, plain)
         chosen = cross_attention_position if cross else position
-        kind = (cross, plain.num_heads, plain.head_dim, plain.out_proj.weight.device)
-        if not share_position:
-            if isinstance(chosen, LogPosition):
-                chosen = copy.deepcopy(chosen)
-            made = _make_position(chosen, plain, position_options)
+        if share_position:
+            shared_by = (cross, plain.num_heads, plain.head_dim, plain.out_proj.weight.device)
+            if shared_by not in shared:
+                shared[shared_by] = _make_position(chosen, plain, position_options)
+            made = shared[shared_by]
         else:
-            if kind not in shared:
-                shared[kind] = _make_position(chosen, plain, position_options)
-            made = shared[kind]
+            made = _make_position(copy.deepcopy(chosen), plain, position_options)
         swapped[plain] = LogAttention._from_plain(plain, made, qk_norm)
         if cross and made is not None:
             swapped[plain].query_start = 0
-    for parent, name, plain in found:
+    for parent, name, plain in places:
         if plain in swapped:
             setattr(parent, name, swapped[plain])
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LogAttention) for m in module.modules()):
             module.enable_nested_tensor = module.use_nested_tensor = False
-    if left or not swapped:
-        note = f"; left alone: {', '.join(sorted(left))}" if left else ""
+    if left_alone or not swapped:
+        note = f"; left alone: {', '.join(sorted(left_alone))}" if left_alone else ""
         warnings.warn(f"replace_attention swapped {len(swapped)} nn.MultiheadAttention modules{note}", stacklevel=2)
     return len(swapped)
 
@@ -547,7 +555,7 @@ def _is_cross_attention(parent: nn.Module, name: str, module: nn.MultiheadAttent
 def _make_position(
     position: str | LogPosition | None, module: nn.MultiheadAttention, options: Mapping[str, Any] | None
 ) -> LogPosition | None:
-    """``position`` for ``module``, on its device and in its mode; None if there is nothing to it."""
+    """Return the position of ``module``, on its device and in its mode; None if a preset has no parts."""
     heads, head_dim, device = module.num_heads, module.head_dim, module.out_proj.weight.device
     if isinstance(position, str):
         made = LogPosition(heads, head_dim, position, device=device, **(options or {})).train(module.training)
@@ -567,26 +575,26 @@ def _make_position(
 
 
 def _nothing(module: nn.Module, inputs: Any) -> None:
-    """A hook that does nothing, see LogAttention._keep_forward."""
+    """Do nothing, as the hook of LogAttention._keep_forward. Pickled models know it by this name."""
 
 
-def _shown(key_padding_mask: Tensor) -> Tensor:
-    """Bool: the keys that the mask does not hide."""
+def _visible(key_padding_mask: Tensor) -> Tensor:
+    """Return which keys the mask does not hide, bool."""
     return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != -torch.inf
 
 
 def _why_slow(key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Tensor | None) -> str | None:
-    """What the kernel cannot serve; None if it can."""
+    """Return what the kernel cannot serve, or None if it can serve all."""
     if need_weights:
         return "need_weights=True (say need_weights=False where the weights are not used)"
-    if _is_learned(attn_mask) or _is_learned(key_padding_mask):
+    if _requires_grad(attn_mask) or _requires_grad(key_padding_mask):
         return "a mask that requires a gradient"
     if attn_mask is not None:
         return "an arbitrary attn_mask (say is_causal=True for a causal one, key_padding_mask for padding)"
     return None
 
 
-def _is_learned(mask: Tensor | None) -> bool:
+def _requires_grad(mask: Tensor | None) -> bool:
     return mask is not None and mask.requires_grad and torch.is_grad_enabled()
 
 

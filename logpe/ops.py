@@ -3,61 +3,31 @@
 Beside it ``torch.ops.logpe.rotate``, which turns queries and keys once, for a cache.
 
 CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to :mod:`logpe.blocked`, or to the Triton
-kernels under Triton's interpreter where ``backend="triton"`` asks for them. Both take the same keywords.
+kernels under Triton's interpreter where ``backend="triton"`` asks for them.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
-from types import ModuleType
-from typing import Any, NoReturn
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn, get_type_hints
 
 import torch
+from logpe_kernels.options import NUM_LEARNABLE, NUM_TENSORS, Options
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from logpe import reference
-from logpe.position import LEARNABLE_PARTS
 
-# One list says what the operator takes beside q, k, v; the schemas and the autograd function follow from it. It begins
-# with LEARNABLE_PARTS.
-OPTIONS = {
-    "power": "Tensor?",
-    "rate": "Tensor?",
-    "sharpness": "Tensor?",
-    "alpha": "Tensor?",
-    "theta": "Tensor?",
-    "query_starts": "Tensor?",
-    "key_starts": "Tensor?",
-    "key_lengths": "Tensor?",
-    "key_bias": "Tensor?",
-    "context_lengths": "Tensor?",
-    "block_table": "Tensor?",
-    "cu_seqlens_q": "Tensor?",
-    "cu_seqlens_k": "Tensor?",
-    "dropout_seed": "Tensor?",
-    "query_start": "SymInt",
-    "key_start": "SymInt",
-    "window_left": "SymInt?",
-    "window_right": "SymInt?",
-    "max_seqlen_q": "SymInt",
-    "max_seqlen_k": "SymInt",
-    "rotary_scale": "float",
-    "gain_length": "float",
-    "scale": "float",
-    "dropout_p": "float",
-}
-_TENSORS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")  # then these, then the scalars
 _PLAIN = (Tensor, torch.nn.Parameter)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
 _NO_TRANSFORM = (
     "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
     'they work with backend="reference", and in LogAttention with need_weights=True'
 )
-_SCALARS = tuple(name for name, kind in OPTIONS.items() if kind != "Tensor?")
-_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
+_TYPES = {Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float"}
+_SCHEMA = ", ".join(f"{_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())
 
 _library = torch.library.Library("logpe", "DEF")
 _library.define(f"attention(Tensor q, Tensor k, Tensor v, {_SCHEMA}, str backend) -> (Tensor, Tensor)")
@@ -87,46 +57,46 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _implementation(backend: str) -> ModuleType:
+def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the forward and the backward pass; imported here, so that logpe imports where there is no triton."""
     if backend == "blocked":
-        from logpe import blocked
+        from logpe.blocked import backward, forward
 
-        return blocked
-    import logpe_kernels  # here, so that logpe imports where there is no triton
+        return forward, backward
+    from logpe_kernels.backward import attention_backward
+    from logpe_kernels.forward import attention
 
-    return logpe_kernels
+    return attention, attention_backward
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
-) -> tuple[Tensor, Tensor]:
-    """The operator, with OPTIONS by name; those that are None may be left out of the scalars, and are of the tensors.
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """Run the operator.
 
     In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
     C++ and back, twice, takes longer than all the rest of a call's host time.
     """
-    if not q.is_meta and direct(q, k, v, tensors):
-        return run(q, k, v, tensors, scalars, backend)
-    return torch.ops.logpe.attention(q, k, v, *_in_order(tensors, scalars), backend)
+    if not q.is_meta and direct(q, k, v, *options[:NUM_TENSORS]):
+        return run(q, k, v, options, backend)
+    return torch.ops.logpe.attention(q, k, v, *options, backend)
 
 
-def direct(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor]) -> bool:
+def direct(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether these, which are on one device, are no subclasses or lazy views, and nobody wants to see operators."""
     if _observed() or type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
         return False
-    for x in tensors.values():
-        if type(x) not in _PLAIN:
+    for x in tensors:
+        if x is not None and type(x) not in _PLAIN:
             return False
     return not (_wrapped(q) or _wrapped(k) or _wrapped(v) or q.is_neg() or k.is_neg() or v.is_neg())
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
 ) -> tuple[Tensor, Tensor]:
-    """The operator for what is :func:`direct`. Among the scalars may be a kind, see logpe_kernels' Problem."""
+    """Run the operator on what is :func:`direct`. For ``kind`` see logpe_kernels' Problem."""
     if not torch.is_grad_enabled():
-        return _run(q, k, v, tensors, scalars, backend)
-    return _apply(q, k, v, tensors, scalars, backend, _run, *_learned(tensors))
+        return _run(q, k, v, options, backend, kind)
+    return _apply(q, k, v, options, backend, kind, _run, *options[:NUM_LEARNABLE])
 
 
 def _observed() -> bool:
@@ -140,28 +110,15 @@ def _observed() -> bool:
     )
 
 
-def _in_order(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> Iterable[Any]:
-    return map((tensors | scalars).get, OPTIONS)
-
-
-def _by_name(options: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The other way."""
-    tensors = {name: x for name, x in zip(_TENSORS, options, strict=False) if x is not None}
-    return tensors, dict(zip(_SCALARS, options[len(_TENSORS) :], strict=True))
-
-
-def _learned(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [x for name, x in tensors.items() if name in LEARNABLE_PARTS]
-
-
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
 ) -> tuple[Tensor, Tensor]:
-    forward = _implementation(backend).forward
+    forward, _ = _implementation(backend)
+    known = {} if kind is None else dict(kind=kind)
     if _is_elsewhere(q):
         with torch.cuda.device_of(q):
-            return forward(q, k, v, **tensors, **scalars)
-    return forward(q, k, v, **tensors, **scalars)
+            return forward(q, k, v, options, **known)
+    return forward(q, k, v, options, **known)
 
 
 def _is_elsewhere(q: Tensor) -> bool:
@@ -179,33 +136,33 @@ def _check_transforms() -> None:
 
 
 def _below_autograd(
-    q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Any], backend: str
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
 ) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.logpe.attention(q, k, v, *_in_order(tensors, scalars), backend)
+        return torch.ops.logpe.attention(q, k, v, *options, backend)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, backend = rest
-    return _run(q, k, v, *_by_name(options), backend)
+    return _run(q, k, v, Options(*options), backend)
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check_transforms()
-    *options, backend = rest
-    tensors, scalars = _by_name(options)
-    return _Attention.apply(q, k, v, tensors, scalars, backend, _below_autograd, *_learned(tensors))
+    *values, backend = rest
+    options = Options(*values)
+    return _Attention.apply(q, k, v, options, backend, None, _below_autograd, *options[:NUM_LEARNABLE])
 
 
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     *values, learned, backend = rest
-    options = dict(zip(OPTIONS, values, strict=True))
-    if options["block_table"] is not None:
+    options = Options(*values)
+    if options.block_table is not None:
         raise RuntimeError('attention over a block_table has no gradient, except with backend="reference"')
     with torch.cuda.device_of(q):
-        return _implementation(backend).backward(dout, dlse, q, k, v, out, lse, **options, learned=learned)
+        return _implementation(backend)[1](dout, dlse, q, k, v, out, lse, options, learned)
 
 
 def rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float) -> Tensor:
@@ -229,11 +186,11 @@ def _rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_
     out = torch.empty_like(x)
     if x.device.type == "cpu":
         return out.copy_(_rotate_eagerly(x, theta, starts, start, rotary_scale, inverse))
-    import logpe_kernels
+    from logpe_kernels import rotation
 
     theta = theta.contiguous()
     with torch.cuda.device_of(x):
-        return logpe_kernels.rotate(x, out, theta, rotary_scale, None, starts, start, x.shape[2], inverse)
+        return rotation.rotate(x, out, theta, rotary_scale, None, starts, start, x.shape[2], inverse)
 
 
 def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -248,7 +205,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    parameters, learned = rest[: len(LEARNABLE_PARTS)], rest[-2]
+    parameters, learned = rest[:NUM_LEARNABLE], rest[-2]
     pairs = zip(parameters, learned, strict=True)
     gradients = (torch.empty_like(p) if p is not None and want else None for p, want in pairs)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *gradients
@@ -263,15 +220,15 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        tensors: dict[str, Tensor],
-        scalars: dict[str, Any],
+        options: Options,
         backend: str,
+        kind: Hashable,
         run: Callable[..., tuple[Tensor, Tensor]],
-        *learned: Tensor,
+        *learned: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v, tensors, scalars, backend)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
-        ctx.rest = [*tensors], scalars, backend
+        out, lse = run(q, k, v, options, backend, kind)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:NUM_TENSORS])
+        ctx.rest = options[NUM_TENSORS:], backend
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -281,20 +238,16 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        names, scalars, backend = ctx.rest
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        numbers, backend = ctx.rest
         if dout is None:
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
-        present = [name for name in names if name in LEARNABLE_PARTS]
-        wanted = dict(zip(present, ctx.needs_input_grad[-len(present) :], strict=False))
         dq, dk, dv, *gradients = torch.ops.logpe.attention_backward(
-            dout, dlse, q, k, v, out, lse, *_in_order(dict(zip(names, saved, strict=True)), scalars),
-            [wanted.get(name, False) for name in LEARNABLE_PARTS], backend,
-        )  # fmt: skip
-        by_name = dict(zip(LEARNABLE_PARTS, gradients, strict=True))
-        return dq, dk, dv, None, None, None, None, *map(by_name.get, present)
+            dout, dlse, q, k, v, out, lse, *tensors, *numbers, ctx.needs_input_grad[-NUM_LEARNABLE:], backend
+        )
+        return dq, dk, dv, None, None, None, None, *gradients
 
 
 # Function.apply without its questions after functional transforms, which take 2 us: direct() has asked.

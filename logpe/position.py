@@ -1,22 +1,22 @@
-"""The learnable parts of a log position: what to install, how it starts, how it is stored.
+"""The module that owns a log position: its presets, its learnable parameters and their initial values.
 
-The formulas themselves live in :mod:`logpe.reference` (eager) and ``logpe_kernels.position`` (Triton).
+The formulas themselves stand in :mod:`logpe.reference` (eager) and ``logpe_kernels.position`` (Triton).
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor, nn
 
-from logpe.reference import device_of_angles, inverse_frequencies, log_map
+from logpe.checks import check_dense, check_number, plain_bool, plain_float, plain_int, plain_value
+from logpe.reference import PositionValues, device_of_angles, inverse_frequencies, log_map
 
 #: The parts that each preset switches on. ``query_gain=True`` adds alpha to any of them.
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
@@ -29,47 +29,24 @@ PRESET_PARTS: dict[str, tuple[str, ...]] = {
     "log-rotary-bias": ("power", "rate", "rotary"),
 }
 PRESETS = tuple(PRESET_PARTS)
-#: How a preset rotates, where its caller does not say: LogPosition's arguments.
+#: The arguments of LogPosition that shape the rotation, with their defaults, and the presets that have others.
 ROTATION = dict(rotary_scale=1.0, rotary_fraction=1.0, rotary_base=10000.0)
 PRESET_ROTATION = {"log-bias-rope": dict(rotary_scale=math.inf, rotary_fraction=0.5, rotary_base=30.0)}
-#: Of the first and of the last head; in between, powers grow geometrically.
+#: Initial powers of the first and the last head; in between they grow geometrically.
 INITIAL_POWERS = {"log-bias-rope": (1.0, 4.0), "log-invariant": (2.0, 2.0)}
 FULL_PRECISION = (torch.float32, torch.float64)
-LEARNABLE_PARTS = ("power", "rate", "sharpness", "alpha")
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)  # a union would be formed anew in each call
-
-
-class PositionValues(NamedTuple):
-    """A log position as the attention backends take it. A part that is None is absent.
-
-    power, rate, sharpness, alpha: float32 (num_heads,), positive. A power without a rate counts distances as they are,
-    per token, not their log. theta: float64 (planes,), the angle of
-    each rotated plane per unit of f_c. rotary_scale: c of f_c, in tokens. gain_length: n0, in tokens.
-    """
-
-    power: Tensor | None = None
-    rate: Tensor | None = None
-    sharpness: Tensor | None = None
-    alpha: Tensor | None = None
-    theta: Tensor | None = None
-    rotary_scale: float = 1.0
-    gain_length: float = 512.0
-
-    def unrotated(self) -> PositionValues:
-        """The same without the rotation: for queries and keys that :func:`logpe.rotate` has turned."""
-        return self._replace(theta=None)
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """The raw parameter whose softplus is ``value`` > 0."""
+    """Return the raw parameter whose softplus is ``value`` > 0."""
     return value + torch.log(-torch.expm1(-value))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
     """Return the slopes of ALiBi (Press et al., 2022) for any number of heads.
 
-    For a power of two they fall geometrically from 2^(-8 / num_heads) to 2^-8; otherwise those of the next lower power
-    of two come first, and every second one of the next higher follows.
+    For a power of two they fall geometrically from 2^(-8 / num_heads) to 2^-8. For any other number, the slopes of the
+    next lower power of two come first, and every second slope of the next higher one follows.
     """
     power_of_two = 2 ** (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (h + 1) / power_of_two) for h in range(power_of_two)]
@@ -78,7 +55,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def mapped(raw: Tensor | None) -> Tensor | None:
-    """The positive value that a raw parameter stands for."""
+    """Return the positive value that a raw parameter stands for, its softplus in full precision."""
     if raw is None:
         return None
     # A sharding wrapper may hand out a half-precision copy of the parameter.
@@ -86,77 +63,15 @@ def mapped(raw: Tensor | None) -> Tensor | None:
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
-    """Raise RuntimeError: what torch.jit.script calls on a module first, as ``__prepare_scriptable__``."""
+    """Raise RuntimeError. As ``__prepare_scriptable__`` of a module, this is what torch.jit.script calls first."""
     raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.compile or torch.export")
 
 
 # --- options as plain values, which every file format can hold ------------------------------------------------------
 
 
-def _unwrapped(value: Any) -> Any:
-    """NumPy's scalars, and tensors of no dimensions, as Python's; all else as it is."""
-    return value.item() if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False) else value
-
-
-def plain_int(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1: an int, one of NumPy's, or a tensor of one.
-
-    Raises TypeError or ValueError by ``name``.
-    """
-    try:
-        boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-        plain = None if boolean else operator.index(value)
-    except TypeError:
-        plain = None
-    if plain is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if plain < 1:
-        raise ValueError(f"{name} must be at least 1, got {plain}")
-    return plain
-
-
-def check_number(name: str, value: Any, instead: str = "") -> float:
-    """A number, NumPy's and a compiler's symbols included, as a float; inf where it is beyond the range of one.
-
-    Raises TypeError by ``name``. It refuses tensors too, which would be cut off from their gradients, and then adds
-    ``instead`` to the message.
-    """
-    if type(value) is float:
-        return value
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}{instead}")
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def plain_float(name: str, value: Any) -> float:
-    """``value`` as a float: a number, one of NumPy's, or a tensor of one without a gradient.
-
-    Raises TypeError by ``name``, and ValueError for one beyond all floats.
-    """
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} must be a number, which is not learned, got a tensor that requires a gradient")
-    plain = _unwrapped(value)
-    number = check_number(name, plain)
-    if math.isinf(number) and not isinstance(plain, float):
-        raise ValueError(f"{name} must be at most {sys.float_info.max}, got a number beyond it")
-    return number
-
-
-def plain_bool(name: str, value: Any) -> bool:
-    """``value`` as a bool: one, one of NumPy's, or a tensor of one. Raises TypeError by ``name``."""
-    plain = _unwrapped(value)
-    if not isinstance(plain, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return plain
-
-
 def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
-    value = _unwrapped(value)
+    value = plain_value(value)
     if isinstance(value, bool):
         return value
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
@@ -168,9 +83,9 @@ def _plain_learnable(value: Any) -> bool | tuple[str, ...]:
 
 
 def plain_options(**options: Any) -> dict[str, Any]:
-    """The same options of a :class:`LogPosition`, as bool, int, float, str and tuple: JSON can hold them.
+    """Return options of a :class:`LogPosition` as bool, int, float, str and tuple, which JSON can hold.
 
-    Raises TypeError or ValueError for one that is out of range, named. Options of another name stay as they are.
+    Raises TypeError or ValueError that names an option out of range. Options of any other name stay as they are.
     """
     plain: dict[str, Any] = {}
     for name, value in options.items():
@@ -198,47 +113,48 @@ def plain_options(**options: Any) -> dict[str, Any]:
 
 
 class LogPosition(nn.Module):
-    """The position of one attention layer (or of many that share it): per-head parameters and fixed angles.
+    """The position of one attention layer, or of many that share it: parameters for each head, and fixed angles.
 
     Args:
-        num_heads: query heads.
-        head_dim: size of one head; the rotation turns its first ``rotary_fraction``.
+        num_heads: query heads, Hq.
+        head_dim: size of one head, D.
         preset: one of :data:`PRESETS`.
 
             * ``none``: no position at all; the fair baseline.
-            * ``alibi``: -power * d, ALiBi (Press et al., 2022): what ``log-bias`` tends to as its rate falls. power
+            * ``alibi``: -power * d, ALiBi (Press et al., 2022), to which ``log-bias`` tends as its rate falls. power
               starts as the paper's slopes, and ``learnable=False`` keeps them.
-            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there,
-              but power from 1/2 to 4 over the heads where KERPLE draws from U(0, 2): most heads look near, which
-              predicts better at any length, and some look far.
-            * ``log-bias-rope``: the bias, whose powers start from 1 to 4, so that no head spreads its attention
-              over ever more keys; and ordinary rotary embedding on half of each head, with periods of 6 to at most
-              190 tokens, which tell order, and which a model that was trained on windows as long has all seen. The
-              default: the best one measured, in language models, translation and generation
-              (bench/EXTRAPOLATION.md), where texts were as short as 16 tokens in training, too.
-            * ``log-invariant``: the bias and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score;
-              starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al.,
-              2025). Assumes logits of unit variance: normalise q and k.
+            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there.
+              power runs from 1/2 to 4 over the heads, where KERPLE draws it from U(0, 2). Most heads then look near,
+              which predicts better at any length, and some look far.
+            * ``log-bias-rope``: the bias and a rotation. The powers start from 1 to 4, so that no head spreads its
+              attention over ever more keys. Half of each head has ordinary rotary embedding, which tells order. Its
+              periods are 6 to at most 190 tokens, so that training windows of that length show all of them. The
+              default: the best preset measured in language models, translation and generation
+              (bench/results/extrapolation.md), also where training texts were as short as 16 tokens.
+            * ``log-invariant``: the bias, and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score. It
+              starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al., 2025).
+              That assumes logits of unit variance: normalise q and k.
             * ``log-rotary``: rotary embedding on f_c(n) = c log(1 + n/c) in place of n.
-            * ``log-rotary-bias``: both.
+            * ``log-rotary-bias``: the bias of ``log-bias`` and the rotation of ``log-rotary``.
         query_gain: multiply the scores of the query at n by 1 + alpha * log(1 + n / gain_length).
             alpha starts at 1 / log(1 + gain_length), so that the gain grows about as log n / log gain_length.
-        learnable: True, False, or the names of the parts that are trained (of power, rate, sharpness, alpha).
-        rotary_scale: c of f_c, in tokens: 1 is log(1 + n), ``math.inf`` is ordinary rotary embedding. By default 1;
-            ``log-bias-rope``: ``math.inf``.
-        rotary_fraction: share of head_dim that is rotated, in (0, 1]. By default 1; ``log-bias-rope``: 1/2.
-        rotary_base: theta_t = rotary_base ** (-t / planes). By default 10000; ``log-bias-rope``: 30.
+        learnable: True, False, or the names of the parts to train, of power, rate, sharpness and alpha.
+        rotary_scale: c of f_c, in tokens: 1 gives log(1 + n), and ``math.inf`` ordinary rotary embedding. 1 by
+            default; ``math.inf`` for ``log-bias-rope``.
+        rotary_fraction: share of head_dim to rotate, in (0, 1], from its first dim on. 1 by default; 1/2 for
+            ``log-bias-rope``.
+        rotary_base: theta_t = rotary_base ** (-t / planes). 10000 by default; 30 for ``log-bias-rope``.
         gain_length: n0 of the query gain, in tokens.
 
-    The parameters are stored unconstrained (``raw_power`` and so on, softplus maps them), stay float32 under
-    ``.half()`` and ``.bfloat16()``, and carry ``_no_weight_decay = True``; see :func:`parameter_groups`.
+    The parameters are stored unconstrained, as ``raw_power`` and so on, and softplus maps them. They stay float32
+    under ``.half()`` and ``.bfloat16()``, and carry ``_no_weight_decay = True``; see :func:`parameter_groups`.
 
-    The angles ``theta`` are no part of the state: they follow from the configuration, on the device of the
-    parameters, however the module came there (``to_empty``, a loader that assigns, a sharder).
+    The angles ``theta`` are no part of the state. They follow from the configuration, and lie on the device of the
+    parameters, however these came there (``to_empty``, a loader that assigns, a sharder).
 
     Raises:
-        TypeError, ValueError: an argument out of range, or of another type, named; loading a state whose values are
-            not positive and finite.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or a state to load has values that
+            are not positive and finite. The message names it.
     """
 
     raw_power: nn.Parameter | None
@@ -288,7 +204,7 @@ class LogPosition(nn.Module):
                 values = torch.empty(self.num_heads, device=device, dtype=torch.float32)
                 raw = nn.Parameter(values, requires_grad=requires_grad)
             self.register_parameter(f"raw_{name}", raw)
-        # 2 * planes <= head_dim; a fraction that leaves no plane would be a silent "none".
+        # 2 * planes <= head_dim. A fraction that leaves no plane would silently mean no rotation.
         self.planes = int(self.head_dim * self.rotary_fraction) // 2 if "rotary" in self.parts else 0
         if "rotary" in self.parts and self.planes == 0:
             raise ValueError(
@@ -300,8 +216,9 @@ class LogPosition(nn.Module):
 
     __prepare_scriptable__ = refuse_scripting
 
-    def _mark(self) -> None:  # again wherever new Parameter objects may have taken the place of the marked ones
-        for parameter in self.parameters():  # those of parametrizations too
+    def _mark(self) -> None:
+        """Keep weight decay off all parameters: again wherever new objects may have replaced the marked ones."""
+        for parameter in self.parameters():  # those of parametrizations included
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -312,15 +229,15 @@ class LogPosition(nn.Module):
         self._mark()
 
     def reset_parameters(self) -> None:
-        """Set the initial values of the preset (also called by deferred initialisation from the meta device).
+        """Set the initial values of the preset. Deferred initialisation from the meta device calls this, too.
 
-        The same for one seed, whatever the default device and dtype are.
+        One seed gives the same values under any default device and dtype.
         """
         like: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
         first, last = map(math.log2, INITIAL_POWERS.get(self.preset, (0.5, 4.0)))
         initial: dict[str, Callable[[], Tensor]] = {
             "power": lambda: torch.logspace(first, last, self.num_heads, base=2, **like),
-            # Bounded away from 0, where softplus leaves no gradient to speak of.
+            # Bounded away from 0, where softplus has almost no gradient.
             "rate": lambda: torch.empty(self.num_heads, **like).uniform_(1e-2, 1.0),
             "alpha": lambda: torch.full((self.num_heads,), 1.0 / math.log1p(self.gain_length), **like),
         }
@@ -336,7 +253,7 @@ class LogPosition(nn.Module):
             if not isinstance(raw, nn.Parameter):
                 raise RuntimeError(f"raw_{name} cannot be reset: it is computed from another parameter")
             values = inverse_softplus(initial[name]())
-            if hasattr(raw, "device_mesh"):  # sharded already: those that rank 0 draws, for all
+            if hasattr(raw, "device_mesh"):  # sharded already: every rank gets the values that rank 0 draws
                 from torch.distributed.tensor import DTensor, distribute_tensor
 
                 assert isinstance(raw, DTensor)
@@ -347,7 +264,7 @@ class LogPosition(nn.Module):
     # --- angles
 
     def _angles(self, device: torch.device) -> Tensor | None:
-        """theta on ``device``, made anew; not an inference tensor, which autograd could not save later."""
+        """Return new angles on ``device``, never as an inference tensor, which autograd could not save later."""
         if not self.planes:
             return None
         if torch.compiler.is_compiling():
@@ -356,13 +273,13 @@ class LogPosition(nn.Module):
             return inverse_frequencies(self.planes, self.rotary_base, device)
 
     def _angles_on(self, device: torch.device) -> Tensor | None:
-        """theta for tokens on ``device``: the one at hand, or a new one where parameters were moved past ``_apply``."""
+        """Return the angles for tokens on ``device``: new ones if the parameters were moved without ``_apply``."""
         device = device_of_angles(device)
         if self._theta is None or self._theta.device == device:
             return self._theta
         theta = self._angles(device)
         if not (
-            type(theta) is not Tensor  # a fake one
+            type(theta) is not Tensor  # a fake tensor
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -372,38 +289,39 @@ class LogPosition(nn.Module):
 
     @property
     def theta(self) -> Tensor | None:
-        """float64 (planes,): the angle of each rotated plane per unit of f_c. None if absent."""
+        """The angle of each rotated plane per unit of f_c, float64 (planes,). None if absent."""
         return self().theta
 
     # --- values
 
     @property
     def power(self) -> Tensor | None:
-        """(num_heads,): the weight of a key falls as its distance to this power. None if absent."""
+        """The power of the distance with which a key's weight falls, (num_heads,). None if absent."""
         return mapped(self.raw_power)
 
     @property
     def rate(self) -> Tensor | None:
-        """(num_heads,), per token: distances below 1 / rate count as near. None if absent."""
+        """The rate per token, (num_heads,): distances below 1 / rate count as near. None if absent."""
         return mapped(self.raw_rate)
 
     @property
     def sharpness(self) -> Tensor | None:
-        """(num_heads,): how fast the contrast of scores grows with the log distance. None if absent."""
+        """The growth of the contrast of scores with the log distance, (num_heads,). None if absent."""
         return mapped(self.raw_sharpness)
 
     @property
     def alpha(self) -> Tensor | None:
-        """(num_heads,): how fast the query gain grows with the log length. None if absent."""
+        """The growth of the query gain with the log length, (num_heads,). None if absent."""
         return mapped(self.raw_alpha)
 
     def forward(self, device: torch.device | None = None) -> PositionValues:
-        """The mapped values, differentiable in the raw parameters.
+        """Return the mapped values, differentiable in the raw parameters.
 
-        device: of theta, by default that of the parameters.
+        Args:
+            device: where theta is wanted; by default the device of the parameters.
         """
         raw = self._parameters
-        try:  # the attributes take longer
+        try:  # faster than the attributes
             power, rate, sharpness, alpha = raw["raw_power"], raw["raw_rate"], raw["raw_sharpness"], raw["raw_alpha"]
         except KeyError:  # parametrizations, pruning, sharders and DataParallel keep them elsewhere
             power, rate, sharpness, alpha = self.raw_power, self.raw_rate, self.raw_sharpness, self.raw_alpha
@@ -418,7 +336,7 @@ class LogPosition(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, for print(model)."""
+        """Return the settings, for print(model)."""
         text = f"num_heads={self.num_heads}, head_dim={self.head_dim}, preset={self.preset!r}"
         if self.planes:
             text += f", rotary_scale={self.rotary_scale:g}, planes={self.planes}"
@@ -433,7 +351,7 @@ class LogPosition(nn.Module):
             return tensor.to(moved.device) if lost else moved
 
         super()._apply(keep_precision, recurse)
-        if self._theta is not None:  # an empty tensor shows where fn moves; there is nothing to move on meta
+        if self._theta is not None:  # fn of an empty tensor shows the device; on meta there is nothing to move
             device = "cpu" if self._theta.is_meta else self._theta.device
             self._theta = self._angles_on(fn(torch.empty(0, device=device)).device)
         self._mark()
@@ -442,7 +360,8 @@ class LogPosition(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in LEARNABLE_PARTS:
             raw = state_dict.get(f"{prefix}raw_{name}")
-            if isinstance(raw, Tensor) and raw.dtype in (torch.float16, torch.bfloat16):  # assigned, it would stay so
+            # Assigned, a half-precision parameter would stay one.
+            if isinstance(raw, Tensor) and raw.dtype in (torch.float16, torch.bfloat16):
                 state_dict[f"{prefix}raw_{name}"] = raw = raw.detach().float()
             if isinstance(raw, Tensor) and not raw.is_meta:
                 value = F.softplus(raw.detach().float())
@@ -457,15 +376,54 @@ class LogPosition(nn.Module):
         self._mark()
 
 
+#: What takes a position takes one of these; None is plain attention.
+Position = LogPosition | PositionValues | None
+_NO_POSITION = PositionValues()
+
+
+def values_of(position: Position, q: Tensor) -> PositionValues:
+    """Return the values of a position for q as the kernels read them: contiguous tensors and plain numbers."""
+    if position is None:
+        return _NO_POSITION
+    if isinstance(position, LogPosition):
+        return position(q.device)
+    if isinstance(position, nn.Module):  # a LogPosition inside of FSDP, torch.compile, or an adapter of PEFT
+        position = position(q.device)
+    if not isinstance(position, PositionValues):
+        raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
+    tensors = [x for x in position[:5] if x is not None]
+    if all(map(_ready, tensors)) and type(position.rotary_scale) is type(position.gain_length) is float:
+        return position
+    ready: dict[str, Any] = {}
+    x: Any
+    for name, x in zip(position._fields, position, strict=True):
+        if name in ("rotary_scale", "gain_length"):
+            ready[name] = check_number(f"position.{name}", x)
+        elif x is not None:
+            check_dense(f"position.{name}", x)
+            ready[name] = (x if torch.compiler.is_compiling() else x.resolve_neg()).contiguous()
+    return PositionValues(**ready)
+
+
+def _ready(x: Any) -> bool:
+    """Whether the kernels can read ``x`` as it lies in memory."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_contiguous():
+        return False
+    return torch.compiler.is_compiling() or not x.is_neg()  # a graph has no negative views
+
+
 class LogSinusoid(nn.Module):
     """Additive sinusoidal encoding on log positions, for models that add an encoding to the embedding.
 
     e(n)[2t] = sin(theta_t f_c(n)), e(n)[2t + 1] = cos(theta_t f_c(n)), theta_t = base ** (-2t / dim).
 
     Args:
-        dim: size of the encoding, odd sizes included.
-        scale: c of f_c(n) = c log(1 + n/c): 1 is log(1 + n), ``math.inf`` is the classic encoding.
-        base: of the geometric frequencies.
+        dim: size of the encoding, which may be odd.
+        scale: c of f_c(n) = c log(1 + n/c): 1 gives log(1 + n), ``math.inf`` the classic encoding.
+        base: base of the geometric frequencies.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, named.
     """
 
     def __init__(self, dim: int, scale: float = 1.0, base: float = 10000.0) -> None:
@@ -483,7 +441,13 @@ class LogSinusoid(nn.Module):
     def forward(
         self, positions: int | Tensor, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Encodings (..., dim) of ``positions``: a length (positions 0 to length - 1) or a tensor of them >= 0."""
+        """Return the encodings (..., dim) of positions.
+
+        Args:
+            positions: a tensor (...) of positions >= 0, or a length, for the positions 0 to length - 1.
+            device: where the encodings of a length are wanted.
+            dtype: dtype of the encodings.
+        """
         if not isinstance(positions, Tensor):
             if isinstance(positions, bool) or not isinstance(positions, numbers.Integral | torch.SymInt):
                 raise TypeError(f"positions must be a length or a tensor of positions, got {positions!r}")
@@ -503,22 +467,22 @@ class LogSinusoid(nn.Module):
 
 
 def position_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every position parameter of ``model``, once: for an optimiser's groups or a sharder's ignored_params."""
+    """Yield every position parameter of ``model`` once, for an optimiser's groups or a sharder's ignored_params."""
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, LogPosition):
-            for parameter in module.parameters():  # those of its parametrizations are children's
+            for parameter in module.parameters():  # also those that parametrizations keep in children
                 if parameter not in seen:
                     seen.add(parameter)
                     yield parameter
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups: everything with ``weight_decay``, the position parameters without.
+    """Return two optimiser groups: the other parameters with ``weight_decay``, the position parameters without.
 
-    Decay would pull a raw parameter to 0, which is softplus(0) = 0.69 and not "off".
+    Decay would pull a raw parameter to 0, and softplus(0) is 0.69, not "off".
 
-    Raises ValueError where a sharder has flattened position parameters together with others.
+    Raises ValueError if a sharder has flattened position parameters together with others.
     """
     for name, module in model.named_modules():
         if not isinstance(module, LogPosition) or next(module.parameters(), None) is not None:

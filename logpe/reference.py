@@ -8,51 +8,74 @@ with d = |i - j|, per query head:
     logit         a_ij = sqrt(1 + sharpness * l_ij) * s_ij - power * l_ij
     out_i = sum_j softmax_j(a_ij) v_j,   lse_i = log sum_j exp(a_ij)
 
-All other implementations are tested against this file. It holds N x N tensors: use it for small inputs.
+All other implementations are tested against this file. It holds Nq x Nk tensors: use it for small inputs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
+from logpe_kernels.options import Options
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from logpe.position import PositionValues
+
+class PositionValues(NamedTuple):
+    """The values of a log position, as attention takes them. A part that is None is absent.
+
+    Attributes:
+        power, rate, sharpness, alpha: float32 (Hq,), positive. A power without a rate weighs the distance itself,
+            not its log.
+        theta: float64 (planes,), the angle of each rotated plane per unit of f_c.
+        rotary_scale: c of f_c, in tokens.
+        gain_length: n0 of the query gain, in tokens.
+    """
+
+    power: Tensor | None = None
+    rate: Tensor | None = None
+    sharpness: Tensor | None = None
+    alpha: Tensor | None = None
+    theta: Tensor | None = None
+    rotary_scale: float = 1.0
+    gain_length: float = 512.0
+
+    def unrotated(self) -> PositionValues:
+        """Return the values without the rotation, for queries and keys that :func:`logpe.rotate` has turned."""
+        return self._replace(theta=None)
+
 
 # --- the mathematics of positions ---------------------------------------------------------------------------
 
 
 def log_map(n: Tensor, scale: float) -> Tensor:
-    """f_c(n) = c log(1 + n/c) for c = ``scale`` in tokens; n itself for c = inf. Any float tensor n >= 0."""
+    """Return f_c(n) = c log(1 + n/c), which is n itself for c = inf. n: floating, >= 0. scale: c, in tokens."""
     # Not math.isinf, which would break the graph of a model whose scale is symbolic.
     return n if scale == math.inf else scale * torch.log1p(n / scale)
 
 
 def log_distance(distance: Tensor, rate: Tensor | None) -> Tensor:
-    """l = log(1 + rate * d), natural log; ``rate`` broadcasts against ``distance``. Without a rate, d itself."""
+    """Return l = log(1 + rate * d), or d itself without a rate. ``rate`` broadcasts against ``distance``."""
     return distance if rate is None else torch.log1p(rate * distance)
 
 
 def distance_bias(l: Tensor, power: Tensor) -> Tensor:  # noqa: E741
-    """-power * l, added to the logit: a key's weight falls as a power of its distance (Chi et al., 2022)."""
+    """Return -power * l, added to the logit: a key's weight falls as a power of its distance (Chi et al., 2022)."""
     return -power * l
 
 
 def sharpening(l: Tensor, sharpness: Tensor) -> Tensor:  # noqa: E741
-    """sqrt(1 + sharpness * l), multiplied into the score: contrast grows with distance (Anson et al., 2025)."""
+    """Return sqrt(1 + sharpness * l), a factor of the score: contrast grows with distance (Anson et al., 2025)."""
     return torch.sqrt(1 + sharpness * l)
 
 
 def log_length(n: Tensor, gain_length: float) -> Tensor:
-    """log(1 + n / gain_length) for a length n >= 0."""
+    """Return log(1 + n / gain_length) for a length n >= 0, in tokens like ``gain_length``."""
     return torch.log1p(n / gain_length)
 
 
 def query_gain(n: Tensor, alpha: Tensor, gain_length: float) -> Tensor:
-    """1 + alpha * log(1 + n / gain_length), multiplied into all scores of a query."""
+    """Return 1 + alpha * log(1 + n / gain_length), a factor of all scores of a query."""
     return 1 + alpha * log_length(n, gain_length)
 
 
@@ -64,9 +87,15 @@ def distance_gradients(
     rate: Tensor | None,
     sharpness: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of power, rate and sharpness from those of ``distance_bias`` and ``sharpening``, without autograd.
+    """Return the gradients of power, rate and sharpness, from those of ``distance_bias`` and ``sharpening``.
 
-    dbias, dsharpening: (..., L), at the distances (L,). Parameters: (..., 1); returned (...), None where absent.
+    Args:
+        distance: (L,).
+        dbias, dsharpening: (..., L), the gradients at these distances.
+        power, rate, sharpness: (..., 1).
+
+    Returns:
+        Three tensors (...); None for what is absent.
     """
     l = log_distance(distance, rate)  # noqa: E741
     if rate is None:
@@ -84,21 +113,29 @@ def distance_gradients(
 
 
 def device_of_angles(device: torch.device) -> torch.device:
-    """Where the angles of tokens on ``device`` are formed, in float64: on the CPU, if the device may not have it."""
+    """Return the device for the float64 angles of tokens on ``device``: the CPU, where that may lack float64."""
     return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
 
 
 def inverse_frequencies(planes: int, base: float, device: torch.device | str | None = None) -> Tensor:
-    """theta_t = base ** (-t / planes), float64 (planes,)."""
+    """Return theta_t = base ** (-t / planes), float64 (planes,)."""
     return base ** (-torch.arange(planes, dtype=torch.float64, device=device) / planes)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inverse: bool = False) -> Tensor:
-    """Turn plane t of x by theta_t * f_c(position); plane t is made of dims t and t + planes.
+    """Turn plane t of x by theta_t * f_c(position), where plane t consists of the dims t and t + planes.
 
-    x: (..., N, D), rotated in float32 at least, returned in its dtype. positions: broadcastable to
-    x.shape[:-1]; those below 0 do not exist and turn by 0. theta: (planes,), 2 * planes <= D; later
-    dims stay as they are. The angles are formed in float64, where theta lies: c = inf at position 10^6 is still exact.
+    The angles are formed in float64, on the device of theta: with c = inf they are exact at position 10^6, too.
+
+    Args:
+        x: (..., N, D). The products are taken in float32 at least.
+        positions: broadcastable to x.shape[:-1]. Positions below 0 do not exist: such tokens turn by 0.
+        theta: (planes,), 2 * planes <= D. Later dims stay as they are.
+        rotary_scale: c of f_c.
+        inverse: turn back.
+
+    Returns:
+        (..., N, D), the dtype of x.
     """
     planes = theta.numel()
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -114,7 +151,7 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
 
 
 def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First word of Philox-4x32-10 (Salmon et al., 2011) on counter (c0, c1, c2, 0), as int64 in [0, 2^32)."""
+    """Return the first word of Philox-4x32-10 (Salmon et al., 2011) at (c0, c1, c2, 0), int64 in [0, 2^32)."""
     word = 0xFFFFFFFF
 
     def mulhi(a: int, b: Tensor) -> Tensor:  # high word of a 32 x 32 bit product, without leaving int64
@@ -135,42 +172,52 @@ def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 
 
 def dropout_keep(seed: Tensor, batch_head: Tensor, query_positions: Tensor, key_positions: Tensor, p: float) -> Tensor:
-    """Which weights survive dropout: bool, the broadcast of the three integer tensors.
+    """Return which weights survive dropout: bool, of the shape to which the three integer tensors broadcast.
 
-    A function of the position pair alone, so that partial results over key chunks drop the same weights.
-    seed: an int64 tensor of one element.
+    For one seed and head the answer depends on the two positions alone, so that partial results over chunks of the
+    keys drop the same weights.
+
+    Args:
+        seed: int64, one element.
+        batch_head: b * Hq + h, the number of the head h of sequence b.
+        p: probability to drop a weight.
     """
     return philox(seed.reshape(()), key_positions, query_positions, batch_head) >= int(p * 2**32)
 
 
 # --- masks --------------------------------------------------------------------------------------------------
 
-FARTHEST = torch.finfo(torch.float16).max  # exp(-65504) is 0 in every precision
+MAX_BIAS = torch.finfo(torch.float16).max  # 65504, and exp(-65504) is 0 in every precision
 
 
 def bounded(bias: Tensor) -> Tensor:
-    """A floating mask whose finite values do not go beyond float16's; -inf stays.
+    """Return a floating mask with its finite values clamped to the range of float16; -inf stays.
 
-    Further out a row without another key would be a matter of rounding: float32's lowest value swallows every score,
-    and is infinite as soon as anything is added to it.
+    Without the clamp, rounding would decide a row whose keys are all masked in this way: float32's lowest value
+    swallows every score, and becomes infinite as soon as anything negative is added to it.
     """
-    return bias.clamp(-FARTHEST, FARTHEST).masked_fill(bias == -math.inf, -math.inf)
+    return bias.clamp(-MAX_BIAS, MAX_BIAS).masked_fill(bias == -math.inf, -math.inf)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
 
 
 def positions_of(count: int, start: int, starts: Tensor | None, device: torch.device) -> Tensor:
-    """Positions (B or 1, count) of ``count`` tokens that begin at ``starts`` (B,) or, without it, ``start``."""
+    """Return the positions (B or 1, count) of tokens that begin at ``starts`` (B,) or, without it, at ``start``."""
     first = torch.tensor([start], device=device) if starts is None else starts
     return first[:, None] + torch.arange(count, device=device)
 
 
 def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Paged keys and values as dense ones, (B, Hkv, max_pages * page_size, D), and the key_bias that belongs to them.
+    """Copy paged keys and values into dense ones.
 
-    k, v: (num_pages, Hkv, page_size, D). block_table: int (B, max_pages); the keys of an entry that is no page are
-    hidden by a bias of -inf. key_bias: (B, max_pages * page_size) or None.
+    Args:
+        k, v: (num_pages, Hkv, page_size, D).
+        block_table: int (B, max_pages). An entry that is no page hides its keys by a bias of -inf.
+        key_bias: (B, max_pages * page_size), or None.
+
+    Returns:
+        k and v (B, Hkv, max_pages * page_size, D), and the key_bias that goes with them.
     """
     exists = (block_table >= 0) & (block_table < k.shape[0])
     pages = block_table.where(exists, 0)
@@ -185,67 +232,46 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    values: PositionValues | None = None,
+    options: Options,
     *,
-    query_start: int = 0,
-    key_start: int = 0,
-    query_starts: Tensor | None = None,
-    key_starts: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    context_lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    scale: float,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     attn_mask: Tensor | None = None,
     return_weights: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Attention with log positions, one eager step after the other.
+    """Compute attention with log positions, one eager step after the other.
 
-    The products run in the dtype of the inputs (a half-precision score is rounded once, as ``q @ k.mT``
-    rounds it, and so are the weights before they meet v); positions and softmax in float32, or float64 for
-    float64 inputs. In float16 a product may go up to 4e6.
+    The two matrix products run in the dtype of the inputs: a half-precision score is rounded once, as ``q @ k.mT``
+    rounds it, and a weight once before it meets v. Positions and softmax run in float32, or in float64 for float64
+    inputs. In float16 a score before scaling may reach 4e6.
 
     Args:
         q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
-        values: the position; None for plain attention.
-        query_start, key_start: position of the first query and key; the (B,) tensors overrule them.
-        key_lengths: (B,), keys at and beyond it are hidden.
-        key_bias: (B, Nk), added to the logits as :func:`bounded` returns it; -inf hides a key.
-        block_table: (B, max_pages), of paged k and v, see :func:`gather_pages`.
-        context_lengths: (B,), n of the query gain; None: the query's position, at most ``window_left``.
-        window_left, window_right: keys i - left <= j <= i + right are visible; None is unlimited, causal is
-            window_right = 0.
-        attn_mask: bool (True = visible) or additive, as key_bias, broadcastable to (B, Hq, Nq, Nk).
-        return_weights: also return the weights (B, Hq, Nq, Nk), after dropout.
+        options: everything but cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k. key_bias is clamped by
+            :func:`bounded`.
+        attn_mask: bool, where True is visible, or additive like key_bias. Broadcastable to (B, Hq, Nq, Nk).
+        return_weights: also return the weights.
 
     Returns:
-        out like q; lse (B, Hq, Nq), natural log, without dropout. A query that sees no key gets zeros and
-        -inf. Then the weights, if asked for.
+        out: like q. lse: (B, Hq, Nq), natural log, before dropout. A query that sees no key gets zeros and -inf.
+        With ``return_weights``, the weights (B, Hq, Nq, Nk) after dropout.
     """
-    if values is None:
-        from logpe.position import PositionValues
-
-        values = PositionValues()
-    if block_table is not None:
-        k, v, key_bias = gather_pages(k, v, block_table, key_bias)
+    key_bias, scale = options.key_bias, options.scale
+    if options.block_table is not None:
+        k, v, key_bias = gather_pages(k, v, options.block_table, key_bias)
     (batch, heads, num_queries, _), num_keys = q.shape, k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
 
-    i = positions_of(num_queries, query_start, query_starts, q.device)[:, None, :, None]  # (B or 1, 1, Nq, 1)
-    j = positions_of(num_keys, key_start, key_starts, q.device)[:, None, None, :]  # (B or 1, 1, 1, Nk)
+    # i: (B or 1, 1, Nq, 1), j: (B or 1, 1, 1, Nk)
+    i = positions_of(num_queries, options.query_start, options.query_starts, q.device)[:, None, :, None]
+    j = positions_of(num_keys, options.key_start, options.key_starts, q.device)[:, None, None, :]
     key_index = torch.arange(num_keys, device=q.device)
 
-    visible = (i >= 0) & (j >= 0)
-    if window_left is not None:
-        visible = visible & (j >= i - window_left)
-    if window_right is not None:
-        visible = visible & (j <= i + window_right)
-    if key_lengths is not None:
-        visible = visible & (key_index < key_lengths[:, None])[:, None, None]
+    visible = (i >= 0) & (j >= 0)  # (B or 1, 1, Nq, Nk)
+    if options.window_left is not None:
+        visible = visible & (j >= i - options.window_left)
+    if options.window_right is not None:
+        visible = visible & (j <= i + options.window_right)
+    if options.key_lengths is not None:
+        visible = visible & (key_index < options.key_lengths[:, None])[:, None, None]
     if key_bias is not None:
         key_bias = bounded(key_bias.to(compute))
         visible = visible & (key_bias != -math.inf)[:, None, None]
@@ -254,83 +280,80 @@ def attention(
     if attn_mask is not None:
         visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
 
-    # What nobody may see must not matter, NaN included.
-    seen = visible.any(-2, keepdim=True).mT  # (B or 1, 1 or Hq, Nk, 1)
-    seen_by_any_head = seen.any(1, keepdim=True)
-    k, v = k.where(seen_by_any_head, 0), v.where(seen_by_any_head, 0)
-    sees = visible.any(-1, keepdim=True)  # (B or 1, 1 or Hq, Nq, 1)
-    q = q.where(sees, 0)
+    # What no query may see must not matter, even if it is NaN.
+    seen_by_any = visible.any((1, 2))[:, None, :, None]  # (B or 1, 1, Nk, 1)
+    k, v = k.where(seen_by_any, 0), v.where(seen_by_any, 0)
+    sees_any = visible.any(-1, keepdim=True)  # (B or 1, 1 or Hq, Nq, 1)
+    q = q.where(sees_any, 0)
 
-    if values.theta is not None:
-        q = rotate(q, i[..., 0], values.theta, values.rotary_scale)
-        k = rotate(k, j[..., 0, :], values.theta, values.rotary_scale)
+    if options.theta is not None:
+        q = rotate(q, i[..., 0], options.theta, options.rotary_scale)
+        k = rotate(k, j[..., 0, :], options.theta, options.rotary_scale)
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
     def per_head(parameter: Tensor) -> Tensor:
         return parameter.to(compute)[:, None, None]
 
-    if q.dtype == torch.float16:  # products may be past 65504; powers of two cost no precision
+    if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
         q, k, scale = q / 8, k / 8, 64 * scale
     logit = (q @ k.mT).to(compute) * scale
-    if values.alpha is not None:
-        if context_lengths is not None:
-            n = context_lengths[:, None, None, None]
+    if options.alpha is not None:
+        if options.context_lengths is not None:
+            n = options.context_lengths[:, None, None, None]
         else:
-            n = i if window_left is None else i.clamp(max=window_left)
-        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(values.alpha), values.gain_length)
-    if values.rate is not None or values.power is not None:
-        rate = None if values.rate is None else per_head(values.rate)
+            n = i if options.window_left is None else i.clamp(max=options.window_left)
+        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(options.alpha), options.gain_length)
+    if options.rate is not None or options.power is not None:
+        rate = None if options.rate is None else per_head(options.rate)
         l = log_distance((i - j).abs().to(compute), rate)  # noqa: E741
-        if values.sharpness is not None:
-            logit = sharpening(l, per_head(values.sharpness)) * logit
-        if values.power is not None:
-            logit = logit + distance_bias(l, per_head(values.power))
+        if options.sharpness is not None:
+            logit = sharpening(l, per_head(options.sharpness)) * logit
+        if options.power is not None:
+            logit = logit + distance_bias(l, per_head(options.power))
     if key_bias is not None:
         logit = logit + key_bias[:, None, None]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         logit = logit + attn_mask
 
-    # A row without a visible key: softmax of zeros, then dropped; no NaN on either way.
-    logit = logit.masked_fill(~visible, -math.inf).masked_fill(~sees, 0)
-    lse = torch.logsumexp(logit, -1).masked_fill(~sees[..., 0], -math.inf)
+    # A row without a visible key takes the softmax of zeros, which is then dropped: no NaN, forward or backward.
+    logit = logit.masked_fill(~visible, -math.inf).masked_fill(~sees_any, 0)
+    lse = torch.logsumexp(logit, -1).masked_fill(~sees_any[..., 0], -math.inf)
     weights = torch.softmax(logit, -1).where(visible, 0)
-    if dropout_p > 0:
-        assert dropout_seed is not None
+    if options.dropout_p > 0:
+        assert options.dropout_seed is not None
         batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
-        keep = dropout_keep(dropout_seed, batch_head, i, j, dropout_p)
-        weights = weights.where(keep, 0) / (1 - dropout_p)
-    out = (weights.to(v.dtype) @ v).where(sees, 0)
+        keep = dropout_keep(options.dropout_seed, batch_head, i, j, options.dropout_p)
+        weights = weights.where(keep, 0) / (1 - options.dropout_p)
+    out = (weights.to(v.dtype) @ v).where(sees_any, 0)
     return (out, lse, weights) if return_weights else (out, lse)
 
 
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    values: PositionValues | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """:func:`attention` on packed sequences, through a padded copy.
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Run :func:`attention` on packed sequences, through a padded copy.
 
-    q: (total_q, Hq, D). k, v: (total_k, Hkv, D). cu_seqlens: (B + 1,). Returns out like q and lse
-    (Hq, total_q); tokens outside every sequence get zeros and -inf.
+    Args:
+        q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
+        options: cu_seqlens_q and cu_seqlens_k, and the options of :func:`attention` except key_lengths, key_bias and
+            block_table.
+
+    Returns:
+        out: like q. lse: (Hq, total_q). Tokens outside every sequence get zeros and -inf.
     """
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
 
     def padded(x: Tensor, index: Tensor) -> Tensor:  # (total, H, D) -> (B, H, longest, D)
         return x[index.clamp(max=max(len(x) - 1, 0))].transpose(1, 2)
 
-    index_q, lengths_q = _padded_index(cu_seqlens_q)
-    index_k, lengths_k = _padded_index(cu_seqlens_k)
+    index_q, lengths_q = _padded_index(options.cu_seqlens_q)
+    index_k, lengths_k = _padded_index(options.cu_seqlens_k)
     out = torch.zeros_like(q)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    if len(k) == 0:  # something to index, in the graph of k and v
+    if len(k) == 0:  # so that there is something to index, in the graph of k and v
         k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))
     padded_out, padded_lse = attention(
-        padded(q, index_q), padded(k, index_k), padded(v, index_k), values, key_lengths=lengths_k, **options
+        padded(q, index_q), padded(k, index_k), padded(v, index_k), options._replace(key_lengths=lengths_k)
     )[:2]
     real = torch.arange(index_q.shape[1], device=q.device) < lengths_q[:, None]  # (B, longest)
     tokens = index_q[real]
@@ -339,7 +362,7 @@ def attention_varlen(
 
 
 def _padded_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Token indices (B, longest) of packed sequences, running on past each end, and the lengths (B,)."""
+    """Return the token indices (B, longest) of packed sequences, which run on past each end, and the lengths (B,)."""
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     return cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device), lengths

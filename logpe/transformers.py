@@ -10,40 +10,42 @@
     model = AutoModelForCausalLM.from_pretrained("out")                # any AutoModel: a classifier, too; or pipeline()
 
 The model's attention becomes :func:`logpe.log_attention`, through Transformers' own interfaces for attention and
-masks; no N x N mask is built. Its rotary or learned absolute positions are taken out (``keep_positions=True`` leaves
-them in), and each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``: parameters like any
-others, float32 in a model of any dtype. Name it to PEFT (``modules_to_save=["log_position"]``), and keep weight decay
-off it: ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
+masks; no N x N mask is built. The model's own positions, rotary or learned, are taken out, unless
+``keep_positions=True`` keeps them. Each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``:
+parameters like any others, in float32 whatever the dtype of the model. Name it to PEFT
+(``modules_to_save=["log_position"]``), and keep weight decay off it:
+``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
 
-AutoModel and ``pipeline`` load a converted model once this module is imported; before that they raise, unless they are
-asked for another ``attn_implementation``: then their report of unexpected weights is all that tells. A class called by
-its name, such as ``LlamaForCausalLM.from_pretrained``, does not know the positions: its model raises when it is run.
+AutoModel and ``pipeline`` load a converted model once this module is imported. Before, they raise, unless another
+``attn_implementation`` is asked for; then only their report of unexpected weights tells. A class called by its name,
+such as ``LlamaForCausalLM.from_pretrained``, does not know the positions: its model raises when it runs.
 :func:`from_pretrained` takes the class from the config. No code from a folder is run.
 
-Positions follow from the cache and from the 2D ``attention_mask``, and count from the first token that it shows, so
-that a left-padded batch equals its rows without padding; ``position_ids`` serve only positions that the model keeps.
-Keys are cached as they are, and a log rotation turns them anew at each call. What cannot be honoured is refused by
-name: masks that are not causal, tokens hidden between others, packed sequences (``position_ids`` that start again,
-``DataCollatorWithFlattening``, padding-free training), attention weights, softcapping (load a Gemma 2 with
-``attn_logit_softcapping=None``, and train on). Continuous batching (``generate_batch``) is refused by Transformers,
-which has it for attentions of its own.
+Positions follow from the cache and from the 2D ``attention_mask``. They count from the first token that the mask
+shows, so that a left-padded batch gives the results of its rows without padding. ``position_ids`` serve only positions
+that the model keeps. Keys are cached without rotation; a log rotation turns them anew at each call.
+
+What cannot be honoured is refused by name: masks that are not causal, tokens hidden between others, packed sequences
+(``position_ids`` that start again, ``DataCollatorWithFlattening``, padding-free training), attention weights,
+softcapping (load a Gemma 2 with ``attn_logit_softcapping=None``, and train on). Transformers itself refuses continuous
+batching (``generate_batch``), which it offers only with its own attentions.
 
 Continuing a model that was trained with RoPE
 ---------------------------------------------
-1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens that it
-   was trained at. The rotation keeps the model's own theta, and f_c(n) = c log(1 + n/c) is n itself for n far below
-   c = ``rotary_scale``: near positions stay nearly where they were, far ones move together. A smaller scale, and the
-   more so ``"log-bias-rope"``, which has a rotation of its own, leave more to learn again, and carry further.
-2. Train all weights for some hundred steps, at the length and on data like before, with about a third of the peak
-   learning rate, and a higher one for the positions: they are a few numbers that start at a draw.
+1. Convert it: ``use_log_position(model, "log-rotary-bias", rotary_scale=length)``, with the length in tokens at which
+   it was trained. The rotation keeps the model's own theta. f_c(n) = c log(1 + n/c) is nearly n for n far below
+   c = ``rotary_scale``: near positions stay about where they were, and far ones move together. A smaller scale leaves
+   more to learn again and carries further. So does ``"log-bias-rope"``, whose rotation is not the model's.
+2. Train all weights for some hundred steps, with the lengths and the kind of data of before. Take about a third of the
+   peak learning rate, and a higher one for the positions: they are a few numbers that start from a random draw.
 
        groups = logpe.parameter_groups(model, weight_decay=0.1)        # the weights, the positions
        groups[0]["lr"], groups[1]["lr"] = peak_rate / 3, 1e-2
        optimizer = torch.optim.AdamW(groups)
 
-3. Compare the loss with that of the model before, at the old length first, then at longer ones.
+3. Compare the loss with that of the original model, first at the old length, then at longer ones.
 
-``tests/test_transformers.py`` does this with a small model.
+``tests/test_transformers.py`` goes through these steps with a small model.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from logpe_kernels.options import LEARNABLE_PARTS, MAX_HEAD_DIM
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -64,23 +67,18 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_tracing
 
-from logpe.attention import MAX_HEAD_DIM, log_attention
-from logpe.position import (
-    LEARNABLE_PARTS,
-    PRESET_ROTATION,
-    LogPosition,
-    PositionValues,
-    plain_bool,
-    plain_options,
-)
+from logpe.attention import log_attention
+from logpe.checks import plain_bool
+from logpe.position import PRESET_ROTATION, LogPosition, plain_options
+from logpe.reference import PositionValues
 
 #: Values of ``config.model_type`` that can be converted.
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
-#: The name of the attention implementation, and of the masks that go with it.
+#: The name under which Transformers knows our attention, and the masks that go with it.
 IMPLEMENTATION = "logpe"
-#: What :func:`_check_call` tells the attention: that it has seen the call.
+#: The keyword by which :func:`_check_call` tells the attention that it has checked the call.
 CHECKED = "log_position_checked"
-#: How callers say that a row of the batch holds several sequences, other than by position_ids that start again.
+#: The keywords that say that a row of the batch holds several sequences. position_ids that start again say so, too.
 PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 PACKED = (
     "log positions do not serve packed sequences: pad the sequences, with an attention_mask, and leave "
@@ -102,23 +100,24 @@ def use_log_position(
 
     Args:
         model: a Llama, Qwen2, Qwen3, Mistral, Gemma (1, 2, 3: text), GPT-2 or GPT-NeoX model, with any head. Give
-            the whole model, not a part of it: it gets a config of its own, which others made from the same do not see.
+            the whole model, not a part of it. It gets a config of its own, so that other models made from the same
+            config stay as they are.
         preset: see :class:`logpe.LogPosition`. ``log-invariant`` assumes logits of unit variance: of these models,
             Qwen3 and Gemma 3 normalise queries and keys.
-        share_position: one LogPosition for all layers, not one for each. It is ``log_position`` of the base model.
-        keep_positions: leave the rotary or learned absolute positions in. With preset ``none`` the model computes
-            what it did before. Not with a preset that rotates.
+        share_position: one LogPosition for all layers, not one for each. It becomes ``log_position`` of the base model.
+        keep_positions: keep the model's own positions, rotary or learned. With preset ``none`` the model then computes
+            what it did before. Not possible with a preset that rotates.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
-            ``rotary_fraction`` are by default those of the model's own rotary embedding, without the scaling that
-            its rope type may add (yarn, llama3 and so on); ``log-bias-rope`` brings its own.
+            ``rotary_fraction`` default to those of the model's own rotary embedding, without the scaling of its rope
+            type (yarn, llama3 and so on). ``log-bias-rope`` has its own.
 
     Returns:
         model. Its config carries the settings, so that :func:`from_pretrained` restores it.
 
     Raises:
         TypeError: not a Transformers model.
-        ValueError: a model, or an option of it, that is not supported, or a bad argument, by name; the model is
-            then as it was.
+        ValueError: an unsupported model or an unsupported option of it, or a bad argument, named. The model is left
+            as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
@@ -138,14 +137,14 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     """Load a model that :func:`use_log_position` converted and ``save_pretrained`` saved.
 
     Args:
-        directory: or the name of a model on the Hub.
-        options: those of ``PreTrainedModel.from_pretrained``, such as ``dtype`` and ``device_map``.
+        directory: the folder, or the name of a model on the Hub.
+        options: keywords of ``PreTrainedModel.from_pretrained``, such as ``dtype`` and ``device_map``.
 
     Returns:
         The model, of the class it was saved from, in evaluation mode.
 
     Raises:
-        ValueError: no converted model, or one whose position parameters are missing or not positive and finite.
+        ValueError: there is no converted model, or its position parameters are missing or not positive and finite.
     """
     if options.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code must be False: no code from a folder is run")
@@ -168,7 +167,7 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
 
 
 def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-    """A converted model of ``model_class``, which need not be the class that was saved: other heads are new."""
+    """Load a converted model as ``model_class``. That may differ from the class that was saved: its head is new."""
     wants_info = options.pop("output_loading_info", False)
     options = dict(use_safetensors=True) | options | dict(output_loading_info=True, trust_remote_code=False)
     model, info = _converting(model_class).from_pretrained(directory, *arguments, **options)
@@ -178,9 +177,9 @@ def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, 
     learned = LEARNABLE_PARTS if learnable is True else learnable or ()
     owners = [module for module in model.modules() if isinstance(getattr(module, "log_position", None), LogPosition)]
     for owner in owners:
-        # What the loader of Transformers does not know of: where angles lie, checks, marks, frozen parts.
+        # What Transformers' loader does not do: move the angles, check and mark the parameters, freeze parts.
         position, device = owner.log_position, next(owner.parameters()).device
-        if device.type != "meta":  # where weights that are offloaded lie
+        if device.type != "meta":  # which means offloaded
             position.to(device)
         position.load_state_dict(position.state_dict())
         for name, parameter in position.named_parameters():
@@ -192,10 +191,10 @@ def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, 
 
 
 def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Convert ``model``, which may lie on the meta device, by settings that stand in its config afterwards."""
+    """Convert ``model``, which may lie on the meta device, and put the settings into its config."""
     config, base = model.config, model.base_model
     _check_supported(model)
-    # The config can be saved: it keeps plain values, whatever was accepted.
+    # Plain values, whatever was given: the config must be possible to save.
     plain = plain_options(**settings)
     plain |= {name: plain_bool(name, plain[name]) for name in ("share_position", "keep_positions")}
     if not isinstance(plain.get("learnable", True), bool):
@@ -205,8 +204,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    own = preset in PRESET_ROTATION  # which is then not the model's
-    rotary = [{} if own else _rotary_options(config, attention) for attention in attentions]
+    preset_rotates = preset in PRESET_ROTATION  # in its own way, not in the model's
+    rotary = [{} if preset_rotates else _rotary_options(config, attention) for attention in attentions]
 
     def make(layer: int) -> LogPosition:
         device = next(attentions[layer].parameters()).device
@@ -230,7 +229,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
                 setattr(module, name, own_config)
     if share:
         base.log_position = positions[0]
-        for attention in attentions:  # not as a submodule: the position is the base model's
+        for attention in attentions:  # past nn.Module: the position is a submodule of the base model alone
             object.__setattr__(attention, "_log_position_owner", base)
     else:
         for attention, position in zip(attentions, positions, strict=True):
@@ -243,12 +242,12 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     base.register_forward_pre_hook(functools.partial(_check_call, names), with_kwargs=True)
     own_config.log_position = plain
     own_config._attn_implementation = IMPLEMENTATION
-    # Saved under this name, it makes every other way of loading the model an error, not a model without positions.
+    # Saved under this name, it makes any other loader raise, rather than return a model without positions.
     own_config.attn_implementation = IMPLEMENTATION
 
 
 def _check_supported(model: PreTrainedModel) -> None:
-    """Raise ValueError unless ``model`` is of an architecture and has the options that log_attention can honour."""
+    """Raise ValueError unless log_attention can honour the architecture of ``model`` and its options."""
     config = model.config
     if config.model_type not in SUPPORTED:
         raise ValueError(
@@ -270,7 +269,7 @@ def _check_supported(model: PreTrainedModel) -> None:
 
 
 def _rotary_options(config: Any, attention: nn.Module) -> dict[str, float]:
-    """Base and fraction of the model's own rotary embedding, as LogPosition takes them."""
+    """Return base and fraction of the model's own rotary embedding, as LogPosition takes them."""
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters.get(getattr(attention, "layer_type", None), parameters)  # Gemma 3: by type of layer
     return dict(
@@ -280,7 +279,7 @@ def _rotary_options(config: Any, attention: nn.Module) -> dict[str, float]:
 
 
 def _check_implementation(implementation: Any, error: type[Exception]) -> None:
-    """Another attention would leave the positions out, without a word."""
+    """Raise ``error`` for any other attention, which would silently leave the positions out."""
     if implementation != IMPLEMENTATION:
         raise error(
             f'attn_implementation must be "{IMPLEMENTATION}" or left out for a model with log positions, '
@@ -291,10 +290,10 @@ def _check_implementation(implementation: Any, error: type[Exception]) -> None:
 def _check_call(
     names: tuple[str, ...], base: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """Before each forward of the base model: refuse what the attention cannot see, or would wait for once more.
+    """Refuse, before each forward of the base model, what the attention cannot see or would wait for once more.
 
     Args:
-        names: those of the forward's arguments.
+        names: names of the forward's arguments.
     """
     _check_implementation(base.config._attn_implementation, RuntimeError)
     given = dict(zip(names, arguments, strict=False)) | options
@@ -313,26 +312,29 @@ def _check_call(
     padding = _left_padding(visible, conditions)
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
     if mask is None and cache is None and position_ids is not None and tokens:
-        # Nothing is hidden; without this, Transformers would look at position_ids once more.
+        # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
         visible = torch.ones_like(tokens[0][..., 0] if tokens[0].is_floating_point() else tokens[0], dtype=torch.bool)
     if visible is not None and not is_tracing(visible):
-        visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask, which need not look again
+        visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
         given["attention_mask"] = visible
     return (), given | {CHECKED: True}
 
 
 def _counting(position_ids: Tensor | None, mask: Any, cache: Any) -> dict[str, Tensor]:
-    """The condition, for :func:`_require`, that ``position_ids`` count up by one from each real token to the next."""
+    """Return the condition for :func:`_require` that ``position_ids`` count up by one from real token to real token."""
     if position_ids is None or position_ids.shape[-1] < 2:
         return {}
     steps = position_ids.diff() == 1
-    if (shown := _shown(mask, cache, position_ids.shape[-1])) is not None:
-        steps = steps | ~(shown[..., 1:] & shown[..., :-1]).to(steps.device)
+    if (real := _real_tokens(mask, cache, position_ids.shape[-1])) is not None:
+        steps = steps | ~(real[..., 1:] & real[..., :-1]).to(steps.device)
     return {f"position_ids hold packed sequences, or do not count up by one: {PACKED}": steps.all()}
 
 
-def _shown(mask: Any, cache: Any, length: int) -> Tensor | None:
-    """Which of the next ``length`` tokens are real, (B, length); None if all are, or the mask is refused later."""
+def _real_tokens(mask: Any, cache: Any, length: int) -> Tensor | None:
+    """Return which of the next ``length`` tokens are real, (B, length).
+
+    None means that all are, or that the mask will be refused later.
+    """
     if isinstance(mask, dict):  # by type of layer
         mask = next((x for x in mask.values() if x is not None), None)
     if mask is None:
@@ -345,14 +347,16 @@ def _shown(mask: Any, cache: Any, length: int) -> Tensor | None:
 
 
 def _left_padding(visible: Tensor | None, conditions: dict[str, Tensor]) -> int | Tensor:
-    """Hidden tokens before the first visible one, int32 (B,), or 0 for none anywhere; the one look at the GPU.
+    """Return how many tokens are hidden before the first visible one, int32 (B,), or 0 if none are hidden anywhere.
+
+    This is the only time that a forward waits for the GPU.
 
     Args:
         visible: bool (B, N), True for a real token; None if all are.
-        conditions: messages, and bool tensors () that must be True.
+        conditions: bool tensors () that must be True, by the message if one is not.
 
     Raises:
-        ValueError: a condition that is not, or tokens hidden between visible ones.
+        ValueError: a condition does not hold, or tokens are hidden between visible ones.
     """
     if visible is None:
         _require(conditions)
@@ -364,12 +368,12 @@ def _left_padding(visible: Tensor | None, conditions: dict[str, Tensor]) -> int 
     }
     if _require(conditions | one_run, visible.all()):
         return 0
-    # Right padding needs nothing: no real query comes after it.
+    # Right padding needs no treatment: no real query comes after it.
     return (visible.cumsum(-1) == 0).sum(-1, dtype=torch.int32).flatten()
 
 
 class _NoRotation(nn.Module):
-    """In place of a rotary embedding: turns the first ``dim`` of a head by nothing."""
+    """Stand in for a rotary embedding: turn the first ``dim`` of a head by nothing."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -381,7 +385,7 @@ class _NoRotation(nn.Module):
 
 
 class _NoEmbedding(nn.Module):
-    """In place of learned positions: adds nothing."""
+    """Stand in for learned positions: add nothing."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.zeros((), device=position_ids.device)
@@ -389,7 +393,10 @@ class _NoEmbedding(nn.Module):
 
 @functools.cache
 def _converting(model_class: Any) -> Any:
-    """``model_class``, but where its config has log positions, models get them before weights are loaded into them."""
+    """Return ``model_class`` with another __init__: where the config has log positions, the new model gets them.
+
+    They must be there before weights are loaded.
+    """
 
     def init(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
         settings = getattr(config, "log_position", None)
@@ -408,7 +415,7 @@ def _converting(model_class: Any) -> Any:
 
 
 def _register() -> None:
-    """Let AutoModel and its like load converted models. What they load otherwise is what it was."""
+    """Let AutoModel and its like load converted models. They load all others as before."""
 
     def register(auto: Any, config_class: Any, model_class: Any) -> None:
         @classmethod  # type: ignore[misc]
@@ -444,7 +451,7 @@ def log_attention_forward(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that Transformers calls under the name ``logpe``: see ``transformers.AttentionInterface``.
+    """Compute attention when Transformers calls the one named ``logpe``: see ``transformers.AttentionInterface``.
 
     Args:
         module: the attention layer, converted by :func:`use_log_position`.
@@ -465,7 +472,7 @@ def log_attention_forward(
     for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache", *PACKING_OPTIONS):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
-    if not options.get(CHECKED):  # a layer, or the forward of the base model, was called past the base model's hook
+    if not options.get(CHECKED):  # the base model's hook was bypassed: a layer or a forward() was called directly
         _require(_counting(options.get("position_ids"), attention_mask, None))
     starts = {}
     if attention_mask is not None:
@@ -477,9 +484,9 @@ def log_attention_forward(
             )
         query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
         starts = dict(query_start=query_start, key_start=key_start)
-    # Called as a module: wrappers of sharding and of PEFT see it.
+    # Called as a module, so that wrappers of sharding and of PEFT see it.
     values: PositionValues = owner.log_position(query.device)
-    if owner is not module:  # one position for layers on many devices
+    if owner is not module:  # one position serves layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
     out = log_attention(
@@ -510,21 +517,21 @@ def log_position_mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor | None:
-    """Where queries and keys stand; called once per forward, see ``transformers.AttentionMaskInterface``.
+    """Say where queries and keys stand, once per forward: see ``transformers.AttentionMaskInterface``.
 
     Args:
-        q_offset, kv_offset: index of the first query and of the first key, of all tokens so far.
-        attention_mask: bool (B, tokens so far, or more), True for a real token.
+        q_offset, kv_offset: index of the first query and of the first key among all tokens so far.
+        attention_mask: bool (B, N), True for a real token, with at least as many columns as there are tokens so far.
 
     Returns:
-        int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding. Four
-        dimensions, so that Transformers hands it through as it is. None if that is what log_attention assumes:
-        keys from 0, the last query at the last key.
+        int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding. It has four
+        dimensions, so that Transformers passes it on as it is. None where log_attention assumes the same: keys from
+        0, the last query at the last key.
     """
     if use_vmap or "allow_is_bidirectional_skip" in options:
         raise ValueError("the model asks for a mask that is not causal, which log positions cannot honour")
     if not allow_is_causal_skip and q_length > 1:
-        # More than a causal mask, possibly: then the diagonals beside the main one show it.
+        # Possibly this is not a causal mask: the diagonals beside the main one show it.
         batch = torch.arange(batch_size, device=device)[:, None]
         index = torch.arange(q_length - 1, device=device) + q_offset
         plain = ~mask_function(batch, 0, index, index + 1)
@@ -541,8 +548,9 @@ def log_position_mask(
                 f"{tuple(attention_mask.shape)}"
             )
         if not is_tracing(attention_mask):
-            seen = attention_mask if attention_mask._base is None else attention_mask._base  # GPT-2 takes a view
-            padding = getattr(seen, "left_padding", None)
+            # GPT-2 passes on a view of what _check_call checked.
+            checked = attention_mask if attention_mask._base is None else attention_mask._base
+            padding = getattr(checked, "left_padding", None)
         else:
             padding = None
         if padding is None:
@@ -556,9 +564,10 @@ def log_position_mask(
 
 
 def _require(conditions: dict[str, Tensor], also: Tensor | None = None) -> bool:
-    """Raise ValueError unless the conditions, bool tensors () by message, hold; return the value of ``also``.
+    """Raise ValueError unless all conditions hold, bool tensors () by message; return the value of ``also``.
 
-    All are read from the GPU at once. A trace has no values yet: it asserts the conditions when run, and gets False.
+    All are read from the GPU at once. Under tracing there are no values yet: the graph will assert the conditions when
+    it runs, and False is returned.
     """
     tensors = [*conditions.values(), *([] if also is None else [also])]
     if not tensors:

@@ -1,4 +1,4 @@
-"""What every test gets: the interpreter where there is no GPU, a seed of its own, and poisoned memory.
+"""Give every test the interpreter where there is no GPU, a seed of its own, and poisoned memory.
 
 Random inputs are the same in every run. ``--seed 7`` draws others, ``--seed fresh`` new ones each time; the variable
 LOGPE_TEST_SEED does the same. A run that fails says which seed repeats it.
@@ -12,11 +12,17 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+# Processes that tests start import this checkout, too.
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 
 # Triton reads this when its own modules are imported, hence before anything else can import it.
 if not torch.cuda.is_available():
@@ -69,14 +75,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the Triton kernels run: on the GPU, or interpreted on the CPU."""
+    """Return where the Triton kernels run: on the GPU, or interpreted on the CPU."""
     compiling = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     return torch.device("cuda" if compiling else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Another for every test, and the same again under the same --seed."""
+    """Seed every test differently, and the same again under the same --seed."""
     digest = hashlib.sha256(f"{os.environ['LOGPE_TEST_SEED']} {request.node.nodeid}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     torch.manual_seed(seed)
@@ -86,7 +92,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN: an element that nobody writes shows itself."""
+    """Fill fresh memory with NaN, so that an element that nobody writes is noticed."""
     _device_constructors()  # what ``with torch.device(...)`` serves: cached before the names change
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -106,7 +112,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _speed_up_interpreter() -> None:
-    """Half of the interpreter's time goes into patching triton.language anew for each function that a kernel calls.
+    """Save half of the interpreter's time: it patches triton.language anew for each function that a kernel calls.
 
     Patch it once per launch. Nothing else changes, and a triton without this inner function runs as it is.
     """

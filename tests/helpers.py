@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor
 
 from logpe import PRESETS, LogPosition, PositionValues, log_attention, log_attention_varlen
 
-PARAMETERS = ("power", "rate", "sharpness", "alpha")
+PARAMETERS = LEARNABLE_PARTS
 HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass
 class Call:
-    """One call of log_attention, or with ``lengths`` of log_attention_varlen, and the cotangents of its results.
+    """A call of log_attention, or with ``lengths`` of log_attention_varlen, and the cotangents of its results.
 
     values are leaves: those that require a gradient are the learned ones. dlse None: only out is differentiated.
     """
@@ -36,7 +37,7 @@ class Call:
 
 
 def presets_of(head_dim: int) -> list[str]:
-    """Those that find a plane to rotate in such a head, or rotate nothing."""
+    """Return the presets that have a plane to rotate in such a head, or rotate nothing."""
     least = {"log-rotary": 2, "log-rotary-bias": 2, "log-bias-rope": 4}
     return [preset for preset in PRESETS if head_dim >= least.get(preset, 1)]
 
@@ -44,7 +45,7 @@ def presets_of(head_dim: int) -> list[str]:
 def make_values(
     heads: int, head_dim: int, preset: str = "log-bias", *, learnable: Any = True, device: Any = None, **options: Any
 ) -> PositionValues:
-    """The values of a LogPosition as leaves, drawn so that every part matters at some tens of tokens."""
+    """Return the values of a LogPosition as leaves, drawn so that every part matters at some tens of tokens."""
     position = LogPosition(heads, head_dim, preset, learnable=learnable, device=device, **options)
     with torch.no_grad():
         for name in PARAMETERS:
@@ -74,7 +75,7 @@ def make_call(
     lse_gradient: bool = True,
     **options: Any,
 ) -> Call:
-    """A dense call on normal inputs; ``values`` or else a fresh draw for ``preset``; ``options`` for the call."""
+    """Return a dense call on normal inputs, with ``values`` or else a fresh draw for ``preset``."""
     kv_heads, num_keys = kv_heads or heads, num_queries if num_keys is None else num_keys
 
     def normal(*shape: int) -> Tensor:
@@ -96,7 +97,7 @@ def make_call(
 def make_packed_call(
     lengths_q: list[int], lengths_k: list[int], *, outside: int = 0, device: Any = None, **arguments: Any
 ) -> Call:
-    """A packed call of sequences of these lengths, followed by ``outside`` tokens that belong to none."""
+    """Return a packed call of sequences of these lengths, followed by ``outside`` tokens that belong to none."""
     total_q, total_k = sum(lengths_q) + outside, sum(lengths_k) + outside
     call = make_call(1, num_queries=total_q, num_keys=total_k, device=device, **arguments)
     q, k, v, dout = (x[0].transpose(0, 1).contiguous() for x in (call.q, call.k, call.v, call.dout))
@@ -106,7 +107,7 @@ def make_packed_call(
 
 
 def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """out, lse and the gradients dq, dk, dv, dpower, ... of what requires one.
+    """Return out, lse and the gradients dq, dk, dv, dpower, ... of what requires one.
 
     dtype: of the tensors, if not that of the call; with float64 the position and the cotangents are float64 too.
     """
@@ -144,7 +145,7 @@ def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str,
 
 
 class Reference:
-    """What a call must return: the float64 reference, and how near to it each result has to be.
+    """The float64 results of a call, and the bounds on how far from them each result may be.
 
         max |actual - exact|  <=  factor * max |eager - exact| + eps(dtype) * size,    size = max |exact|
 
@@ -218,7 +219,7 @@ class Reference:
 
 
 def check(call: Call, backend: str = "triton") -> dict[str, Tensor]:
-    """Run a call on ``backend`` and compare it with the float64 reference; returns the results."""
+    """Run a call on ``backend``, compare it with the float64 reference, and return the results."""
     actual = run(call, backend)
     assert actual["out"].dtype == call.q.dtype
     Reference(call).check(actual)
@@ -226,25 +227,25 @@ def check(call: Call, backend: str = "triton") -> dict[str, Tensor]:
 
 
 def _largest(x: Tensor) -> float:
-    """The largest finite magnitude, 0 where there is none."""
+    """Return the largest finite magnitude, 0 where there is none."""
     return float(x.double().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0
 
 
 def _largest_product(call: Call) -> float:
-    """scale times the largest norms of a query and of a key, which no scaled product of the two exceeds."""
+    """Return scale times the largest norms of a query and of a key: no scaled product exceeds it."""
     q, k = (_largest(x.double().nan_to_num(0, 0, 0).norm(dim=-1)) for x in (call.q, call.k))
     scale = call.options.get("scale")
     return q * k * (call.q.shape[-1] ** -0.5 if scale is None else abs(scale))
 
 
 def _moved(x: Tensor) -> Tensor:
-    """x, each value about one unit in the last place up or down; the layout stays."""
+    """Move each value of x about one unit in the last place up or down; the layout stays."""
     step = torch.randint(-1, 2, x.shape, device=x.device) * torch.finfo(x.dtype).eps
     return (x.detach().double() * (1 + step)).to(x.dtype)
 
 
 def _uncancelled(call: Call) -> dict[str, Tensor]:
-    """The gradients, in float64, for cotangents of out so large and of one sign that dP - delta does not cancel."""
+    """Return float64 gradients for cotangents so large and of one sign that dP - delta does not cancel."""
     rows = call.dout.double().nan_to_num(0, 0, 0).norm(dim=-1)
     if call.lengths is not None:
         rows = rows.T  # (heads, total)

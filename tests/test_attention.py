@@ -1,4 +1,4 @@
-"""log_attention and log_attention_varlen as people call them: bad inputs, defaults, backends, merging."""
+"""Test log_attention and log_attention_varlen as people call them: bad inputs, defaults, backends, merging."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
+from logpe_kernels.options import Options
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.two_tensor import TwoTensor
@@ -47,9 +48,9 @@ def packed() -> dict[str, Any]:
 # --- what is refused: the argument, its value, and what is allowed ----------------------------------------------
 
 
-def refused(message: str, kind: type[Exception] = ValueError, **changes: Any) -> Any:
-    """A case: the changes to a good call, and the message, in which ... stands for anything."""
-    return pytest.param(changes, kind, re.escape(message).replace(r"\.\.\.", ".*"), id=message)
+def refused(message: str, error: type[Exception] = ValueError, **changes: Any) -> Any:
+    """Return a case: changes to a good call, and the message, in which ... stands for anything."""
+    return pytest.param(changes, error, re.escape(message).replace(r"\.\.\.", ".*"), id=message)
 
 
 def nested(layout: torch.layout) -> Tensor:
@@ -265,18 +266,18 @@ REFUSED_PACKED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED)
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=interpreted)])
-def test_refused(changes: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+def test_refused(changes: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
     good = {**tensors(), "is_causal": True, "position": VALUES, "backend": backend}
     log_attention(**good)  # known from now on
-    with pytest.raises(kind, match=message):
+    with pytest.raises(error, match=message):
         log_attention(**{**good, **changes})
 
 
-@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED_PACKED)
-def test_refused_packed(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED_PACKED)
+def test_refused_packed(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         log_attention_varlen(**{**packed(), **changes})
 
 
@@ -301,7 +302,7 @@ def test_triton_refuses_float64() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    """A window may be a list, and as long as it likes."""
+    """NumPy's integers and floats serve as Python's; a window may be a list, and of any length."""
     np = pytest.importorskip("numpy")
     x = tensors()
     expected = log_attention(**x, position=VALUES, is_causal=True, query_start=3, key_start=1, window=(4, 0), scale=0.5)
@@ -340,7 +341,7 @@ def test_plain_attention_is_torchs() -> None:
 
 
 def test_is_causal_is_bottom_right() -> None:
-    """As flash-attention 2 has it; query_start=0 is the top-left of F.scaled_dot_product_attention."""
+    """The last query meets the last key, as in flash-attention 2; query_start=0 gives the top-left of torch."""
     q, k, v = normal(B, HEADS, NQ, D), normal(B, HEADS, NK, D), normal(B, HEADS, NK, D)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(NQ, NK))
     torch.testing.assert_close(log_attention(q, k, v, is_causal=True), expected)
@@ -381,17 +382,17 @@ def test_left_padding_is_a_negative_start() -> None:
     assert (out[1, :, :4] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor])
-def test_the_gains_length(kind: Callable[..., Any]) -> None:
-    """The query's own position when causal, capped by the window; else the number of keys, or what is given."""
+@pytest.mark.parametrize("integer", [int, torch.tensor])
+def test_the_gains_length(integer: Callable[..., Any]) -> None:
+    """n is the query's position when causal, capped by the window; else the number of keys, or what is given."""
     values = make_values(HEADS, D, "none", query_gain=True, gain_length=4)
     x = tensors() | dict(position=values)
 
     def given(length: int) -> Any:
-        return length if kind is int else torch.tensor([length] * B)
+        return length if integer is int else torch.tensor([length] * B)
 
     def gained(*lengths: int) -> Tensor:
-        """Plain attention with the gain in q, one length per query."""
+        """Return plain attention with the gain in q, one length per query."""
         n = torch.tensor(lengths * (NQ // len(lengths)), dtype=torch.float32)
         gain = 1 + values.alpha[:, None] * torch.log1p(n / 4)
         return log_attention(**tensors_with(q=x["q"] * gain[:, :, None]))
@@ -446,7 +447,7 @@ def test_lse() -> None:
     assert log_attention_varlen(**packed(), return_lse=True)[1].shape == (HEADS, 8)
 
 
-@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
 def test_autocast(backend: str) -> None:
     """q, k and v become bfloat16; the position's float32 parameters stay, and get float32 gradients."""
     position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
@@ -472,7 +473,7 @@ def test_autocast(backend: str) -> None:
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_the_backends_agree(form: str) -> None:
-    """On one call with everything in it."""
+    """One call uses every option at once."""
     values = make_values(4, 16, "log-invariant", query_gain=True)
     values = values._replace(theta=make_values(4, 16, "log-rotary").theta, rotary_scale=30.0)
     options: dict[str, Any] = dict(kv_heads=2, head_dim=16, values=values, window=(25, 3), dropout_p=0.2)
@@ -494,7 +495,7 @@ def test_the_backends_agree(form: str) -> None:
 
 @interpreted
 def test_repeated_calls_see_their_own_values() -> None:
-    """What is remembered of a call is its layout: new values, positions, gradients and lengths count each time."""
+    """Only the layout of a call is remembered: new values, positions, gradients and lengths count each time."""
     position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
     plain, shared = dict(is_causal=True), LogPosition(HEADS, D)
     cases: list[tuple[Any, dict[str, Any]]] = [
@@ -548,7 +549,7 @@ def strided(x: Tensor, rows: bool) -> Tensor:
 
 
 def shifted(x: Tensor, rows: bool) -> Tensor:
-    """One element into its storage: not aligned to 16 bytes."""
+    """Return a copy that begins one element into its storage, not aligned to 16 bytes."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
@@ -557,7 +558,7 @@ def expanded(x: Tensor, rows: bool) -> Tensor:
 
 
 def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All the tensors that a public function takes, and the rest of its arguments."""
+    """Return all tensors that a public function takes, and the rest of its arguments."""
     heads, kv_heads = 2, 1
     if form == "rotate":
         theta = make_values(heads, D, "log-rotary").theta
@@ -592,7 +593,7 @@ def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def results_of(
     form: str, x: dict[str, Tensor], rest: dict[str, Any], layout: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """What a call returns, and the gradients of all that has one, from cotangents in this layout."""
+    """Return the results of a call, and all gradients, from cotangents in this layout."""
     leaves = () if form in ("paged", "decode") else ("q", "k", "v", "x", "out0", "out1", "lse0", "lse1", *PARAMETERS)
     x = {name: t.detach().requires_grad_(name in leaves) for name, t in x.items()}
     position = PositionValues(**{name: t for name, t in x.items() if name in PositionValues._fields})
@@ -622,7 +623,7 @@ FORMS = ("plain", "dense", "packed", "decode", "paged")
     ],
 )
 def test_layouts(form: str, backend: str) -> None:
-    """Every tensor argument, and the cotangents, in an odd layout at once: what contiguous copies give."""
+    """Tensor arguments and cotangents, all in an odd layout at once, give what contiguous copies give."""
     tensors, rest = call_of(form)
     options = rest | dict(backend=backend)
     expected = results_of(form, tensors, options, lambda t: t)
@@ -636,16 +637,14 @@ def test_layouts(form: str, backend: str) -> None:
         changed = {name: odd(t, name in ("q", "k", "v", "x")) for name, t in tensors.items()}
         if layout is expanded:
             copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in changed.items()}
-            expected = results_of(
-                form, copies, options, lambda t: odd(t).clone(memory_format=torch.contiguous_format)
-            )
+            expected = results_of(form, copies, options, lambda t: odd(t).clone(memory_format=torch.contiguous_format))
         for x, y in zip(results_of(form, changed, options, odd), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, layout=layout: f"{layout}: {m}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_as_columns_of_a_table(backend: str) -> None:
-    """And their gradients arrive in the table; a call with the same layouts was there before."""
+    """Gradients arrive in the table, even after an earlier call with the same layouts."""
     x = tensors()
     table = torch.rand(HEADS, 2, requires_grad=True)
     gradients = []
@@ -670,7 +669,7 @@ def test_gradients_of_parameters_have_their_dtype(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_are_no_plain_tensors(backend: str) -> None:
-    """A subclass, such as DTensor, may have no memory of its own. An equal call on plain ones was there before."""
+    """A subclass, such as DTensor, may have no memory of its own. An equal call on plain tensors comes first."""
     x, plain = tensors(), torch.rand(2, HEADS)
     for parameters in (plain, [TwoTensor(t, t) for t in plain]):
         leaves = [t.detach().requires_grad_() for t in parameters]
@@ -685,7 +684,7 @@ def test_parameters_that_are_no_plain_tensors(backend: str) -> None:
 
 @interpreted
 def test_views_that_are_not_what_lies_in_memory() -> None:
-    """torch.imag of a conjugate is a view whose sign is still to be changed."""
+    """torch.imag of a conjugate is a view whose sign is yet to be changed."""
     x = {name: torch.complex(t, t).conj().imag for name, t in tensors().items()}
     x = {name: torch._neg_view(-t.resolve_neg()) for name, t in x.items()}
     assert all(t.is_neg() for t in x.values())
@@ -720,13 +719,13 @@ def test_rotate_checks_what_it_is_given() -> None:
         (dict(position=values._replace(rotary_scale=torch.ones(()))), TypeError, "rotary_scale must be a number"),
         (dict(start=True), TypeError, "start must be an int or an int tensor"),
     ]
-    for changes, kind, message in cases:
-        with pytest.raises(kind, match=message):
+    for changes, error, message in cases:
+        with pytest.raises(error, match=message):
             logpe.rotate(**dict(x=x, position=values) | changes)
 
 
 def test_rotate_gives_zeros_where_no_token_is() -> None:
-    """As the kernel does, whatever such a row holds."""
+    """The kernel does this, too, whatever such a row holds."""
     values, x = make_values(HEADS, D, "log-rotary"), normal(B, HEADS, NQ, D)
     x[0, :, :3] = math.nan
     x.requires_grad_()
@@ -860,7 +859,7 @@ def test_an_empty_part_may_hold_anything() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores(backend: str, dtype: torch.dtype) -> None:
-    """Past the largest float16 before they are scaled."""
+    """Before scaling, scores go beyond the largest float16."""
     call = make_call(1, 2, 1, 20, 20, 64, dtype=dtype, preset="log-rotary-bias", is_causal=True)
     call = call.replace(q=200 * call.q, k=200 * call.k)
     assert (call.q.float() @ call.k.float().mT).abs().max() > 8 * 65504
@@ -870,7 +869,7 @@ def test_large_scores(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_lowest_number_as_a_mask(backend: str, dtype: torch.dtype) -> None:
-    """Hides a key beside others; where nothing else is visible the scores decide, on every backend."""
+    """It hides a key beside others. Where nothing else is visible, the scores decide, on every backend."""
     hidden = torch.tensor([[True, True, True, False, True, False, False], [True] * NK])
     for of in (torch.float16, torch.bfloat16, torch.float32):
         mask = torch.zeros(B, NK).masked_fill(hidden, torch.finfo(of).min).to(of)
@@ -886,26 +885,6 @@ def test_the_lowest_number_as_a_mask(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out[0, :, :3].double(), alone[0, :, :3], rtol=0.02, atol=0.02)
         torch.testing.assert_close(out[0, :, 3:].double(), beside[0, :, 3:], rtol=0.02, atol=0.02)
         assert (lse[1] < -60000).all()
-
-
-# --- the promise of no NaN --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["blocked", "reference"])
-def test_a_query_that_sees_nothing(backend: str) -> None:
-    position = LogPosition(HEADS, D, "log-invariant", query_gain=True)
-    x = {name: t.requires_grad_() for name, t in tensors().items()}
-    mask = torch.zeros(B, NK, dtype=torch.bool)
-    mask[0, 3:] = True
-    out, lse = log_attention(
-        **x, position=position, is_causal=True, query_start=0, key_mask=mask, return_lse=True, backend=backend
-    )
-    dead = lse == -INF
-    assert dead.equal((torch.arange(NQ) < 3).logical_or(torch.tensor([[False], [True]]))[:, None].expand(B, HEADS, NQ))
-    assert (out[dead] == 0).all()
-    (out.sum() + lse[~dead].sum()).backward()
-    assert (x["q"].grad[dead] == 0).all()
-    assert all(t.grad.isfinite().all() for t in (*x.values(), *position.parameters()))
 
 
 # --- on a GPU only ------------------------------------------------------------------------------------------------
@@ -943,4 +922,5 @@ def test_backends_on_a_gpu() -> None:
 def test_public_names() -> None:
     for name in logpe.__all__:
         assert hasattr(logpe, name)
-    assert set(PARAMETERS) < set(PositionValues._fields)
+    assert PositionValues._fields[:5] == Options._fields[:5]
+    assert PositionValues._field_defaults.items() <= Options._field_defaults.items()

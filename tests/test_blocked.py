@@ -1,4 +1,4 @@
-"""The CPU backend against eager attention in float64."""
+"""Test the CPU backend against eager attention in float64."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ import torch
 from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, presets_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logpe_kernels.options import Options
 from torch import Tensor
 
-from logpe import PRESETS, blocked, log_attention, ops
+from logpe import PRESETS, blocked, log_attention
 
 NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles for few tokens: several blocks of rows, and several groups of heads."""
+    """Make many tiles of few tokens: several blocks of rows, and several groups of heads."""
     monkeypatch.setattr(blocked, "BLOCK_ROWS", 8)
     monkeypatch.setattr(blocked, "TILE_ELEMENTS", 2**9)
 
 
 def assert_exact(call: Call) -> None:
-    """In float64 nothing separates the two but the order of summation."""
+    """Assert equality in float64, where the two differ in the order of summation alone."""
     actual, expected = (run(call, backend, torch.float64) for backend in ("blocked", "reference"))
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
-        assert (x is None) == (actual[name] is None), name
-        if x is not None:
-            torch.testing.assert_close(actual[name], x, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], x, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- features -------------------------------------------------------------------------------------------------
@@ -109,60 +108,28 @@ def test_rotations(scale: float, fraction: float) -> None:
     ids=lambda a: "-".join(map(str, a)),
 )
 def test_error_is_that_of_eager_attention(arguments: dict[str, Any], dtype: torch.dtype) -> None:
-    """The largest errors, in the mean over several draws: in a single one either implementation can be lucky."""
+    """Largest errors are averaged over several draws: in a single one either implementation may be lucky."""
     arguments = dict(heads=8, num_queries=269, head_dim=24, dtype=dtype) | arguments
     calls = [make_call(1, **arguments) for _ in range(4)]
-    with torch.no_grad():  # heads of one kind, so that no single one makes the largest error every time
+    with torch.no_grad():  # equal heads, or the same one would make the largest error every time
         for x in (x for call in calls for x in call.values[:4] if x is not None):
             x.fill_(0.5)
 
-    def pooled(*how: Any) -> dict[str, Tensor | None]:
+    def pooled(*how: Any) -> dict[str, Tensor]:
         draws = [run(call, *how) for call in calls]
-        return {n: None if x is None else torch.stack([draw[n] for draw in draws]) for n, x in draws[0].items()}
+        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
     actual, eager, exact = pooled("blocked"), pooled("reference"), pooled("reference", torch.float64)
     factor, eps = (2.0 if dtype == torch.float32 else 1.1), torch.finfo(dtype).eps
     for name, x in exact.items():
-        if x is not None:
-            finite = x.isfinite()
-            assert torch.equal(actual[name].double()[~finite], x[~finite]), name
-            differences = ((y[name] - x).where(finite, 0).abs() for y in (actual, eager))
-            error, of_eager = (float(e.flatten(1).amax(1).mean()) for e in differences)
-            assert error <= factor * of_eager + eps * float(x[finite].abs().max()), name
+        finite = x.isfinite()
+        assert torch.equal(actual[name].double()[~finite], x[~finite]), name
+        differences = ((y[name] - x).where(finite, 0).abs() for y in (actual, eager))
+        error, of_eager = (float(e.flatten(1).amax(1).mean()) for e in differences)
+        assert error <= factor * of_eager + eps * float(x[finite].abs().max()), name
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------
-
-
-def as_transposed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def as_slice(x: Tensor) -> Tensor:
-    return torch.cat((x, torch.full_like(x, NAN)), -1)[..., : x.shape[-1]]
-
-
-@pytest.mark.parametrize("layout", [as_transposed, as_slice])
-@pytest.mark.usefixtures("small_tiles")
-def test_strides(layout: Any) -> None:
-    call = make_call(3, 4, 2, 21, 26, 6, preset="log-rotary-bias", is_causal=True)
-    strided = call.replace(q=layout(call.q), k=layout(call.k), v=layout(call.v), dout=layout(call.dout))
-    kwargs = dict(call.options, return_lse=True, backend="blocked")
-    expected = log_attention(call.q, call.k, call.v, call.values, **kwargs)
-    actual = log_attention(strided.q, strided.k, strided.v, strided.values, **kwargs)
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
-    leaves = [x.requires_grad_() for x in (strided.q, strided.k, strided.v)]
-    gradients = torch.autograd.grad(log_attention(*leaves, call.values, **kwargs)[0], leaves, strided.dout)
-    run_dense = run(call.replace(dlse=None), "blocked")
-    assert all(torch.equal(x, run_dense[name]) for x, name in zip(gradients, ("dq", "dk", "dv"), strict=True))
-
-
-def test_expanded_keys() -> None:
-    call = make_call(2, 4, 4, 9, 13, 6, is_causal=True)
-    one = call.k[:, :1]
-    actual = log_attention(call.q, one.expand_as(call.k), call.v, call.values, is_causal=True)
-    expected = log_attention(call.q, one.expand_as(call.k).contiguous(), call.v, call.values, is_causal=True)
-    assert torch.equal(actual, expected)
+# --- packed, and without tokens -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +156,7 @@ def test_packed(arguments: dict[str, Any]) -> None:
 def test_packed_without_pairs(lengths: tuple[list[int], list[int]]) -> None:
     results = run(make_packed_call(*lengths, outside=2, heads=2, head_dim=4, is_causal=True), "blocked")
     assert results["lse"].eq(-INF).all()
-    assert all(x.eq(0).all() for name, x in results.items() if name != "lse" and x is not None)
+    assert all(x.eq(0).all() for name, x in results.items() if name != "lse")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
@@ -198,7 +165,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     results = run(make_call(batch, 4, 2, num_queries, num_keys, 8, query_gain=True, query_start=0), "blocked")
     assert results["out"].shape == (batch, 4, num_queries, 8)
     assert results["lse"].eq(-INF).all()
-    assert all(x.eq(0).all() for name, x in results.items() if name != "lse" and x is not None)
+    assert all(x.eq(0).all() for name, x in results.items() if name != "lse")
 
 
 @given(data=st.data())
@@ -230,7 +197,7 @@ def test_any_shape(data: st.DataObject) -> None:
 def test_gradcheck(packed: bool) -> None:
     values = make_values(4, 4, "log-invariant", query_gain=True)
     theta = torch.tensor([1.0, 0.3], dtype=torch.float64)
-    options: dict[str, Any] = dict.fromkeys(ops.OPTIONS) | dict(
+    options: dict[str, Any] = dict(
         theta=theta, query_start=1, key_start=0, window_left=4, window_right=1, max_seqlen_q=5, max_seqlen_k=6,
         rotary_scale=2.0, gain_length=3.0, scale=0.6, dropout_p=0.25, dropout_seed=torch.tensor([3]),
     )  # fmt: skip
@@ -243,13 +210,13 @@ def test_gradcheck(packed: bool) -> None:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         given = options | dict(zip(PARAMETERS, parameters, strict=True))
-        out, lse = torch.ops.logpe.attention(q, k, v, *(given[name] for name in ops.OPTIONS), "blocked")
+        out, lse = torch.ops.logpe.attention(q, k, v, *Options(**given), "blocked")
         return out, lse.masked_fill(lse == -INF, 0)
 
     assert torch.autograd.gradcheck(attention, inputs)
 
 
-# --- what nobody sees --------------------------------------------------------------------------------------------
+# --- what no query sees --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -268,26 +235,25 @@ def test_gradcheck(packed: bool) -> None:
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: float) -> None:
-    """NaN or inf in keys that no query sees and in queries that see no key: as zeros there, bit for bit."""
+    """NaN or inf in unseen keys, and in queries that see no key, gives the bits that zeros there give."""
     call = make_call(3, 4, 2, 13, 18, 6, preset=preset, query_gain=True, **options)
     everyone = make_values(4, 6, "none")
     seen = run(call.replace(values=everyone, v=torch.ones_like(call.v), dout=torch.ones_like(call.dout)), "reference")
-    dead, hidden = seen["lse"][..., None] == -INF, (seen["dv"] == 0).all(-1, keepdim=True)
-    assert dead.any()
+    keyless, hidden = seen["lse"][..., None] == -INF, (seen["dv"] == 0).all(-1, keepdim=True)
+    assert keyless.any()
     assert hidden.any()
 
     def fill(value: float) -> Call:
-        dlse = call.dlse.masked_fill(dead[..., 0], value)
-        q, dout = (x.masked_fill(dead, value) for x in (call.q, call.dout))
+        dlse = call.dlse.masked_fill(keyless[..., 0], value)
+        q, dout = (x.masked_fill(keyless, value) for x in (call.q, call.dout))
         return call.replace(q=q, dout=dout, dlse=dlse, **{n: getattr(call, n).masked_fill(hidden, value) for n in "kv"})
 
     actual, expected = run(fill(bad), "blocked"), run(fill(0), "blocked")
     for name, x in expected.items():
-        if x is not None:
-            assert not x.isnan().any(), name
-            assert torch.equal(actual[name], x), name
-    assert expected["out"].masked_select(dead).eq(0).all()
-    assert expected["dq"].masked_select(dead).eq(0).all()
+        assert not x.isnan().any(), name
+        assert torch.equal(actual[name], x), name
+    assert expected["out"].masked_select(keyless).eq(0).all()
+    assert expected["dq"].masked_select(keyless).eq(0).all()
     assert expected["dk"].masked_select(hidden).eq(0).all()
 
 
@@ -299,7 +265,7 @@ def test_hidden_values_do_not_matter(options: dict[str, Any], preset: str, bad: 
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_a_key_reaches_only_those_who_see_it(options: dict[str, Any], preset: str) -> None:
-    """NaN or inf in it, as in the definition."""
+    """NaN or inf in a key spreads as in the definition."""
     call = make_call(2, 4, 2, 20, 20, 6, preset=preset, query_gain=True, **options)
     for bad in (NAN, INF, -INF):
         k = call.k.clone()
@@ -321,7 +287,7 @@ def test_autocast_does_not_reach_the_products() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = run(call, "blocked")
     outside = run(call, "blocked")
-    assert all(torch.equal(x, outside[name]) for name, x in inside.items() if x is not None)
+    assert all(torch.equal(x, outside[name]) for name, x in inside.items())
 
 
 def test_same_bits_every_time() -> None:
@@ -329,7 +295,7 @@ def test_same_bits_every_time() -> None:
     first = run(call, "blocked")
     for _ in range(3):
         again = run(call, "blocked")
-        assert all(torch.equal(x, again[name]) for name, x in first.items() if x is not None)
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
 @pytest.mark.parametrize(

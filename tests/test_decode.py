@@ -17,12 +17,15 @@ from torch import Tensor
 
 import logpe
 from logpe import log_attention
+from logpe.clock import Repeats
 from logpe.command import TIME_IS_OVER
+from logpe.worker import Failed, Worker
 
 pytest.importorskip("triton")
 
 from logpe_kernels import decode
 from logpe_kernels.configs import Config
+from logpe_kernels.options import Options
 from test_kernels import FEATURES, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -43,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         launch(problem, *tensors)
 
     monkeypatch.setattr(decode, "decode", record)
-    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout_seed is None)
+    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout is None)
     monkeypatch.setattr(decode, "tiles", lambda *sizes: Config(16, 16, 4, 1))
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 3)
     return seen
@@ -333,9 +336,8 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     q, *pools = (x.nan_to_num() for x in (call.q, call.k, call.v))
     given = dict(block_table=call.options["block_table"], scale=0.5, max_seqlen_q=1, max_seqlen_k=16, dropout_p=0.0)
     given |= dict(query_start=15, key_start=0, rotary_scale=1.0, gain_length=512.0)
-    options = [given.get(name) for name in logpe.ops.OPTIONS]
     tests = "test_schema", "test_faketensor"
-    torch.library.opcheck(torch.ops.logpe.attention.default, (q, *pools, *options, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.logpe.attention.default, (q, *pools, *Options(**given), backend), test_utils=tests)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -351,7 +353,7 @@ def call(case, preset):
     name, queries = case.feature.split("+")
     meta = functools.partial(torch.empty, device="meta", dtype=getattr(torch, case.dtype))
     position = LogPosition(8, case.head_dim, preset.removesuffix("+gain"), query_gain="+" in preset, device="meta")
-    options = {name: x for name, x in position()._asdict().items() if x is not None}
+    options = position()._asdict()
     keys = meta(2, 2, 1024, case.head_dim)
     if name == "paged":
         keys = meta(40, 2, 64, case.head_dim)
@@ -360,7 +362,7 @@ def call(case, preset):
         options[name] = meta(2, dtype=torch.int32)
     q = meta(2, 8, int(queries), case.head_dim)
     options |= dict(scale=1.0, window_right=0, max_seqlen_q=q.shape[2], max_seqlen_k=1024)
-    logpe_kernels.forward(q, keys, keys, **options)
+    logpe_kernels.attention(q, keys, keys, logpe_kernels.Options(**options))
 
 compile_report.call = call
 rows = []
@@ -465,20 +467,19 @@ def test_no_compilation_as_the_length_changes(device: torch.device) -> None:
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, plot and resuming; a method that fails is a row that says so; other settings do not mix."""
+    """Rows, plot and resuming; a method that fails is a row that says so; each setting has its own table."""
     pytest.importorskip("matplotlib")
     from bench.speed import decode as bench
 
-    def answer(worker: Any, case: bench.Case, timeout: float) -> dict[str, Any]:  # in this process, which is warm
+    def call(worker: Worker, function: Any, case: bench.Case, *, seconds: float) -> dict[str, Any]:
         asked.append(case)
         if case.method == "flex":
-            raise RuntimeError("no such kernel")
-        return bench.measure(case)
+            raise Failed("no such kernel")
+        return function(case)  # in this process, which is warm
 
     asked: list[Any] = []
-    monkeypatch.setattr(bench.Worker, "ask", answer)
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
-    monkeypatch.setattr(bench, "MIN_REPEATS", 2)
+    monkeypatch.setattr(Worker, "call", call)
+    monkeypatch.setattr(bench, "REPEATS", Repeats(seconds=0, at_least=2, at_most=2, longest=60))
     command = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--out", str(tmp_path)]
     assert bench.main([*command, "--lengths", "100"]) == 0
     assert bench.main([*command, "--lengths", "100", "--minutes", "0"]) == 0  # nothing is missing
@@ -486,17 +487,19 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert bench.main([*command, "--lengths", "100", "33", "--minutes", "0"]) == TIME_IS_OVER
     assert bench.main([*command, "--lengths", "100", "33", "--methods", "none"]) == 0
     assert [case.length for case in asked] == [100] * len(bench.METHODS) + [33]
-    data = json.loads((tmp_path / "decode-cpu.json").read_text())
-    assert {"machine", "commit", "command", "date", "setting"} <= data.keys()
-    assert {row["method"] for row in data["rows"]} == set(bench.METHODS)
-    for row in data["rows"]:
-        assert row.get("missing") == "failed: no such kernel" if row["method"] == "flex" else row["p50"] > 0
+    (run,) = bench.BENCH.read(tmp_path / "decode-cpu.json")
+    assert {row["method"] for row in run.points} == set(bench.METHODS)
+    for row in run.points:
+        assert row.get("missing") == "no such kernel" if row["method"] == "flex" else row["p50"] > 0
     assert (tmp_path / "decode-cpu.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "failed: no such kernel" in printed
+    assert "no such kernel" in printed
     assert "100%" in printed
-    assert bench.main([*command, "--batch", "2"]) == 2
-    assert "decode-cpu.json has another setting: --fresh" in capsys.readouterr().err
+    assert bench.main([*command, "--batch", "2", "--lengths", "33", "--methods", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("\nbatch 1, 4 query and 2 key heads of 16, float32\n") < printed.index("\nbatch 2, ")
+    assert bench.main([*command, "--report"]) == 0
+    assert printed.startswith(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         bench.main([*command, "--heads", "3"])
 
@@ -510,3 +513,13 @@ def test_the_benchs_methods_agree() -> None:
     torch.testing.assert_close(outs["log-bias-paged"], outs["log-bias"])
     torch.testing.assert_close(outs["sdpa"], outs["none"])
     assert not torch.allclose(outs["none"], outs["log-bias"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["log-bias", "log-bias-paged", "none", "sdpa", "copy"])
+def test_bench_on_a_gpu(name: str) -> None:
+    from bench.speed import decode as bench
+
+    row = bench.measure(bench.Case(name, 1024, 2, 8, 2, 64, "bfloat16", "cuda:0"))
+    assert 0 < row["p20"] <= row["p50"] <= row["p80"] < 1e4
+    assert row["repeats"] >= 10

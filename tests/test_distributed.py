@@ -1,4 +1,4 @@
-"""Two processes on the CPU: data parallel training, and sharded models that keep their position."""
+"""Test two processes on the CPU: data parallel training, and sharded models that keep their position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
 WORLD = 2
 
 pytestmark = pytest.mark.skipif(
@@ -24,9 +23,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """All cases in one pair of processes: starting them takes most of the time."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """All cases run in one pair of processes, for starting them takes most of the time."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")],
@@ -50,7 +48,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def make_model() -> nn.Module:
-    """The same on every rank."""
+    """Return a model that is the same on every rank."""
     from logpe import LogPosition, log_attention
 
     class Model(nn.Module):
@@ -68,7 +66,7 @@ def make_model() -> nn.Module:
 
 
 def make_layers() -> nn.Module:
-    """LogAttention with every kind of parameter and of angles, the same on every rank."""
+    """Return LogAttention layers with all parameters and angles that there are, the same on every rank."""
     from logpe import LogAttention
 
     class Layers(nn.Module):
@@ -92,7 +90,7 @@ def train(
     after_backward: Callable[[], None] = lambda: None,
     groups: Any = None,
 ) -> None:
-    """Three steps of the position and of the rest towards a made-up target."""
+    """Take three steps of the position and of the rest towards a made-up target."""
     from logpe import parameter_groups
 
     optimizer = torch.optim.AdamW(groups or parameter_groups(model, 0.1), lr=0.05)
@@ -104,14 +102,14 @@ def train(
 
 
 def all_equal(x: Tensor) -> bool:
-    """Whether the ranks hold the same bits."""
+    """Return whether the ranks hold the same bits."""
     copies = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(copies, x.detach().contiguous())
     return all(torch.equal(copies[0], other) for other in copies)
 
 
 def data_parallel(rank: int) -> None:
-    """The parameters move, stay equal, and are those of one process with the whole batch."""
+    """Check that the parameters move, stay equal, and are those of one process with the whole batch."""
     import logpe
 
     model = make_model()
@@ -132,7 +130,7 @@ def data_parallel(rank: int) -> None:
 
 
 def sharded_bfloat16(rank: int) -> None:
-    """A bfloat16 model: the position is left out of the sharding, stays float32, and trains."""
+    """Check a bfloat16 model: its position is left out of the sharding, stays float32, and trains."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -160,7 +158,7 @@ def sharded_bfloat16(rank: int) -> None:
 
 
 def sharded_mixed_precision(rank: int) -> None:
-    """A float32 model that computes in bfloat16: sharded with the rest, the position stays float32, and trains."""
+    """Check a model that computes in bfloat16: its position, sharded or not, stays float32, and trains."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -182,7 +180,7 @@ def sharded_mixed_precision(rank: int) -> None:
 
 
 def sharded_by_fsdp1(rank: int) -> None:
-    """FullyShardedDataParallel with its defaults, which flatten, and without: results are those of one process."""
+    """Check that FullyShardedDataParallel, which flattens by default, gives the results of one process."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -211,7 +209,7 @@ def sharded_by_fsdp1(rank: int) -> None:
 
 
 def sharded_on_meta(rank: int) -> None:
-    """Models made without memory: both shardings initialise them late, or load them, and angles are there."""
+    """Check models made on meta: both shardings initialise them late, or load them, and angles are there."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard

@@ -26,12 +26,12 @@ def log(tmp_path):
     return tmp_path / "log.txt"
 
 
-def part(code, summary=lambda: "", name="part", share=1.0):
-    return Part(name, share, lambda seconds: ["-c", code], summary)
+def part(code, name="part", share=1.0):
+    return Part(name, share, lambda seconds: ["-c", code])
 
 
 def test_a_part_that_ends_well(log):
-    outcome = gpu.run_part(part("print('hello')", lambda: "all is well"), 60, log)
+    outcome = gpu.run_part(part("print('hello\\nall is well\\n')"), 60, log)
     assert (outcome.part, outcome.state, outcome.result) == ("part", "ok", "all is well")
     assert "=== part: python -c" in log.read_text()
     assert "hello" in log.read_text()
@@ -47,15 +47,16 @@ def test_a_part_finds_the_checkout_and_no_interpreter(log, monkeypatch):
 
 
 def test_a_part_that_fails(log):
-    outcome = gpu.run_part(part("print('why'); raise SystemExit(3)", lambda: {}["nothing"]), 60, log)
-    assert (outcome.state, outcome.result) == ("failed (3)", "no result: KeyError; why")
+    outcome = gpu.run_part(part("print('why'); raise SystemExit(3)"), 60, log)
+    assert (outcome.state, outcome.result) == ("failed (3)", "why")
+    assert gpu.run_part(part(""), 60, log).result == "nothing printed"
 
 
 def test_a_part_out_of_time_may_write_down_what_it_has(log):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written', flush=True)"
     begin = time.monotonic()
-    outcome = gpu.run_part(part(code, lambda: "half"), 10, log)  # on a busy machine Python takes seconds to start
-    assert (outcome.state, outcome.result) == ("out of time", "half; written")
+    outcome = gpu.run_part(part(code), 10, log)  # on a busy machine Python takes seconds to start
+    assert (outcome.state, outcome.result) == ("out of time", "written")
     assert time.monotonic() - begin < 40
 
 
@@ -107,31 +108,10 @@ def test_parts_are_bounded_commands_of_this_project(tmp_path):
     assert "--continue-on-collection-errors" in commands["tests"]
     assert commands["tuner"][:3] == ["-m", "logpe", "tune"]
     assert commands["tuner"][-4:] == ["--minutes", "1.67", "--out", str(tmp_path / "tune.json")]
-    options = throughput.parse([*commands["throughput"][2:], "--device", "cuda"])
-    assert options.resume
+    options = throughput.parse([*commands["throughput"][3:], "--device", "cuda"])
     assert options.out == tmp_path
     assert options.minutes == 1.67
     assert throughput.OURS in options.methods
-
-
-def test_counts_of_the_tests(tmp_path):
-    path = tmp_path / "tests.xml"
-    path.write_text(
-        '<testsuites><testsuite errors="1" failures="1" skipped="2" tests="10">'
-        '<testcase name="right"/><testcase name="wrong"><failure message="no">text</failure></testcase>'
-        '<testcase name="broken"><error message="oh">text</error></testcase></testsuite></testsuites>'
-    )
-    assert gpu.test_summary(path) == "6 passed, 1 failed, 1 errors, 2 skipped (wrong, broken)"
-
-
-def test_points_of_other_code_are_not_this_run_s(tmp_path, monkeypatch):
-    runs = [dict(machine={}, commit=name, date="", command="", points=[]) for name in ("this", "other")]
-    (tmp_path / "throughput-cuda.json").write_text(json.dumps(dict(format=throughput.FORMAT, runs=runs)))
-    monkeypatch.setattr(gpu, "commit", lambda: "this")
-    assert gpu.throughput_summary(tmp_path, gpu=True) == "0 points"
-    monkeypatch.setattr(gpu, "commit", lambda: "new")
-    with pytest.raises(LookupError):
-        gpu.throughput_rows(tmp_path, gpu=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -167,21 +147,21 @@ def test_all_parts_in_tiny_sizes(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[:2] for line in lines if line[1:2] == ["ok"]] == [["tests", "ok"], ["throughput", "ok"]]
     assert "measured nothing" in done.stdout
-    found = json.loads((tmp_path / "folder" / "gpu.json").read_text())
-    assert [(x["part"], x["state"]) for x in found["parts"]] == [
+    content = json.loads((tmp_path / "folder" / "gpu.json").read_text())
+    assert [(x["part"], x["state"]) for x in content["parts"]] == [
         ("tests", "ok"),
         ("throughput", "ok"),
         ("host overhead", "ok"),
     ]
-    assert "passed" in found["parts"][0]["result"]
-    assert found["parts"][1]["result"] == "2 points"
-    names = {path.name for path in (tmp_path / "folder").glob("[!.]*")}
+    assert "skipped" in content["parts"][0]["result"]
+    assert content["parts"][1]["result"] == "points: 2 measured"
+    assert "us of host time" in content["parts"][2]["result"]
+    names = {path.name for path in (tmp_path / "folder").glob("[!.]*")}  # and tune.json on a GPU
     comparison = {f"throughput-cpu.{kind}" for kind in ("json", "csv", *["png"] * PICTURES)}
     assert names == {"gpu.json", "host_overhead.json", "log.txt", "tests.xml"} | comparison
 
     host = json.loads((tmp_path / "folder" / "host_overhead.json").read_text())
     assert host["machine"]["launch"] == host_overhead.STUBBED
-    assert host["target"].startswith("not measured (no GPU")
     times = {name: some["least"] for name, some in host["microseconds"].items()}
     steps = [name for name in times if name.startswith(("launcher", "+"))]
     assert len(steps) == 5
@@ -194,20 +174,10 @@ def test_all_parts_in_tiny_sizes(tmp_path):
 
 
 def test_the_table_says_what_each_step_adds():
-    found = {"launcher: x": [10.0, 11.0, 12.0], "+ more": [14.5, 15.0, 16.0], "beside": [1.0, 2.0, 3.0]}
-    lines = [line.split() for line in host_overhead.table(found).splitlines()]
+    times = {"launcher: x": [10.0, 11.0, 12.0], "+ more": [14.5, 15.0, 16.0], "beside": [1.0, 2.0, 3.0]}
+    lines = [line.split() for line in host_overhead.table(times).splitlines()]
     assert [line[-1] for line in lines] == ["adds", "10.0", "4.5", "3.0"]
     assert len(lines[3]) == 4  # what stands beside the ladder adds nothing
-
-
-@pytest.mark.parametrize(
-    ("whole", "sdpa", "verdict"),
-    [(60.0, 12.0, "met: 60 us, 5.0 times"), (61.0, 20.0, "missed"), (60.0, 11.0, "missed")],
-)
-def test_the_target_takes_both(whole, sdpa, verdict):
-    found = {f"+ softplus: {host_overhead.WHOLE}": [1.0, whole, 99.0], host_overhead.SDPA: [1.0, sdpa, 99.0]}
-    assert host_overhead.verdict(found, gpu=True).startswith(verdict)
-    assert host_overhead.verdict(found, gpu=False).startswith("not measured")
 
 
 def test_the_interpreter_launches_nothing(monkeypatch, capsys):
@@ -230,9 +200,8 @@ def test_bad_use_is_named_in_one_line(bad, message, capsys, monkeypatch):
 @pytest.mark.gpu
 def test_host_overhead_on_a_gpu(tmp_path, capsys):
     assert host_overhead.main(["--rounds", "3", "--out", str(tmp_path / "host.json")]) == 0
-    found = json.loads((tmp_path / "host.json").read_text())
-    times = {name: some["least"] for name, some in found["microseconds"].items()}
+    content = json.loads((tmp_path / "host.json").read_text())
+    times = {name: some["least"] for name, some in content["microseconds"].items()}
     assert "+ the launch" in times
     graph = next(value for name, value in times.items() if name.startswith("CUDA graph"))
-    assert graph < times[f"+ softplus: {host_overhead.WHOLE}"]
-    assert found["target"].startswith(("met", "missed"))
+    assert graph < times[host_overhead.WHOLE]

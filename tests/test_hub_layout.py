@@ -44,11 +44,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("logpe", "log
 device = "cuda" if torch.cuda.is_available() else "cpu"
 q, k, v = torch.randn(3, 1, 2, 21, 16, device=device).unbind()
 power, rate = torch.rand(2, 2, device=device).unbind()
-options = dict(power=power, rate=rate, window_right=0, max_seqlen_q=21, max_seqlen_k=21, query_start=0, key_start=0)
-options |= dict(rotary_scale=1.0, gain_length=512.0, scale=0.25, dropout_p=0.0)
-missing = "sharpness alpha theta query_starts key_starts key_lengths key_bias context_lengths cu_seqlens_q cu_seqlens_k"
-options |= dict.fromkeys((missing + " dropout_seed window_left").split())
-out, lse = kernel.forward(q, k, v, **options)
+out, lse = kernel.attention(q, k, v, kernel.Options(power=power, rate=rate, window_right=0, scale=0.25))
 
 distance = (torch.arange(21)[:, None] - torch.arange(21)).to(device)
 logits = q @ k.mT * 0.25 - power[:, None, None] * torch.log1p(rate[:, None, None] * distance.abs())

@@ -21,14 +21,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import triton.language as tl
-from logpe_kernels import configs, forward, problem
+from logpe_kernels import configs, problem
+from logpe_kernels.forward import attention as launch_attention
 from logpe_kernels.launch import MOST_KEPT, _kept, launch
+from logpe_kernels.options import Options
 from triton import knobs
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.speed.host_overhead import NoDevice
-from logpe import LogPosition, PositionValues, attention, log_attention, ops
+from logpe import LogPosition, PositionValues, attention, checks, log_attention, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CONSTANTS = dict(BLOCK=16, num_warps=4)
@@ -46,6 +48,7 @@ class Driver(NoDevice):
     """Notes for each launch what the kernel was compiled for, the grid, the stream, and the arguments."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.launches: list[Any] = []
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
@@ -455,7 +458,8 @@ def test_the_launcher_tells_tensors_of_any_layout_and_dtype_apart(repeated: Driv
     paged = [dict(block_table=torch.zeros(1, pages, dtype=torch.int32)) for pages in (2, 4)]
     calls = [(x, options) for options in packed] + [(x.view(1, HEADS, 64, HEAD_DIM), y) for y in padded + paged]
     sizes = dict(max_seqlen_q=64, max_seqlen_k=64, scale=1.0)
-    in_any_order(repeated, [functools.partial(forward, q, q, q, **x, **sizes) for q, x in calls], same=1)
+    calls_of = [functools.partial(launch_attention, q, q, q, Options(**x, **sizes)) for q, x in calls]
+    in_any_order(repeated, calls_of, same=1)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -469,7 +473,7 @@ def test_another_length_asks_triton_no_more(
 
     def call(length: int, num_queries: int | None = None) -> None:
         (q, k, v, position), options = dense(
-            (2, HEADS, num_queries or length, HEAD_DIM), num_keys=length, preset=preset, window=(length, None)
+            (2, HEADS, num_queries or length, HEAD_DIM), num_keys=length, preset=preset, window=(100, None)
         )
         out = log_attention(q, k, v, position, query_start=length // 3, **options)
         out.backward(torch.ones_like(out))
@@ -489,7 +493,7 @@ def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
     """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
     arguments, options = dense()
     log_attention(*arguments, **options)
-    unchecked = mock.patch.object(attention, "_check_tensors", side_effect=AssertionError)
+    unchecked = mock.patch.object(checks, "check_tensors", side_effect=AssertionError)
     with unchecked, asked() as run:
         for gradients in (True, False):
             (q, k, v, position), _ = dense()

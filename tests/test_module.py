@@ -1,4 +1,4 @@
-"""LogAttention against nn.MultiheadAttention itself, and its swap inside torch's transformers."""
+"""Test LogAttention against nn.MultiheadAttention itself, and its swap inside torch's transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRESETS = ("log-bias", "log-invariant", "log-rotary", "log-rotary-bias")
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts unwarned; warnings of the slow path are looked at where they are the subject."""
+    """Forget earlier warnings, and ignore those of the slow path except where they are the subject."""
     monkeypatch.setattr(logpe.module, "_warned", set())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LogAttention takes the slow path")
@@ -38,12 +38,12 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def causal_mask(length: int, source: int | None = None) -> Tensor:
-    """Bool, True hides: top-left, as torch has it."""
+    """Return torch's top-left mask: bool, where True hides."""
     return torch.ones(length, source or length, dtype=torch.bool).triu(1)
 
 
 def pair(position: Any = "none", **options: Any) -> tuple[nn.MultiheadAttention, LogAttention]:
-    """A nn.MultiheadAttention with every weight random, and a LogAttention that has loaded it."""
+    """Return a nn.MultiheadAttention with every weight random, and a LogAttention that has loaded it."""
     plain = nn.MultiheadAttention(EMBED, HEADS, **options)
     with torch.no_grad():
         for p in plain.parameters():
@@ -60,7 +60,7 @@ def inputs(module: nn.MultiheadAttention, length: int = 7, source: int = 11, bat
 
 
 def outcome(module: nn.Module, tensors: list[Tensor], **options: Any) -> list[Any]:
-    """Output, weights, and the gradients of inputs, floating masks and parameters."""
+    """Return output, weights, and the gradients of inputs, floating masks and parameters."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     options = dict(options)
     for name, x in options.items():
@@ -160,7 +160,7 @@ def test_equals_torch(variant: str, need_weights: bool) -> None:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_masks_mean_what_they_mean_to_torch(need_weights: bool) -> None:
-    """Strided in any way, bool or floating, -inf or the lowest finite number."""
+    """Masks may have any strides, be bool or floating, and hold -inf or the lowest finite number."""
     plain, ours = pair(batch_first=True)
     x = torch.randn(2, 7, EMBED)
     padding = torch.arange(7) > torch.tensor([[6], [3]])
@@ -193,7 +193,7 @@ def test_masks_mean_what_they_mean_to_torch(need_weights: bool) -> None:
 
 @pytest.mark.parametrize("position", ["none", "log-bias-rope"])
 def test_scores_beyond_the_range_of_half_precision(position: str) -> None:
-    """Two paths, one result: scores past 65,504 before scaling and below it after, in float16 and bfloat16."""
+    """Both paths give one result for scores beyond 65,504 before scaling and below it after."""
     for dtype in (torch.float16, torch.bfloat16):
         ours = LogAttention(64, 2, batch_first=True, position=position)
         with torch.no_grad():
@@ -649,7 +649,7 @@ def test_encoder_eval_equals_train(heads: int, norm_first: bool, masks: str) -> 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_encoder_built_around_a_swapped_layer(by_hand: bool, norm_first: bool) -> None:
-    """Such an encoder makes nested tensors of a padded batch, and sets the padding to zero, as with torch's own."""
+    """Such an encoder makes nested tensors of a padded batch, and sets the padding to zero, as torch's own does."""
     layer = nn.TransformerEncoderLayer(EMBED, 2, 32, 0.0, batch_first=True, norm_first=norm_first)
     if by_hand:
         layer.self_attn = LogAttention(EMBED, 2, batch_first=True)
@@ -868,7 +868,7 @@ def test_modules_made_without_memory(alive: str) -> None:
 
 
 class Attending(nn.Module):
-    """Something that holds an attention module."""
+    """Hold an attention module."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -881,7 +881,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize("position", ["none", "log-bias-rope"])
 def test_lora_of_peft(position: str) -> None:
-    """As with nn.MultiheadAttention: it trains, merges, is taken back, saved and loaded."""
+    """An adapter trains, merges, is taken back, saved and loaded, as with nn.MultiheadAttention."""
     peft = pytest.importorskip("peft")
     plain, ours = pair(position, batch_first=True)
     models = [Attending(ours), Attending(plain)]
@@ -939,7 +939,7 @@ def test_lora_of_peft_in_an_encoder_and_what_it_refuses() -> None:
 
 
 def test_is_a_leaf_of_fx() -> None:
-    """As nn.MultiheadAttention is; unlike it, a graph of itself is refused in words."""
+    """torch.fx keeps the module whole, like nn.MultiheadAttention, and a graph of the module itself is refused."""
     for attention in pair(batch_first=True)[::-1]:
         model = Attending(attention)
         graph = torch.fx.symbolic_trace(model)
@@ -1113,7 +1113,7 @@ def test_bad_inputs(options: dict[str, Any], error: Any, text: str) -> None:
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors(layout: torch.layout) -> None:
-    """Right where nn.TransformerEncoder makes them: self-attention, strided; refused everywhere else."""
+    """Nested tensors are right where nn.TransformerEncoder makes them, in self-attention, and refused elsewhere."""
     x = torch.nested.nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)], layout=layout)
     ours = LogAttention(EMBED, HEADS, batch_first=True)
     bad: list[tuple[LogAttention, dict[str, Any]]] = [

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import PARAMETERS, Call, make_call, make_packed_call, make_values, run
+from logpe_kernels.options import LEARNABLE_PARTS, NUM_TENSORS, Options
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -72,27 +73,32 @@ def everything(form: str, **sizes: Any) -> Call:
 
 def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
     """What a call hands to the two operators."""
-    implementation = ops._implementation(backend)
-    captured = {}
+    captured: dict[str, list[Any]] = {}
 
-    class Recorder:
-        @staticmethod
-        def forward(*tensors: Tensor, **options: Any) -> Any:
-            captured["forward"] = [*tensors, *(options.get(name) for name in ops.OPTIONS), backend]
-            return implementation.forward(*tensors, **options)
+    def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*arguments: Any, **known: Any) -> Any:
+            captured[name] = [y for x in arguments for y in (x if isinstance(x, Options) else [x])] + [backend]
+            return implementation(*arguments, **known)
 
-        @staticmethod
-        def backward(*tensors: Tensor, learned: Any, **options: Any) -> Any:
-            captured["backward"] = [*tensors, *options.values(), learned, backend]
-            return implementation.backward(*tensors, **options, learned=learned)
+        return record
 
+    functions = map(recorded, ("forward", "backward"), ops._implementation(backend))
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_implementation", lambda backend: Recorder)
+        patch.setattr(ops, "_implementation", lambda backend, pair=tuple(functions): pair)
         run(call, backend)
     return captured["forward"], captured["backward"]
 
 
 # --- the contract of a custom operator --------------------------------------------------------------------------
+
+
+def test_the_operator_takes_the_options_in_order() -> None:
+    """Tensors come first, and of those the parts that are learned."""
+    arguments = torch.ops.logpe.attention.default._schema.arguments
+    assert tuple(x.name for x in arguments) == ("q", "k", "v", *Options._fields, "backend")
+    tensors = [x.name for x in arguments if "Tensor" in str(x.type)]
+    assert tuple(tensors[3:]) == Options._fields[:NUM_TENSORS]
+    assert LEARNABLE_PARTS == PARAMETERS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""LogPosition: what it starts as, what survives casting, moving, saving and loading, and what it refuses."""
+"""Test LogPosition: its initial values, casting, moving, saving and loading, and what it refuses."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def attended(position: Any, q: Tensor) -> Tensor:
 
 
 def assert_alike(position: Any, expected: LogPosition) -> None:
-    """Same results and the same angles, and both can be trained."""
+    """Assert the same results and the same angles, and that both can be trained."""
     q = torch.randn(1, 4, 7, 16, requires_grad=True)
     torch.testing.assert_close(attended(position, q), attended(expected, q), rtol=0, atol=0)
     attended(position, q).sum().backward()
@@ -337,7 +337,7 @@ def saved_whole(preset: str, source: LogPosition) -> LogPosition:
 
 
 def pickled_with_a_buffer(preset: str, source: LogPosition) -> LogPosition:
-    """As before the angles were derived."""
+    """Return a position pickled in the old way, with its angles as a buffer."""
     state = copy.deepcopy(vars(source))
     state["_buffers"], state["_non_persistent_buffers_set"] = {"theta": state.pop("_theta")}, {"theta"}
     position = LogPosition.__new__(LogPosition)
@@ -522,7 +522,7 @@ def pruned(position: LogPosition) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
 def test_parameters_that_torch_computes(change: Callable[[LogPosition], Any], count: int, exact: bool) -> None:
-    """They are found, trained, not decayed, converted, saved and loaded as those of any module."""
+    """Such parameters are listed, trained, not decayed, converted, saved and loaded like any others."""
     model = Layer(LogPosition(4, 16))
     expected = copy.deepcopy(model.position)
     change(model.position)
@@ -565,7 +565,7 @@ def test_computed_parameters_are_not_reset_without_a_word() -> None:
 
 
 def test_a_replica_of_data_parallel() -> None:
-    """What torch.nn.parallel.replicate makes: plain tensors, and no parameters."""
+    """torch.nn.parallel.replicate makes plain tensors, and no parameters."""
     position = LogPosition(4, 16, "log-invariant", query_gain=True)
     replica = position._replicate_for_data_parallel()
     for name, parameter in position._parameters.items():
@@ -656,7 +656,7 @@ def test_state_dict_round_trip(preset: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -200.0])
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_bad_state_is_refused_and_changes_nothing(bad: float, assign: bool) -> None:
-    """softplus(-200) is 0 in float32. The module keeps every value that it had, those before the bad one too."""
+    """softplus(-200) is 0 in float32. The module keeps every value that it had, also those before the bad one."""
     model = nn.Sequential(LogPosition(4, 8, "log-invariant"))
     state = {name: x.clone() + 1 for name, x in model.state_dict().items()}
     state["0.raw_rate"][2] = bad
@@ -757,21 +757,21 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "number", "kind"), NUMBERS)
-def test_options_become_plain_numbers(name: str, number: float, kind: type) -> None:
-    """Such as JSON holds; what is no number is refused by name."""
+@pytest.mark.parametrize(("name", "number", "expected"), NUMBERS)
+def test_options_become_plain_numbers(name: str, number: float, expected: type) -> None:
+    """Numbers become what JSON can hold; what is no number is refused by name."""
     arguments: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "query_gain": True}
     as_int = [np.int64(number), np.uint8(number) if number < 256 else np.int16(number), torch.tensor(int(number))]
     as_float = [np.float32(number), np.float64(number), torch.tensor(number, dtype=torch.float16), np.array(number)]
-    for value in [number, *(as_int if number >= 1 else []), *(as_float if kind is float else [np.array(number)])]:
+    for value in [number, *(as_int if number >= 1 else []), *(as_float if expected is float else [np.array(number)])]:
         position = LogPosition(**(arguments | {name: value}))
-        assert type(getattr(position, name)) is kind
+        assert type(getattr(position, name)) is expected
         assert getattr(position, name) == number
         plain = logpe.position.plain_options(**(arguments | {name: value}))
         assert json.loads(json.dumps(plain)) == arguments | {name: number}
     wrong = [True, np.True_, torch.tensor(True), str(number), [number], 1j, torch.ones(2), object()]
     wrong += [None] if name in ("num_heads", "head_dim", "gain_length") else []
-    wrong += [4.0, np.float32(4)] if kind is int else [torch.tensor(4.0, requires_grad=True)]
+    wrong += [4.0, np.float32(4)] if expected is int else [torch.tensor(4.0, requires_grad=True)]
     wrong += [torch.tensor(4.0, device="meta")]
     for value in wrong:
         with pytest.raises(TypeError, match=f"{name} must be a"):

@@ -1,4 +1,4 @@
-"""The definition itself: against torch's attention, against plain loops, and against numbers worked out by hand."""
+"""Test the definition against torch's attention, plain loops, and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PARAMETERS, make_values
+from logpe_kernels.options import Options
 from torch import Tensor
 
 from logpe import LogSinusoid, PositionValues, reference
@@ -26,14 +27,26 @@ def normal(*shape: int) -> Tensor:
 
 
 def wide(values: PositionValues) -> PositionValues:
-    """The same values as float64 leaves."""
+    """Return the values as float64 leaves."""
     parts = {name: getattr(values, name) for name in PARAMETERS}
     return values._replace(**{n: x.detach().double().requires_grad_() for n, x in parts.items() if x is not None})
 
 
-def attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """reference.attention at scale 1."""
-    return reference.attention(*tensors, **{"scale": 1.0, **options})
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    values: PositionValues = PositionValues(),  # noqa: B008
+    *,
+    attn_mask: Tensor | None = None,
+    return_weights: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Run reference.attention, or reference.attention_varlen, with options by name."""
+    given = Options(**values._asdict(), **options)
+    if given.cu_seqlens_q is not None:
+        return reference.attention_varlen(q, k, v, given)
+    return reference.attention(q, k, v, given, attn_mask=attn_mask, return_weights=return_weights)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------
@@ -78,7 +91,7 @@ def test_the_inverse_rotation_undoes_the_rotation(rotary_scale: float) -> None:
 
 
 def test_an_infinite_scale_is_rotary_embedding() -> None:
-    """As Hugging Face writes it: x cos + rotate_half(x) sin."""
+    """Hugging Face writes it as x cos + rotate_half(x) sin."""
     x, positions = normal(9, 8), torch.arange(9)
     frequencies = 1.0 / 10000 ** (torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     angles = torch.cat((positions[:, None] * frequencies,) * 2, -1)
@@ -143,7 +156,7 @@ def test_rotation_by_hand() -> None:
 
 
 def test_visibility_by_hand() -> None:
-    """Uniform weights over what each query sees."""
+    """Each query has uniform weights over what it sees."""
 
     def seen(queries: int = 4, **options: Any) -> list[list[int]]:
         zeros = torch.zeros(1, 1, 5, 1).double()
@@ -195,7 +208,7 @@ def test_the_distance_bias_is_a_dense_mask_of_torchs_attention() -> None:
 
 @torch.no_grad()
 def test_everything_at_once_against_plain_loops() -> None:
-    """The formulas of the module's docstring, one float at a time."""
+    """The loops go through the formulas of the module's docstring, one float at a time."""
     batch, heads, kv_heads, num_queries, num_keys, dim = 2, 4, 2, 6, 9, 7
     q, k, v = normal(batch, heads, num_queries, dim), *normal(2, batch, kv_heads, num_keys, dim)
     values = wide(make_values(heads, dim, "log-invariant", query_gain=True, gain_length=4))
@@ -243,7 +256,7 @@ def test_everything_at_once_against_plain_loops() -> None:
 @pytest.mark.parametrize("preset", ["none", "alibi", "log-bias", "log-invariant", "log-rotary", "log-rotary-bias"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(preset: str, causal: bool) -> None:
-    """Gradients in every input and parameter, of out and of lse, with dead rows and dropout about."""
+    """Gradients of out and lse reach every input and parameter, beside rows without keys and with dropout."""
     values = wide(make_values(2, 4, preset, query_gain=True, gain_length=3))
     names = [name for name in PARAMETERS if getattr(values, name) is not None]
     inputs = [normal(2, 2, 4, 4), normal(2, 1, 5, 4), normal(2, 1, 5, 4)]
@@ -277,7 +290,7 @@ def test_half_precision_positions_stay_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_products_do_not_overflow(dtype: torch.dtype) -> None:
-    """Past 65504 everything is finite, and lse is that of the same numbers in float64."""
+    """Beyond 65504 everything is finite, and lse is that of the same numbers in float64."""
     q, k = 100 * normal(1, 2, 6, 64), 100 * normal(1, 2, 6, 64)
     q, k, v = (x.to(dtype) for x in (q, k, normal(1, 2, 6, 64)))
     assert (q.double() @ k.double().mT).abs().max() > 65504
@@ -291,7 +304,7 @@ def test_half_precision_products_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 def test_two_masks_of_the_lowest_number() -> None:
-    """Their sum is no number; a row that they cover is that of no mask at all."""
+    """Their sum overflows; a row that they cover is as without any mask."""
     q, k, v = (normal(1, 2, 4, 8).float() for _ in range(3))
     lowest = torch.finfo(torch.float32).min
     mask = torch.tensor([[0.0] * 4, [lowest] * 4, [0.0] * 4, [-INF] * 4])
@@ -346,7 +359,7 @@ def test_packed_sequences_are_separate_calls() -> None:
     q, k, v = normal(11, 4, 6), normal(10, 2, 6), normal(10, 2, 6)  # two tokens and one outside
     values = wide(make_values(4, 6, "log-rotary-bias", query_gain=True))
     starts = torch.tensor([2, 0, 0, 1])
-    out, lse = reference.attention_varlen(
+    out, lse = attention(
         q, k, v, values, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, query_starts=starts, window_right=0, scale=0.5
     )
     for b in range(4):
@@ -362,7 +375,7 @@ def test_packed_sequences_are_separate_calls() -> None:
 def test_packed_sequences_of_nothing_have_gradients() -> None:
     q, k, v = (torch.empty(0, 2, 6, requires_grad=True) for _ in range(3))
     bounds = torch.tensor([0, 0, 0])
-    out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
+    out, lse = attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
     assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)] == [q.shape] * 3
     assert [x.shape for x in torch.autograd.grad(lse.sum(), (q, k))] == [q.shape] * 2
 
@@ -371,7 +384,7 @@ def test_packed_sequences_of_nothing_have_gradients() -> None:
 
 
 def philox4(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    """Philox-4x32-10 in Python's integers, after Salmon et al. (2011)."""
+    """Compute Philox-4x32-10 in Python's integers, after Salmon et al. (2011)."""
     c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -381,7 +394,7 @@ def philox4(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
 
 
 def test_philox_against_the_published_vectors() -> None:
-    """Of Random123's known answers; the eager function fixes the fourth word of the counter to 0."""
+    """Random123 publishes known answers; the eager function fixes the fourth word of the counter to 0."""
     ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert philox4((0, 0, 0, 0), 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox4((ones,) * 4, 2**64 - 1) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -434,7 +447,7 @@ def test_log_sinusoid(dim: int, scale: float, length: int) -> None:
 
 
 def test_log_sinusoid_of_an_infinite_scale_is_the_classic_one() -> None:
-    """Vaswani et al. (2017), as PyTorch's tutorial writes it."""
+    """The classic encoding is that of Vaswani et al. (2017), as PyTorch's tutorial writes it."""
     position = torch.arange(50).unsqueeze(1)
     factor = torch.exp(torch.arange(0, 12, 2) * (-math.log(10000.0) / 12))
     classic = torch.zeros(50, 12)

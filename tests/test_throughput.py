@@ -1,11 +1,10 @@
-"""bench.speed.throughput without its clock: what is compared, how it is counted, kept, judged and drawn."""
+"""bench.speed.throughput without its clock, and bench.speed.runner: what is compared, counted, kept and drawn."""
 
 import csv
 import errno
 import json
 import math
 import os
-import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,12 +13,15 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench.common import COLOURS, RESULTS, Worker, quantile, write_whole
-from bench.speed import throughput
-from bench.speed.throughput import METHODS, OURS, Case, Repeats
-from bench.study import extrapolation, findings
-from logpe import files
+from bench.common import RESULTS
+from bench.plots import COLOURS
+from bench.speed import runner, throughput
+from bench.speed.throughput import BENCH, METHODS, OURS, Case
+from bench.study import extrapolation
+from logpe import clock, files
+from logpe.clock import Repeats
 from logpe.command import TIME_IS_OVER
+from logpe.worker import Failed, TookTooLong, Worker
 
 SMALL = Case("log-bias", "forward", 48, batch=2, heads=4, kv_heads=2, head_dim=16)
 CPU_METHODS = [name for name, m in METHODS.items() if "cpu" in m.devices]
@@ -38,11 +40,6 @@ def test_flops_by_the_usual_convention():
         assert replace(case, causal=True).flops == case.flops / 2
     assert throughput.tflops(full, dict(p50=1.0)) == pytest.approx(549.755813888)  # p50 is in ms
     assert math.isnan(throughput.tflops(full, dict(missing="?")))
-
-
-def test_quantiles_lie_between_the_nearest_two():
-    assert [quantile([3, 1, 2, 4, 5], p) for p in (0, 0.2, 0.5, 0.8, 1)] == pytest.approx([1, 1.8, 3, 4.2, 5])
-    assert quantile([7], 0.8) == 7
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -70,20 +67,20 @@ def test_methods_with_the_bias_compute_the_same(name, causal, monkeypatch):
     uncompiled(monkeypatch)
     direction = "both" if METHODS[name].cpu_backward else "forward"
     case = replace(SMALL, method=name, causal=causal, direction=direction)
-    found, expected = results(case), results(replace(case, method="eager"))
+    actual, expected = results(case), results(replace(case, method="eager"))
     learned = 2 if name == OURS else 0
-    assert len(found) == (4 + learned if direction == "both" else 1)
-    for x, y in zip(found, expected, strict=False):  # eager has the parameters' gradients besides
+    assert len(actual) == (4 + learned if direction == "both" else 1)
+    for x, y in zip(actual, expected, strict=False):  # eager has the parameters' gradients besides
         torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_methods_without_the_bias_compute_the_same(causal):
     case = replace(SMALL, method="none", causal=causal, direction="both")
-    found, expected = results(case), results(replace(case, method="sdpa"))
-    for x, y in zip(found, expected, strict=True):
+    actual, expected = results(case), results(replace(case, method="sdpa"))
+    for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
-    assert (found[0] - results(replace(case, method=OURS))[0]).abs().max() > 1e-2  # and the bias is no bias of 0
+    assert (actual[0] - results(replace(case, method=OURS))[0]).abs().max() > 1e-2  # and the bias is no bias of 0
 
 
 def test_presets_and_what_they_learn():
@@ -101,18 +98,18 @@ def test_methods_on_a_gpu(name, causal, device):
     """A method that cannot run there says so, as it does in the bench; one that does is right."""
     case = Case(name, "both", 512, 2, 4, 1, 64, causal, "bfloat16", "cuda")
     reference = {"none": "none", "sdpa-flash": "none", "sdpa-cudnn": "none"}.get(name, "eager")
-    if name in ("log-invariant", "log-rotary-bias"):
+    if name in ("log-bias-rope", "log-invariant", "log-rotary-bias"):
         pytest.skip("another formula; tests/test_kernels.py checks it")
     try:
-        found = results(case)
+        actual = results(case)
     except RuntimeError as error:
         if name.startswith(("sdpa", "flex")):
             pytest.skip(f"{name}: {error}")
         raise
-    for x, y in zip(found[:4], results(replace(case, method=reference)), strict=False):
+    for x, y in zip(actual[:4], results(replace(case, method=reference)), strict=False):
         assert (x.double() - y.double()).norm() < 0.03 * y.double().norm()
     for direction in throughput.DIRECTIONS:
-        row = throughput.measure((replace(case, direction=direction), True))
+        row = throughput.measure(replace(case, direction=direction))
         assert 0 < row["p20"] <= row["p50"] <= row["p80"] < 100
         assert row["memory"] > 0
     throughput.forget()
@@ -124,7 +121,7 @@ def test_methods_on_a_gpu(name, causal, device):
 @pytest.fixture
 def quick(monkeypatch):
     """Few repeats."""
-    monkeypatch.setitem(throughput.REPEATS, "cpu", Repeats(0, 1, 3, 3, 0, 60))
+    monkeypatch.setitem(throughput.REPEATS, "cpu", Repeats(seconds=0, at_least=3, at_most=3, longest=1))
 
 
 class Slow(torch.autograd.Function):
@@ -145,17 +142,17 @@ class Slow(torch.autograd.Function):
 def test_each_direction_times_its_own(quick, monkeypatch):
     attention = throughput.Method(lambda x: throughput.Attention(lambda: Slow.apply(x.q, x.k, x.v)))
     monkeypatch.setitem(METHODS, "slow", attention)
-    found = {
-        direction: throughput.measure((replace(SMALL, method="slow", direction=direction), True))
+    rows = {
+        direction: throughput.measure(replace(SMALL, method="slow", direction=direction))
         for direction in throughput.DIRECTIONS
     }
-    for row in found.values():
+    for row in rows.values():
         assert row["p20"] <= row["p50"] <= row["p80"]
         assert row["repeats"] == 3
         assert row["memory"] is None or row["memory"] >= 0
-    assert found["forward"]["p20"] >= 200
-    assert 20 <= found["backward"]["p20"] < 200
-    assert found["both"]["p20"] >= 220
+    assert rows["forward"]["p20"] >= 200
+    assert 20 <= rows["backward"]["p20"] < 200
+    assert rows["both"]["p20"] >= 220
 
 
 def test_a_gpu_is_timed_by_its_events(monkeypatch):
@@ -174,91 +171,72 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch):
         def elapsed_time(self, end):
             return 12.5
 
-    class Filler:
-        def zero_(self):
-            order.append("flush")
+    class Driver:
+        def clear_cache(self, cache):
+            order.append("clear")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
-    monkeypatch.setattr(throughput, "_cache_filler", Filler)
-    seconds = throughput.time_once(lambda: order.append("before"), lambda _: order.append("step"), "cuda:0")
+    monkeypatch.setattr(clock, "l2_buffer", lambda index: None)
+    monkeypatch.setattr("triton.runtime.driver._active", Driver())
+    seconds = clock.time_once(lambda: order.append("step"), gpu=True)
     assert seconds == pytest.approx(0.0125)
-    assert order == ["before", "flush", "sleep", "record", "step", "record", "synchronize"]
+    assert order == ["clear", "sleep", "record", "step", "record", "synchronize"]
+
+
+def test_repeats_and_their_quantiles():
+    def take(seconds, **changes):
+        given = iter(seconds)
+        return Repeats(**dict(seconds=10, at_least=2, at_most=5, longest=100) | changes).take(lambda: next(given))
+
+    assert take([6, 6, 6]) == [6, 6]
+    assert take([20, 30, 40]) == [20, 30]
+    assert take([1] * 9) == [1] * 5
+    assert take([60, 60]) == [60]  # another one would take too long
+    assert take([2, 1, 6, 6], warm_up=3) == [6, 6]
+    assert clock.quantiles([3, 1, 2, 4, 5]) == pytest.approx(dict(p20=1.8, p50=3, p80=4.2, repeats=5))
 
 
 def test_an_error_is_a_row(quick):
-    row = throughput.measure((replace(SMALL, method="sdpa-dense", kv_heads=3), True))
+    row = throughput.measure(replace(SMALL, method="sdpa-dense", kv_heads=3))
     assert row.keys() == {"missing"}
     assert "Error: " in row["missing"]
     assert not throughput._prepared  # nothing is kept of it
-    assert "p50" in throughput.measure((SMALL, True))
-    assert throughput.measure((SMALL, False)) == {}  # compiled, not timed
-
-
-def test_a_worker_outlives_its_process():
-    """The answers are functions that a new process finds without importing torch."""
-    with Worker(math.sqrt) as worker:
-        assert worker.ask(9, 60) == 3
-        first = worker.process.pid
-        assert worker.ask(4, 60) == 2
-        assert worker.process.pid == first
-        with pytest.raises(RuntimeError, match=r"^ValueError: "):
-            worker.ask(-1, 60)
-        assert worker.ask(16, 60) == 4
-        assert worker.process.pid != first
-    with Worker(signal.raise_signal) as worker, pytest.raises(RuntimeError, match=r"signal 9 \(SIGKILL\)"):
-        worker.ask(signal.SIGKILL, 60)
-    with Worker(os._exit) as worker, pytest.raises(RuntimeError, match="ended with status 3"):
-        worker.ask(3, 60)
-    with Worker(time.sleep) as worker:
-        with pytest.raises(TimeoutError):
-            worker.ask(60, 1)
-        assert worker.ask(0, 30) is None
+    assert "p50" in throughput.measure(SMALL)
+    assert throughput.measure(SMALL, timed=False) == {}  # compiled, not timed
 
 
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
 class Canned:
-    """In place of a Worker: answers at once, and knows what it was asked."""
+    """Answers in place of the processes, at once, and knows what it was asked."""
 
-    asked: list[Case] = []  # noqa: RUF012 # one for all of them
-    compiled: set[Case] = set()  # noqa: RUF012
-    interrupt_at = math.inf
+    def __init__(self):
+        self.asked, self.compiled, self.interrupt_at = [], set(), math.inf
 
-    def __init__(self, answer):
-        assert answer is throughput.measure
-
-    def ask(self, question, timeout):
-        case, timed = question
+    def call(self, function, case, timed=True, *, seconds):
+        assert function is throughput.measure
         if not timed:
-            Canned.compiled.add(case)
+            self.compiled.add(case)
+            if case.method == "flex":
+                raise Failed("the compiler aborted")
             return {}
-        Canned.asked.append(case)
-        if len(Canned.asked) == Canned.interrupt_at:
+        self.asked.append(case)
+        if len(self.asked) == self.interrupt_at:
             raise KeyboardInterrupt
         if case.method == "eager":
-            raise RuntimeError("killed by signal 9 (SIGKILL)")
+            raise Failed("killed by signal 9 (SIGKILL)")
         return dict(p20=1.0, p50=case.length / 100, p80=9.0, repeats=3, memory=2**20 * case.length)
-
-    def close(self, kill=False):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.fixture
 def canned(monkeypatch):
-    monkeypatch.setattr(throughput, "Worker", Canned)
-    monkeypatch.setattr(throughput, "commit", lambda: "0123")
-    monkeypatch.setattr(Canned, "asked", [])
-    monkeypatch.setattr(Canned, "compiled", set())
-    monkeypatch.setattr(Canned, "interrupt_at", math.inf)
-    return Canned
+    canned = Canned()
+    monkeypatch.setattr(Worker, "call", lambda worker, *arguments, **options: canned.call(*arguments, **options))
+    monkeypatch.setattr(runner, "commit", lambda: "0123")
+    return canned
 
 
 SIZES = ["--device", "cpu", "--lengths", "128", "64", "--methods", "log-bias", "sdpa", "eager", "flex", "--long"]
@@ -283,11 +261,10 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
     assert [case.length for case in canned.asked] == [128] * 10 + [64] * 10  # flex: forward alone
     assert "killed by signal 9 (SIGKILL) (at 64, 128)" in printed
     assert "no backward on the CPU (at 64, 128)" in printed
-    assert "Targets" not in printed  # they are a GPU's
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
     rows = list(csv.DictReader(path.with_suffix(".csv").open()))
-    assert tuple(rows[0]) == throughput.CSV_COLUMNS
+    assert list(rows[0])[:10] == list(asdict(SMALL))
     assert len(rows) == len(run["points"])
     by_point = {(row["method"], row["direction"], row["length"]): row for row in rows}
     sdpa = by_point["sdpa", "backward", "128"]
@@ -303,32 +280,31 @@ def test_a_run_its_files_and_its_table(canned, tmp_path, capsys):
     path.with_suffix(".csv").unlink()
     asked = len(canned.asked)
     assert throughput.main(["--device", "cpu", "--out", str(tmp_path), "--report"]) == 0
-    assert capsys.readouterr().out == printed
+    assert printed == capsys.readouterr().out + "points: 14 measured, 10 failed\n"
     assert path.with_suffix(".csv").exists()
     assert len(canned.asked) == asked
 
 
 def test_interrupted_and_resumed(canned, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(canned, "interrupt_at", 5)
+    canned.interrupt_at = 5
     assert throughput.main(command(tmp_path)) == 130
-    assert "20 points to go" in capsys.readouterr().out
+    assert "points: 4 measured, 20 to go\n" in capsys.readouterr().out
     path = tmp_path / "throughput-cpu.json"
     before = json.loads(path.read_text())["runs"][0]["points"]
     assert len(before) == 4
     measured = canned.asked[:4]
 
-    monkeypatch.setattr(canned, "asked", [])
-    monkeypatch.setattr(canned, "interrupt_at", math.inf)
+    canned.asked, canned.interrupt_at = [], math.inf
     assert throughput.main(command(tmp_path)) == 0
     assert not set(measured) & set(canned.asked)
     (run,) = json.loads(path.read_text())["runs"]
     assert run["points"][:4] == before
     assert len({Case.of(row) for row in run["points"]}) == len(run["points"]) == 24
 
-    monkeypatch.setattr(canned, "asked", [])
+    canned.asked.clear()
     assert throughput.main(command(tmp_path)) == 0
     assert not canned.asked  # all there
-    monkeypatch.setattr(throughput, "commit", lambda: "4567")
+    monkeypatch.setattr(runner, "commit", lambda: "4567")
     assert throughput.main(command(tmp_path)) == 0  # other code: another run
     assert throughput.main(command(tmp_path, "--fresh")) == 0
     runs = json.loads(path.read_text())["runs"]
@@ -339,12 +315,13 @@ def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, 
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # it sets this for its processes, not for these tests
     monkeypatch.setattr(throughput.command, "parse_device", torch.device)
-    monkeypatch.setattr(throughput, "describe_machine", lambda device: dict(device="made-up GPU", torch="0"))
+    monkeypatch.setattr(runner, "describe_machine", lambda device: dict(device="made-up GPU", torch="0"))
     size = ["--lengths", "1024", "512", "--head-dims", "64", "--masks", "causal", "--kv-groups", "4", "--jobs", "3"]
     assert throughput.main(["--device", "cuda", "--out", str(tmp_path), *size]) == 0
     asked = set(canned.asked)
-    assert len(asked) == len(canned.asked) == 2 * 11 * 3 + 2
+    assert len(asked) == len(canned.asked) == 2 * 12 * 3 + 2
     wanted = {case for case in asked if METHODS[case.method].compiled}
+    assert {case.method for case in canned.compiled} == {n for n in METHODS if n.startswith(("log-", "none", "flex"))}
     assert {case.direction for case in canned.compiled} == {"forward", "both"}
     assert {(x.method, x.length) for x in canned.compiled if "flex" in x.method} == {
         (x.method, x.length) for x in wanted if "flex" in x.method
@@ -354,7 +331,7 @@ def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, 
     assert all(x.length <= 1024 for x in canned.compiled if "flex" not in x.method)
     printed = capsys.readouterr().out
     assert "D = 64, causal, 32 heads on 8: forward + backward" in printed
-    assert "log-bias forward, N = 1,048,576 in one call, H = 8, D = 64: runs\n      met" in printed
+    assert "1,048,576" in printed
     assert (tmp_path / "throughput-cuda.png").exists()
 
 
@@ -364,21 +341,20 @@ def test_a_run_in_which_everything_fails_fails(canned, tmp_path):
 
 def test_the_time_is_over(canned, tmp_path, capsys):
     assert throughput.main(command(tmp_path, "--minutes", "0")) == TIME_IS_OVER
-    assert "24 points to go" in capsys.readouterr().out
+    assert "points: 24 to go\n" in capsys.readouterr().out
     assert not canned.asked
 
 
-def test_a_point_that_takes_too_long():
-    class Slow(Canned):
-        def ask(self, question, timeout):
-            raise TimeoutError
+def test_a_point_that_takes_too_long(monkeypatch):
+    def slow(worker, *arguments, seconds):
+        raise TookTooLong(f"took more than {seconds:.0f} s")
 
+    monkeypatch.setattr(Worker, "call", slow)
     case = replace(SMALL, device="cuda")
-    limit = throughput.REPEATS["cuda"].limit
-    worker = Slow(throughput.measure)
-    row = throughput.run_case(worker, case, time.monotonic() + limit + 60)
+    limit = throughput.LIMIT["cuda"]
+    row = throughput.run_case(Worker(), case, time.monotonic() + limit + 60)
     assert row == dict(missing=f"took more than {limit:.0f} s")
-    assert throughput.run_case(worker, case, time.monotonic() + limit - 60) is None  # the next run tries it again
+    assert throughput.run_case(Worker(), case, time.monotonic() + limit - 60) is None  # the next run tries it again
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch):
@@ -389,7 +365,8 @@ def test_what_would_not_fit_is_not_tried(monkeypatch):
 
 def test_other_files_are_left_alone(canned, tmp_path, capsys):
     path = tmp_path / "throughput-cpu.json"
-    whole = json.dumps(dict(format=1, runs=[dict(machine={}, commit="", date="", command="", points=[{"p50": 1}])]))
+    run = dict(machine={}, commit="", load=None, date="", command="", points=[{"p50": 1}])
+    whole = json.dumps(dict(format=1, runs=[run]))
     for content in ("{", "[]", '{"format": 99, "runs": []}', '{"format": 1, "runs": [[]]}', whole, whole[:-9], ""):
         path.write_text(content)
         assert throughput.main(command(tmp_path)) == 2
@@ -414,6 +391,8 @@ def test_two_at_once(canned, tmp_path, capsys):
         (["--hidden", "x"], "--hidden: invalid number value: 'x'"),
         (["--device", "foo"], "--device must be cpu or cuda, got foo"),
         (["--device", "cuda:99", "--methods", "log-bias"], "--device cuda:99: "),
+        (["--methods", "sdpa-flash"], "--methods sdpa-flash cannot run on cpu"),
+        (["--head-dims", "96"], "--hidden 512 is no multiple of head dimension 96"),
         (["--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
 )
@@ -428,7 +407,8 @@ def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
     path = tmp_path / "throughput-cpu.json"
     before = path.read_text()
 
-    def full(*_, **__):
+    def full(path, *_, **__):
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
@@ -438,23 +418,12 @@ def test_a_full_disk_is_named(canned, tmp_path, capsys, monkeypatch):
     assert path.read_text() == before
 
 
-def test_committed_results_are_read():
+def test_committed_results_are_read_and_shown(tmp_path, capsys):
     for path in RESULTS.glob("throughput-*.json"):
-        for run in throughput.read(path)["runs"]:
-            assert len({Case.of(row) for row in run["points"]}) == len(run["points"]) > 0, path
-
-
-def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
-    path = tmp_path / "folder" / "file.json"
-    write_whole(path, lambda temporary: temporary.write_text("old"))
-
-    def half(temporary):
-        temporary.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, half)
-    assert path.read_text() == "old"
+        for run in BENCH.read(path):
+            assert len(BENCH.rows(run)) == len(run.points) > 0, path
+            BENCH.show(run, tmp_path / path.name)
+            assert run.commit in capsys.readouterr().out
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -465,7 +434,7 @@ def test_the_plan_for_a_gpu():
     assert options.minutes == 8
     groups = throughput.plan(options)
     cases = [case for group in groups for case in group]
-    assert len(set(cases)) == len(cases) == 3 * 2 * 2 * 8 * 11 * 3 + 2
+    assert len(set(cases)) == len(cases) == 3 * 2 * 2 * 8 * 12 * 3 + 2
     assert {case.method for case in cases} == set(METHODS) - {"sdpa"}
     first = groups[0]
     assert {(c.length, c.batch, c.heads, c.kv_heads, c.head_dim, c.causal) for c in first} == {
@@ -495,142 +464,6 @@ def test_the_plan_for_a_cpu():
     assert sum(map(len, again)) == len(cases) - 1  # it is there already
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
-        (["--device", "cpu", "--methods", "sdpa-flash"], "sdpa-flash cannot run on cpu"),
-        (["--device", "cuda", "--head-dims", "96"], "--hidden 2048 is no multiple of head dimension 96"),
-    ],
-)
-def test_the_command_line_is_checked(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        throughput.parse(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_compiling_beforehand():
-    asked = []
-
-    class Helper:
-        def ask(self, question, timeout):
-            case, timed = question
-            assert not timed
-            assert 0 < timeout <= throughput.REPEATS["cuda"].limit
-            asked.append((case.method, case.direction))
-            if case.method == "flex":
-                raise RuntimeError("the compiler aborted")
-
-    (cases, *_) = throughput.plan(throughput.parse(["--device", "cuda"]))
-    throughput.compile_all([Helper(), Helper()], cases, time.monotonic() + 60)
-    compiled = {name for name, m in METHODS.items() if m.compiled}
-    assert compiled == {name for name in METHODS if name.startswith(("log-", "none", "flex"))}
-    assert sorted(asked) == sorted((name, direction) for name in compiled for direction in ("forward", "both"))
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-BIG = Case(OURS, "forward", 8192, 2, 16, 16, 128, True, "bfloat16", "cuda")
-
-
-def rows_of(*points):
-    """Rows of (case, p50, memory), or of (case, why not)."""
-    rows = {}
-    for case, *what in points:
-        found = dict(missing=what[0]) if isinstance(what[0], str) else dict(p50=what[0], memory=[*what, 100][1])
-        rows[case] = asdict(case) | found
-    return rows
-
-
-def verdict_of(rows, start):
-    (found,) = (verdict for text, verdict in throughput.targets(rows) if text.startswith(start))
-    return found
-
-
-def test_nothing_measured_meets_no_target():
-    found = throughput.targets({})
-    assert len(found) == 2 + 4 + 4 + 4 + 2
-    assert {verdict for _, verdict in found} == {"not measured"}
-    assert {verdict for _, verdict in throughput.targets(rows_of((BIG, 1.0)))} == {"not measured"}  # no peer
-
-
-def test_against_flex():
-    def found(*ratios):
-        return verdict_of(
-            rows_of(
-                *((replace(BIG, length=n), 10.0) for n in range(len(ratios))),
-                *((replace(BIG, method="flex", length=n), 10 * ratio) for n, ratio in enumerate(ratios)),
-            ),
-            "log-bias forward against flex (frozen)",
-        )
-
-    assert found(1.2, 1.5, 2).startswith("met: worst 1.20x")
-    assert found(1.2, 1.5, 2).endswith("median 1.50x, 3 points")
-    assert found(1.19, 1.5, 2).startswith("missed: worst 1.19x")
-    assert found(1.2, 1.49, 2).startswith("missed")  # at the median
-
-
-def test_a_failure_of_ours_is_missed_and_one_of_a_peer_is_not_measured():
-    flex = replace(BIG, method="flex")
-    start = "log-bias forward against flex (frozen)"
-    assert verdict_of(rows_of((BIG, "out of memory"), (flex, 1.0)), start).startswith("missed: worst 0.00x")
-    assert verdict_of(rows_of((BIG, 1.0), (flex, "out of memory")), start) == "not measured"
-
-
-def test_targets_count_their_own_sizes_only():
-    slow = rows_of(
-        *((replace(BIG, length=4096, method=name), p50) for name, p50 in ((OURS, 10.0), ("sdpa-cudnn", 1.0))),
-        *((replace(BIG, head_dim=64, method=name), p50) for name, p50 in ((OURS, 10.0), ("sdpa-cudnn", 1.0))),
-        *((replace(BIG, causal=False, method=name), p50) for name, p50 in ((OURS, 10.0), ("sdpa-cudnn", 1.0))),
-    )
-    start = "log-bias forward against sdpa-cudnn"
-    assert verdict_of(slow, start) == "not measured"
-    fast = rows_of((BIG, 10.0), (replace(BIG, method="sdpa-cudnn"), 7.5))
-    assert verdict_of(slow | fast, start).startswith("met, stretch missed: worst 0.75x")
-    assert verdict_of(rows_of((BIG, 10.0), (replace(BIG, method="sdpa-cudnn"), 10.0)), start).startswith(
-        "met, stretch met"
-    )
-    short = replace(BIG, direction="backward", length=2048)
-    start = "log-bias backward against flex-learned"
-    assert verdict_of(rows_of((short, 1.0), (replace(short, method="flex-learned"), 2.0)), start) == "not measured"
-
-
-def test_none_is_compared_at_each_head_dim():
-    rows = rows_of((BIG, 10.0), (replace(BIG, method="none"), 9.4))
-    assert verdict_of(rows, "log-bias forward against none, D = 128").startswith("missed: worst 0.94x")
-    rows = rows_of((replace(BIG, head_dim=64), 10.0), (replace(BIG, method="none", head_dim=64), 9.4))
-    assert verdict_of(rows, "log-bias forward against none, D = 64").startswith("met: worst 0.94x")
-
-
-def test_memory_is_compared_with_flash():
-    for name, most in ((OURS, 1.1), ("none", 1.1), ("log-rotary-bias", 1.35)):
-        for ratio, verdict in ((most, "met"), (most + 0.01, "missed")):
-            rows = rows_of(
-                (replace(BIG, method=name), 1.0, round(1000 * ratio)), (replace(BIG, method="sdpa-flash"), 1.0, 1000)
-            )
-            assert verdict_of(rows, f"{name} memory").startswith(f"{verdict}: worst {ratio:.2f}x")
-
-
-def test_a_million_tokens():
-    case = Case(OURS, "backward", 2**20, dtype="bfloat16", device="cuda")
-    start = "log-bias backward, N = 1,048,576"
-    assert verdict_of(rows_of((case, 8000.0)), start) == "met: 8.00 s"
-    assert verdict_of(rows_of((case, "out of memory")), start) == "missed: out of memory"
-    assert verdict_of(rows_of((replace(case, direction="forward"), 1.0)), start) == "not measured"
-
-
-def test_targets_are_printed_for_a_gpu(tmp_path, capsys):
-    rows = rows_of((BIG, 1.0), (replace(BIG, method="flex"), 2.0))
-    machine = dict(device="made-up GPU", torch="0")
-    run = dict(machine=machine, commit="", date="2026-01-01", command="", points=list(rows.values()))
-    throughput.show(run, rows, tmp_path / "throughput-cuda.json")
-    printed = capsys.readouterr().out
-    assert "measured on made-up GPU" in printed
-    assert "met: worst 2.00x" in printed
-    assert not (tmp_path / "throughput-cuda.png").exists()  # one length is no curve
-
-
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
@@ -638,7 +471,6 @@ def test_a_method_has_one_colour_everywhere():
     assert set(METHODS) | set(extrapolation.ENCODINGS) - {n for n in extrapolation.ENCODINGS if "+" in n} <= set(
         COLOURS
     )
-    assert findings.COLOURS is throughput.COLOURS is COLOURS
     pictured = [COLOURS[name] for name in METHODS if name not in ("log-bias-frozen", "flex-learned", "sdpa")]
     assert len(set(pictured)) == len(pictured)
 
@@ -652,14 +484,15 @@ def test_the_picture_has_a_panel_for_each_setting(tmp_path, monkeypatch):
     options = throughput.parse(
         ["--device", "cuda", "--head-dims", "64", "128", "--kv-groups", "1", "--masks", "causal"]
     )
-    rows = rows_of(*((case, case.length / 1e3) for group in throughput.plan(options) for case in group))
+    cases = [case for group in throughput.plan(options) for case in group]
+    rows = {case: asdict(case) | dict(p50=case.length / 1e3, memory=case.length) for case in cases}
     assert throughput.figure(tmp_path / "picture.png", rows, "made-up data")
     (picture,) = drawn
     axes = picture.axes
-    assert len(axes) == 2 * 4
+    assert len(axes) == 2 * 5
     assert all(axis.get_xscale() == "log" for axis in axes)
     assert "D = 64, causal, 32 heads" in axes[0].get_title()
-    assert "peak memory" in axes[3].get_title()
+    assert [axis.get_ylabel() for axis in axes[2:5]] == ["TFLOP/s", "milliseconds", "MiB beyond the inputs"]
     legend = {text.get_text() for text in picture.legends[0].get_texts()}
     assert legend == set(METHODS) - {"sdpa"}
     lines = {line.get_color() for line in axes[0].lines}

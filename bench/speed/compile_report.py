@@ -28,7 +28,6 @@ a kernel
 from __future__ import annotations
 
 import argparse
-import concurrent.futures as futures
 import contextlib
 import dataclasses
 import functools
@@ -36,13 +35,11 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack
@@ -57,8 +54,10 @@ from bench import command
 from bench.common import reading, write_whole
 from bench.speed import roofline
 from bench.speed.roofline import Loop, Rates
+from bench.speed.runner import write_json
 from logpe.command import TIME_IS_OVER
 from logpe.files import locked
+from logpe.worker import Failed, Pool, Worker, complaint
 
 KIB = 1024
 HALF = ("bfloat16", "float16")
@@ -72,6 +71,7 @@ BUDGETS = Path(__file__).parent / "budgets.json"
 COSTS = ("special", "fp32", "issued")
 HEADROOM = 1.03
 MOST_SPILLS = 0.02  # of the instructions of a loop
+LIMIT = 3600.0  # seconds that a case may take
 
 
 class Target(NamedTuple):
@@ -165,7 +165,7 @@ class Row:
 
     @property
     def programs(self) -> int | None:
-        """How many programs share a multiprocessor, by registers and shared memory; None for AMD."""
+        """The number of programs that share a multiprocessor, by registers and shared memory; None for AMD."""
         target = TARGETS[self.target]
         if target.backend != "cuda" or not self.registers:
             return None
@@ -175,7 +175,7 @@ class Row:
 
     @property
     def bulk(self) -> Loop:
-        """Of its loops, which it must have, the one that serves most of a long sequence."""
+        """The loop that serves most of a long sequence. There must be one."""
         return roofline.bulk(self.loops)
 
     @property
@@ -188,20 +188,25 @@ class Row:
         return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
 
     def figures(self) -> dict[str, Any]:
-        """All of it for a file, with the index of the loop that counts and its roofline."""
+        """Return all of the row for a file, with the index of the loop that counts and its roofline."""
         more = dict(bulk=self.loops.index(self.bulk), clocks=self.clocks) if self.loops else {}
         return dataclasses.asdict(self) | more
 
     @property
     def budget(self) -> str | None:
-        """Its name in budgets.json; None for what has no budget."""
+        """The name of the row's budget in budgets.json; None for what has no budget."""
         if self.feature != "plain" or self.kernel not in roofline.PRODUCTS:
             return None
         dtype = "half" if self.dtype in HALF else self.dtype
         return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {self.preset} [{self.tile}]"
 
     def failures(self, budgets: dict[str, list[float]] | None, complete: bool = False) -> Iterator[str]:
-        """What --check holds against it. budgets: as in the file, or None; complete: one that is missing fails."""
+        """Yield what --check objects to.
+
+        Args:
+            budgets: as in the file; None: costs are not compared.
+            complete: object to a budget that is missing.
+        """
         limit = TARGETS[self.target].shared
         if self.error is not None:
             yield f"does not compile: {self.error}"
@@ -251,8 +256,7 @@ def call(case: Case, preset: str) -> None:
     position = LogPosition(
         heads, head_dim, preset.removesuffix("+gain"), query_gain=preset.endswith("+gain"), device="meta"
     )
-    options: dict[str, Any] = {name: value for name, value in position()._asdict().items() if value is not None}
-    options |= dict(scale=head_dim**-0.5, max_seqlen_q=num_queries, max_seqlen_k=LENGTH)
+    options = position()._asdict() | dict(scale=head_dim**-0.5, max_seqlen_q=num_queries, max_seqlen_k=LENGTH)
     if case.mask == "causal":
         options |= dict(window_right=0, query_start=LENGTH - num_queries)
     packed = "packed" in features
@@ -267,6 +271,7 @@ def call(case: Case, preset: str) -> None:
         options |= dict(dropout_p=0.1, dropout_seed=meta((1,), dtype=torch.int64))
     if "window" in features:
         options |= dict(window_left=256)
+    given = logpe_kernels.Options(**options)
     q, k, v = (
         meta((batch * n, h, head_dim) if packed else (batch, h, n, head_dim), dtype=dtype)
         for h, n in ((heads, num_queries), (kv_heads, LENGTH), (kv_heads, LENGTH))
@@ -274,11 +279,11 @@ def call(case: Case, preset: str) -> None:
     if "paged" in features:  # there is no backward over pages
         k = v = meta((LENGTH // PAGE_SIZE, kv_heads, PAGE_SIZE, head_dim), dtype=dtype)
         pages = meta((batch, LENGTH // PAGE_SIZE), dtype=torch.int32)
-        logpe_kernels.forward(q, k, v, **options, block_table=pages)
+        logpe_kernels.attention(q, k, v, given._replace(block_table=pages))
         return
-    out, lse = logpe_kernels.forward(q, k, v, **options)
+    out, lse = logpe_kernels.attention(q, k, v, given)
     dlse = torch.empty_like(lse) if "dlse" in features else None
-    logpe_kernels.backward(torch.empty_like(out), dlse, q, k, v, out, lse, **options)
+    logpe_kernels.attention_backward(torch.empty_like(out), dlse, q, k, v, out, lse, given)
 
 
 def cases(
@@ -288,7 +293,7 @@ def cases(
     presets: tuple[str, ...],
     features: tuple[str, ...] = FEATURES,
 ) -> Iterator[Case]:
-    """Everything: the grid, and every feature at the common sizes. Presets share a case, since they share kernels."""
+    """Yield all cases: the grid, and every feature at the common sizes. Presets share a case, as they share kernels."""
     for target, head_dim, dtype in itertools.product(targets, head_dims, dtypes):
         for mask in MASKS if "plain" in features else ():
             yield Case(target, dtype, head_dim, presets, mask)
@@ -299,7 +304,7 @@ def cases(
 
 
 def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
-    """A slice of it: on each target the common size and the heaviest position where it is tightest."""
+    """Yield a slice of all cases: on each target the common size, and the heaviest position where it is tightest."""
     for target in targets:
         yield Case(target, "bfloat16", 64, ("log-bias",))
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
@@ -318,24 +323,28 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 
-class _Driver:
-    """Claims to be a GPU of one target. Each target is a device of its own, so that no kernel serves another's."""
+class Driver:
+    """A driver that claims to be a GPU. Each target is a device of its own, so that no kernel serves another's."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def get_current_device(self) -> int:
+        """Return the number of the target, by which Triton keeps kernels."""
         return list(TARGETS).index(self.name)
 
     def get_current_stream(self, device: int) -> int:
+        """Return the default stream."""
         return 0
 
     def get_current_target(self) -> Any:
+        """Return what Triton calls the target."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(*TARGETS[self.name][:3])
 
     def get_active_torch_device(self) -> torch.device:
+        """Return where the tensors lie."""
         return torch.device("meta")
 
 
@@ -343,12 +352,12 @@ def compile_case(
     case: Case,
     kernels: tuple[str, ...] | None = None,
     table: Path | None = None,
-    console: Path | None = None,
 ) -> list[Row]:
-    """One row for each kernel that the case launches.
+    """Return one row for each kernel that the case launches.
 
-    kernels: names of those wanted, None for all. table: a file of configurations to use in place of the shipped ones.
-    console: the file that this process prints to, if it is a worker.
+    Args:
+        kernels: names of those wanted, None for all.
+        table: a file of configurations to use in place of the shipped ones.
     """
     from logpe_kernels import configs
     from triton.runtime import driver
@@ -375,7 +384,7 @@ def compile_case(
                 row = dataclasses.replace(same, preset=preset)
             rows[kernel.hash, preset] = row
         except Exception as error:
-            row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {_complaint(console)}".strip()
+            row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {complaint()}".strip()
             rows[str(row), preset] = row
 
     def forget() -> None:
@@ -390,14 +399,14 @@ def compile_case(
         if table is not None:
             stack.enter_context(mock.patch.object(configs, "TABLE", table))
         forget()
-        driver.set_active(_Driver(case.target))
+        driver.set_active(Driver(case.target))
         for preset in case.presets:
             call(case, preset)
     return list(rows.values())
 
 
 def disassemble(kernel: Any) -> str:
-    """The machine code of a compiled kernel as text: SASS, or AMD's assembly."""
+    """Return the machine code of a compiled kernel as text: SASS, or AMD's assembly."""
     if "amdgcn" in kernel.asm:
         return kernel.asm["amdgcn"]
     from triton.knobs import nvidia
@@ -409,7 +418,7 @@ def disassemble(kernel: Any) -> str:
 
 
 def inspect_kernel(kernel: Any, row: Row) -> None:
-    """Fill in what the compiled kernel uses."""
+    """Fill in a row with what the compiled kernel uses."""
     code = disassemble(kernel)
     row.shared = kernel.metadata.shared
     row.tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
@@ -441,22 +450,22 @@ def _output(*command: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread of a cubin."""
+    """Return the registers and the bytes of stack that a thread of a cubin uses."""
     from triton.knobs import nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output(nvidia.cuobjdump.path, "-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return int(match[1]), int(match[2])
 
 
 def _spill(kernel: Any, registers: int, stack: int) -> int:
-    """Bytes that ptxas spills: the part of the stack that is no array of a library routine.
+    """Return the bytes that ptxas spills: the part of the stack that is no array of a library routine.
 
-    The cubin does not tell them apart, ptxas does when asked to be verbose. Its options differ between Triton's
+    The cubin does not tell the two apart; ptxas does when asked to be verbose. Its options differ between Triton's
     versions: those are right that lead to the same registers and stack. If none does, all of the stack counts.
     """
     from triton.knobs import nvidia
@@ -475,29 +484,14 @@ def _spill(kernel: Any, registers: int, stack: int) -> int:
                 log = _output(ptxas.path, *options, *extra, str(source), "-o", str(Path(folder, "kernel.cubin")))
             except subprocess.CalledProcessError:
                 continue
-            found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+            match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
             used = re.search(r"Used (\d+) registers", log)
-            if found and used and (int(used[1]), int(found[1])) == (registers, stack):
-                return max(int(found[2]), int(found[3]))
+            if match and used and (int(used[1]), int(match[1])) == (registers, stack):
+                return max(int(match[2]), int(match[3]))
     return stack
 
 
 # ---- many of them ----------------------------------------------------------------------------------------------------
-
-
-def _print_to(console: Path) -> None:
-    """Send what this process prints to a file: on failure the compilers print whole modules."""
-    with console.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-
-
-def _complaint(console: Path | None) -> str:
-    """The last error that a compiler printed."""
-    if console is None:
-        return ""
-    found = re.findall(r"^.*(?:error: |LLVM ERROR|Assertion).*$", console.read_text(errors="replace"), re.MULTILINE)
-    return next((line for line in reversed(found) if "have been detected" not in line), "")[:500]
 
 
 def compile_all(
@@ -506,45 +500,30 @@ def compile_all(
     table: Path | None = None,
     jobs: int = 1,
 ) -> Generator[tuple[Case, list[Row]], None, None]:
-    """compile_case on all of ``todo`` in worker processes, as they are done; those not begun are dropped on close.
+    """Yield each case with its rows, compiled in worker processes, as they are done.
 
-    One that the compiler brings down becomes a failed row.
+    A case that the compiler does not survive becomes a failed row.
     """
-    context = multiprocessing.get_context("spawn")
-    worker = threading.local()  # each thread has a process of its own: a crash takes no other case along
-    pools: list[futures.ProcessPoolExecutor] = []
 
-    def attempt(case: Case) -> list[Row]:
-        if not hasattr(worker, "pool"):
-            worker.console = Path(folder, f"{len(pools)}-{threading.get_ident()}")
-            worker.pool = futures.ProcessPoolExecutor(1, context, _print_to, (worker.console,))
-            pools.append(worker.pool)
+    def attempt(worker: Worker, case: Case) -> list[Row]:
         try:
-            return worker.pool.submit(compile_case, case, kernels, table, worker.console).result()
-        except futures.process.BrokenProcessPool:
-            del worker.pool
+            return worker.call(compile_case, case, kernels, table, seconds=LIMIT)
+        except Failed as error:
             if len(case.presets) > 1:
-                return [row for preset in case.presets for row in attempt(dataclasses.replace(case, presets=(preset,)))]
-            error = f"the compiler aborted: {_complaint(worker.console)}"
+                alone = [dataclasses.replace(case, presets=(preset,)) for preset in case.presets]
+                return [row for one in alone for row in attempt(worker, one)]
             where = (case.target, case.dtype, case.head_dim, case.presets[0], case.mask, case.feature)
-            return [Row(*where, kernel="?", config={}, error=error)]
+            return [Row(*where, kernel="?", config={}, error=str(error))]
 
-    with tempfile.TemporaryDirectory() as folder, futures.ThreadPoolExecutor(jobs) as threads:
-        pending = {threads.submit(attempt, case): case for case in todo}
-        try:
-            for done in futures.as_completed(pending):
-                yield pending[done], done.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
-            for pool in pools:
-                pool.shutdown()
+    with Pool(jobs) as pool:
+        yield from pool.each(attempt, todo)
 
 
 # ---- what is made of them --------------------------------------------------------------------------------------------
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table whose first line is its head."""
+    """Return a Markdown table, whose first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
@@ -556,7 +535,7 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def resources(rows: list[Row]) -> str:
-    """A line for each target, kernel, type, head_dim and configuration: the worst over presets, masks and features."""
+    """Return a line for each target, kernel, dtype, head_dim and tile: the worst over presets, masks and features."""
     columns = ("registers", "spill", "stack", "shared")
     lines = [["target", "kernel", "dtype", "D", "tile", *columns, "of", "programs", "matrix", "seconds", "rows"]]
 
@@ -575,7 +554,7 @@ def resources(rows: list[Row]) -> str:
 
 
 def costs(rows: list[Row]) -> str:
-    """What a score element costs with each preset, and how its bound compares with that of none.
+    """Return what a score element costs with each preset, and how its bound compares with that of none.
 
     Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
     but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
@@ -609,13 +588,13 @@ def costs(rows: list[Row]) -> str:
 
 
 def read_budgets() -> dict[str, list[float]] | None:
-    """What each kernel may cost per score element, by Row.budget, in COSTS; None if written with another Triton."""
+    """Return what a kernel may cost per score element, by Row.budget, in COSTS; None if another Triton wrote them."""
     content = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     return content["budgets"] if content.get("triton") == versions()["triton"] else None
 
 
 def write_budgets(rows: list[Row]) -> int:
-    """Set the budgets of what was compiled to a little more than it costs; leave the others. Returns their number."""
+    """Set the budgets of what was compiled to a little more than it costs; return how many. Others stay."""
     measured: dict[str, list[float]] = {}
     for row in rows:
         if row.budget is not None and row.loops:
@@ -632,7 +611,7 @@ def write_budgets(rows: list[Row]) -> int:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return the versions that the figures depend on."""
     import triton
     from triton.knobs import nvidia
 
@@ -646,19 +625,19 @@ def versions() -> dict[str, str]:
 
 
 def sources(*settings: object) -> str:
-    """A name for the state of all that the figures depend on: the kernels, their tables, this report and settings."""
+    """Return a name for all that the figures depend on: the kernels, their tables, this report, settings, versions."""
     import logpe_kernels
 
     state = hashlib.sha256(repr((settings, versions())).encode())
-    for folder in (Path(__file__).parent, Path(logpe_kernels.__path__[0])):
-        for file in sorted((*folder.glob("*.py"), *folder.glob("configs/*.json"))):
-            if folder.name != "speed" or file.name in ("compile_report.py", "roofline.py"):
-                state.update(file.read_bytes())
+    here, kernels = Path(__file__).parent, Path(logpe_kernels.__path__[0])
+    report = [here / "compile_report.py", here / "roofline.py"]
+    for file in [*report, *sorted(kernels.glob("*.py")), *sorted(kernels.glob("configs/*.json"))]:
+        state.update(file.read_bytes())
     return state.hexdigest()[:16]
 
 
 def load(path: Path, state: str) -> tuple[list[Row], list[str]]:
-    """Rows and calls of an earlier run; none of either if what it compiled was not the same."""
+    """Return the rows and calls of an earlier run; none of either if what it compiled was not the same."""
     with reading(path):
         content = json.loads(path.read_text())
         if content["sources"] != state:
@@ -680,7 +659,7 @@ def kernel_names() -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; with the calls to compile, of which there is one or more, as ``todo``."""
+    """Return the options, with the calls to compile, of which there is at least one, as ``todo``."""
     parser = command.new_parser("bench compile_report", __doc__)
     grid = dict(
         targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=list(PRESETS),
@@ -719,7 +698,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @command.program("bench compile_report")
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Compile what the command line asks for and report on it; return the exit status."""
     options = parse(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # of the workers: there is nothing to compile when interpreting
     if options.configs:
@@ -730,7 +709,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_and_judge(options: argparse.Namespace) -> int:
-    """Compile what --out does not hold, print the report and what is wrong; returns the exit status."""
+    """Compile what --out does not hold, and print the report and what is wrong; return the exit status."""
     kernels = tuple(options.kernels) if options.kernels else None
     state = sources(kernels, options.configs and options.configs.read_text())
     rows: list[Row] = []
@@ -754,8 +733,7 @@ def compile_and_judge(options: argparse.Namespace) -> int:
             progress.update()
             if options.out:
                 content = dict(versions=versions(), sources=state, calls=calls, failures=failures())
-                found = json.dumps(content | dict(rows=[row.figures() for row in rows]), indent=1)
-                write_whole(options.out, functools.partial(Path.write_text, data=found))
+                write_json(options.out, content | dict(rows=[row.figures() for row in rows]))
             if time.monotonic() > start + 60 * options.minutes:
                 break
     left = [case for case in todo if str(case) not in calls]

@@ -1,14 +1,13 @@
 """Host time of one short call of log_attention, forward under autograd, and what each of its layers costs.
 
     python -m bench host_overhead
-    python -m bench host_overhead --profile      # and the functions that take it
+    python -m bench host_overhead --profile      # and the functions that take the time
 
-Every step of the ladder is a call that includes the steps above it, down to the whole of
-log_attention(q, k, v, position). Calls are repeated, as a model repeats them: what is known of one is looked up. On a
-GPU the host is timed alone, without waiting for the device, and so is the replay of a CUDA graph of the same call.
-Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver: the compiled kernel is found,
-then its launch is left out; tensors lie on the CPU, so that allocations, softplus and F.scaled_dot_product_attention
-are those of the CPU. What is and is not in a number stands beside it.
+Each step of the ladder is a call that includes the steps above it; the last is log_attention(q, k, v, position) as a
+whole. Calls are repeated, as a model repeats them, so that what is known of one is looked up. On a GPU the host alone
+is timed, without waiting for the device, and so is the replay of a CUDA graph of the same call. Without a GPU the
+kernels are compiled for sm_90, and everything runs up to the driver: the compiled kernel is looked up, and its launch
+is left out. Tensors then lie on the CPU, and so allocations, softplus and F.scaled_dot_product_attention are the CPU's.
 """
 
 from __future__ import annotations
@@ -17,39 +16,40 @@ import contextlib
 import cProfile
 import gc
 import importlib
-import json
 import os
 import pstats
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from logpe_kernels.options import Options
 from tqdm import tqdm
 
 import logpe
 from bench import command
-from bench.common import commit, describe_machine, load, quantile, write_whole
+from bench.common import describe_machine
+from bench.speed import runner
+from bench.speed.compile_report import Driver
 from logpe import ops
 
 CALLS = 20  # timed together: so short that on a busy machine some blocks run undisturbed
-MOST_US, MOST_RATIO = 60, 5  # the target: microseconds, and times F.scaled_dot_product_attention
 STUBBED = "H100 (sm_90), launches left out"
-WHOLE, SDPA = "log_attention(q, k, v, position)", "F.scaled_dot_product_attention"
+WHOLE = "+ softplus: log_attention(q, k, v, position)"
+SDPA = "F.scaled_dot_product_attention"
 
 Call = Callable[[], Any]
 
 
 def nothing(*args: Any, **keywords: Any) -> None:
-    """In place of what is left out."""
+    """Stand in for what is left out."""
 
 
-class NoDevice:
+class NoDevice(Driver):
     """Triton's driver of a GPU that is not there: kernels are compiled for sm_90, and launching one does nothing."""
 
     class utils:  # noqa: D106 # Triton's name
@@ -58,28 +58,21 @@ class NoDevice:
 
     launcher_cls = staticmethod(lambda source, metadata: nothing)
 
+    def __init__(self) -> None:
+        super().__init__("sm_90")
+
     def get_current_device(self) -> int:
-        """No other driver's number: Triton keeps kernels by it."""
+        """Return a number that no other driver has: Triton keeps kernels by it."""
         return 90
 
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
-
-    def get_current_target(self) -> Any:
-        """An H100."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Return where the tensors lie."""
         return torch.device("cpu")
 
 
 @contextlib.contextmanager
 def no_device() -> Iterator[None]:
-    """log_attention takes its path for a GPU with tensors that lie on the CPU, up to the launch."""
+    """Let log_attention take its path for a GPU with tensors that lie on the CPU, up to the launch."""
     from logpe_kernels import configs
     from triton.runtime import driver
 
@@ -103,14 +96,14 @@ def no_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_triton() -> Iterator[None]:
-    """Kernels are not even looked up."""
+    """Do not even look up kernels."""
     with mock.patch.object(importlib.import_module("logpe_kernels.forward"), "launch", nothing):
         yield
 
 
 @contextlib.contextmanager
 def without_launch() -> Iterator[None]:
-    """Kernels are looked up, and not launched."""
+    """Look up kernels, but do not launch them."""
     from triton.compiler import CompiledKernel
 
     with mock.patch.object(CompiledKernel, "run", property(lambda kernel: nothing)):
@@ -121,8 +114,8 @@ def without_launch() -> Iterator[None]:
 
 
 def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict[str, tuple[Call, Any]]:
-    """Calls in the order of what they include, each with the context that it is timed in; then what stands beside."""
-    import logpe_kernels
+    """Return calls, each with the context that it is timed in: first the ladder, then what it is compared with."""
+    from logpe_kernels.forward import attention
 
     q, k, v = (
         torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -130,23 +123,19 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
     )
     position = logpe.LogPosition(heads, head_dim, "log-bias", device=device)
     values = position()
-    tensors = dict(power=values.power, rate=values.rate)
-    scalars: dict[str, Any] = dict(query_start=0, key_start=0, window_left=None, window_right=0)
-    scalars |= dict(max_seqlen_q=length, max_seqlen_k=length, scale=head_dim**-0.5, dropout_p=0.0)
-    scalars |= dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length)
-    scalars |= dict(kind=object())  # as log_attention does for a call like an earlier one
-    options = tensors | scalars
+    options = Options(**values._asdict(), window_right=0, scale=head_dim**-0.5)
+    kind = object()  # as log_attention has for a call like an earlier one
     # A CPU kernel takes its time in the call: as little of it as there can be.
     x, y, z = (t if device.type == "cuda" else t[:, :1, :1].detach().requires_grad_() for t in (q, k, v))
 
     def kernels() -> Any:
-        return logpe_kernels.forward(q, k, v, **options)
+        return attention(q, k, v, options, kind)
 
     def differentiable() -> Any:
-        return ops.attention(q, k, v, tensors, scalars, "triton")
+        return ops.run(q, k, v, options, "triton", kind)
 
     def operator() -> Any:
-        return torch.ops.logpe.attention(q, k, v, *(options.get(name) for name in ops.OPTIONS), "triton")
+        return torch.ops.logpe.attention(q, k, v, *options, "triton")
 
     def attend(at: Any) -> Call:
         return lambda: logpe.log_attention(q, k, v, at, is_causal=True, backend="triton")
@@ -167,7 +156,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
         "+ the launch": (kernels, here),
         "+ autograd": (differentiable, here),
         "+ validation: log_attention(q, k, v, values)": (attend(values), here),
-        f"+ softplus: {WHOLE}": (attend(position), here),
+        WHOLE: (attend(position), here),
         "position()": (position, here),
         "log_attention(q, k, v)": (attend(None), here),
         "the operator, as compiled graphs call it": (operator, here),
@@ -181,7 +170,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
 
 
 def measure(steps: dict[str, tuple[Call, Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of a call: the least, p50 and p80 of so many blocks of calls; the steps take turns."""
+    """Return the microseconds of a call: the least, p50 and p80 of so many blocks of calls; the steps take turns."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -204,7 +193,7 @@ def measure(steps: dict[str, tuple[Call, Any]], rounds: int, device: torch.devic
     finally:
         gc.enable()
     wait()
-    return {name: [quantile(some, p) for p in (0.0, 0.5, 0.8)] for name, some in times.items()}
+    return {name: np.percentile(some, [0, 50, 80]).tolist() for name, some in times.items()}
 
 
 def profile(call: Call, calls: int = 3000, most: int = 30) -> None:
@@ -218,42 +207,32 @@ def profile(call: Call, calls: int = 3000, most: int = 30) -> None:
     pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(most)
 
 
-def table(found: dict[str, list[float]]) -> str:
-    """Times, and what each step of the ladder adds to the least: what else runs on the machine only adds."""
-    width = max(map(len, found)) + 2
+def table(times: dict[str, list[float]]) -> str:
+    """Return the times, and what each step of the ladder adds to the least: what else runs on the machine only adds."""
+    width = max(map(len, times)) + 2
     lines = [f"{'microseconds of host time':{width}}{'least':>8}{'p50':>8}{'p80':>8}{'adds':>8}"]
     previous = 0.0
-    for name, (least, p50, p80) in found.items():
+    for name, (least, p50, p80) in times.items():
         step = name.startswith(("launcher", "+"))
         lines.append(f"{name:{width}}{least:8.1f}{p50:8.1f}{p80:8.1f}" + (f"{least - previous:8.1f}" if step else ""))
         previous = least
     return "\n".join(lines)
 
 
-def verdict(found: dict[str, list[float]], gpu: bool) -> str:
-    """Of the target, by the medians; without a GPU an indication by the least."""
-    whole, sdpa = (found[name][1 if gpu else 0] for name in (f"+ softplus: {WHOLE}", SDPA))
-    text = f"{whole:.0f} us, {whole / sdpa:.1f} times {SDPA}; target: {MOST_US} us and {MOST_RATIO} times"
-    if not gpu:
-        return f"not measured (no GPU; an indication: {text})"
-    return f"{'met' if whole <= MOST_US and whole <= MOST_RATIO * sdpa else 'missed'}: {text}"
-
-
 @command.program("bench host_overhead")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Measure, print and write what the command line asks for; return the exit status."""
     parser = command.new_parser("bench host_overhead", __doc__)
     for name, default, text in (
-        ("--length", 128, "tokens"),
-        ("--heads", 16, "of one sequence"),
-        ("--head-dim", 64, "of a head"),
+        ("--length", 128, "tokens of the one sequence"),
+        ("--heads", 16, "heads"),
+        ("--head-dim", 64, "dimensions of a head"),
         ("--rounds", 100, f"blocks of {CALLS} calls of each step"),
     ):
         parser.add_argument(name, type=command.count, default=default, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--profile", action="store_true", help="also print where log_attention spends its time")
-    parser.add_argument("--out", type=Path, help="write it to this JSON file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the times to this JSON file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: there is nothing to launch when interpreting")
@@ -262,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(device)
     with torch.cuda.device(device) if gpu else no_device():
         steps = ladder(device, options.length, options.heads, options.head_dim)
-        found = measure(steps, options.rounds, device)
+        times = measure(steps, options.rounds, device)
         print("\n".join(f"{name}: {value}" for name, value in machine.items()))
         size = f"1 x {options.heads} heads x {options.length} tokens x {options.head_dim}, bfloat16, causal"
         print(f"\nlog-bias, {size}, forward under autograd")
@@ -273,20 +252,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "No GPU: Triton works as for sm_90, the launch is left out, and there is no CUDA graph. Allocations,\n"
                 f"softplus and {SDPA} (one head, one token) are the CPU's.\n"
             )
-        print(table(found))
-        print(f"\ntarget {verdict(found, gpu)}")
+        print(table(times))
         if options.profile:
-            profile(steps[f"+ softplus: {WHOLE}"][0])
+            profile(steps[WHOLE][0])
+    microseconds = {name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in times.items()}
+    which = "p50" if gpu else "least"
+    whole, sdpa = (microseconds[name][which] for name in (WHOLE, SDPA))
+    text = "" if gpu else ", without the launch"
+    print(f"\nlog_attention takes {whole:.0f} us of host time{text}, {whole / sdpa:.1f} times {SDPA} ({which})")
     if options.out:
-        content = dict(
-            machine=machine | dict(launch="measured" if gpu else STUBBED),
-            load=load(),
-            commit=commit(),
-            date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            command=shlex.join(["python", "-m", "bench", "host_overhead", *arguments]),
-            size=size,
-            microseconds={name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in found.items()},
-            target=verdict(found, gpu),
-        )
-        write_whole(options.out, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+        machine |= dict(launch="measured" if gpu else STUBBED)
+        about = runner.circumstances("host_overhead", arguments, machine)
+        runner.write_json(options.out, about | dict(size=size, microseconds=microseconds))
     return 0

@@ -71,30 +71,30 @@ class Loop:
 
 
 def instructions(code: str) -> tuple[list[str], list[list[int]]]:
-    """The instructions of a disassembled kernel (SASS or AMD's), in order, and the places before each of them.
+    """Return the instructions of a disassembled kernel (SASS or AMD's), and what may run before each of them.
 
-    From the places before it, which are indices, control may come to an instruction.
+    The latter is, for each instruction, the indices of those from which control may come to it.
     """
     lines: list[str] = []
     places: dict[str, int] = {}  # of addresses or labels
     for line in code.splitlines():
-        if found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):  # SASS: /*0a10*/ @P0 BRA 0x9f0 ;
-            places[f"0x{int(found[1], 16):x}"] = len(lines)
-            lines.append(found[2])
-        elif found := re.match(r"(\.LBB\w+):", line):
-            places[found[1]] = len(lines)
-        elif found := re.match(r"\t([a-z]+_\w+\b.*)", line):  # AMD: s_cbranch_scc1 .LBB0_2
-            lines.append(found[1])
+        if match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):  # SASS: /*0a10*/ @P0 BRA 0x9f0 ;
+            places[f"0x{int(match[1], 16):x}"] = len(lines)
+            lines.append(match[2])
+        elif match := re.match(r"(\.LBB\w+):", line):
+            places[match[1]] = len(lines)
+        elif match := re.match(r"\t([a-z]+_\w+\b.*)", line):  # AMD: s_cbranch_scc1 .LBB0_2
+            lines.append(match[1])
     before: list[list[int]] = [[] for _ in lines]
     joins: dict[str, str] = {}  # where the threads that BSSY parts go on after BSYNC
     for i, line in enumerate(lines):
         target = None
-        if found := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)|^s_c?branch\w*\s+(\.LBB\w+)", line):
-            target = found[1] or found[2]
-        elif found := re.match(r"BSSY\S* (B\d+), (0x[0-9a-f]+)", line):
-            joins[found[1]] = found[2]
-        elif found := re.match(r"BSYNC\S* (B\d+)", line):
-            target = joins.get(found[1])
+        if match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)|^s_c?branch\w*\s+(\.LBB\w+)", line):
+            target = match[1] or match[2]
+        elif match := re.match(r"BSSY\S* (B\d+), (0x[0-9a-f]+)", line):
+            joins[match[1]] = match[2]
+        elif match := re.match(r"BSYNC\S* (B\d+)", line):
+            target = joins.get(match[1])
         if target in places and places[target] < len(lines):
             before[places[target]].append(i)
         # A branch with a predicate among its operands (BRA.U !UP0, 0x9f0) goes on like one with it in front.
@@ -105,7 +105,7 @@ def instructions(code: str) -> tuple[list[str], list[list[int]]]:
 
 
 def natural_loops(before: list[list[int]]) -> list[list[int]]:
-    """Every loop as its instructions: those from which a jump back is reached without passing its target again."""
+    """Return each loop's instructions: those from which a jump back is reached without passing its target again."""
     loops: dict[int, set[int]] = {}
     for head, origins in enumerate(before):
         for origin in origins:
@@ -124,35 +124,36 @@ def natural_loops(before: list[list[int]]) -> list[list[int]]:
 
 
 def multiply_adds(line: str) -> float:
-    """Of one matrix instruction, per warp; 0 for others and where the shape is not told."""
-    found = MATRIX.search(line)
-    if found is None:
+    """Return the multiply-adds of a matrix instruction, per warp; 0 for others, and where the shape is not told."""
+    match = MATRIX.search(line)
+    if match is None:
         return 0
-    if found["M"]:
-        return int(found["M"]) * int(found["N"]) * int(found["K"]) / 4
-    if found["n"]:
-        return 16 * int(found["n"]) * int(found["k"])
-    if found["m_amd"]:
-        return int(found["m_amd"]) * int(found["n_amd"]) * int(found["k_amd"])
+    if match["M"]:
+        return int(match["M"]) * int(match["N"]) * int(match["K"]) / 4
+    if match["n"]:
+        return 16 * int(match["n"]) * int(match["k"])
+    if match["m_amd"]:
+        return int(match["m_amd"]) * int(match["n_amd"]) * int(match["k_amd"])
     return 0
 
 
 def count(pattern: re.Pattern[str], lines: Iterable[str]) -> int:
-    """How many instructions match; packed ones, that work on two values, count twice."""
-    hits = [found.groupdict() for line in lines if (found := pattern.search(line))]
+    """Return how many instructions match; packed ones, which work on two values, count twice."""
+    hits = [match.groupdict() for line in lines if (match := pattern.search(line))]
     return sum(2 if hit.get("two") or hit.get("packed") else 1 for hit in hits)
 
 
 def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list[Loop]:
-    """The loops over tiles of a disassembled kernel, in their order in the code.
+    """Return the loops over tiles of a disassembled kernel, in their order in the code.
 
-    depth: multiply-adds that a score needs, which is head_dim times the kernel's PRODUCTS. tile: elements of the
-    tile per thread, BLOCK_M * BLOCK_N / (num_warps * warp_size).
+    Args:
+        depth: multiply-adds that a score needs: head_dim times the kernel's PRODUCTS.
+        tile: elements of the tile per thread, BLOCK_M * BLOCK_N / (num_warps * warp_size).
     """
     lines, before = instructions(code)
     tcgen05 = any(re.search(r"\bUTC[A-Z]MMA", line) for line in lines)
-    found = [body for body in natural_loops(before) if any(EXPONENTIAL.search(lines[i]) for i in body)]
-    innermost = [body for body in found if not any(set(other) < set(body) for other in found)]
+    bodies = [body for body in natural_loops(before) if any(EXPONENTIAL.search(lines[i]) for i in body)]
+    innermost = [body for body in bodies if not any(set(other) < set(body) for other in bodies)]
     loops = []
     for indices in sorted(innermost):
         body = [lines[i] for i in indices]
@@ -178,7 +179,7 @@ def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list
 
 
 def bulk(loops: list[Loop]) -> Loop:
-    """The loop that serves most of a long sequence.
+    """Return the loop that serves most of a long sequence.
 
     It is the cheapest: full tiles do without a mask, and tiles far away without a logarithm. A special function
     counts as 8 instructions, of which an SM issues 128 in the clock in which it takes 16 special ones.
@@ -187,7 +188,7 @@ def bulk(loops: list[Loop]) -> Loop:
 
 
 def clocks(loop: Loop, depth: int | None, rates: Rates) -> dict[str, float]:
-    """Clocks of an SM per score element that each unit needs; depth is None where no matrix unit is used."""
+    """Return the clocks of an SM per score element that each unit needs; depth None: no matrix unit is used."""
     work = (depth, loop.special, loop.fp32, loop.issued)
     return {
         unit: amount / rate

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor, nn
 
 import logpe
 from logpe import reference
 from logpe.lm import model as language_model
 from logpe.lm.model import EMBEDDING_STD, LanguageModel, Shape
-from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition, PositionValues, inverse_softplus
+from logpe.position import PRESET_PARTS, LogPosition, inverse_softplus
+from logpe.reference import PositionValues
 
 
 @dataclass(frozen=True)
@@ -206,9 +208,8 @@ class Attention(language_model.Attention):
             assert alpha is not None
             gain = reference.query_gain(i, alpha, values.gain_length)
             bias = (gain - 1) * reference.distance_bias(reference.log_distance((i - j).abs(), rate), power)
-        out, _, weights = reference.attention(
-            q, k, v, values, query_start=start, window_right=0, scale=scale, attn_mask=bias, return_weights=True
-        )
+        options = Options(**values._asdict(), query_start=start, window_right=0, scale=scale)
+        out, _, weights = reference.attention(q, k, v, options, attn_mask=bias, return_weights=True)
         return out, weights
 
 

@@ -15,7 +15,8 @@ da_ij/dtheta from its parameter gradients, and leaves the corrected delta, and t
 Parameter gradients are summed in registers, written as one partial per program, and added up in a fixed order.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,43 +24,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from . import configs
+from . import configs, tile
 from .launch import launch
+from .options import Options
 from .position import (
+    ALPHA,
     LOG2E,
-    Position,
-    by_gain,
-    by_power,
-    by_rate,
-    by_sharpness,
+    POWER,
+    RATE,
+    SHARPNESS,
+    Parameters,
+    derivative,
     factors,
     log_length,
     query_gain,
     sharpening,
 )
 from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
-from .tile import (
-    FULL_TILES,
-    MASKED_TILES,
-    cast,
-    dot,
-    dropout_keep,
-    load_axes,
-    load_key_bias,
-    load_lengths,
-    load_masked,
-    load_tile,
-    loop_bounds,
-    lse_rows,
-    num_partials,
-    partial_sums,
-    rows_of,
-    sight,
-    store_tile,
-    tile_logits,
-    tile_range,
-    within,
-)
 
 
 @triton.constexpr_function
@@ -73,262 +54,211 @@ def asynchronous_products(bits):
 
 
 @triton.jit
-def weights_and_gradient(a, dp, delta, keep, dropout_scale):
-    """P, the weights that met v, and g = dL/da of one tile, a less lse; keep is None without dropout."""
+def weights_and_gradient(a, dp, delta, keep, dropout):
+    """Return P, the weights that met v, and g = dL/da of one tile with logits a, less lse; keep: see dropout_keep."""
     p = tl.exp2(a)
     if keep is None:
         return p, p, p * (dp - delta)
     else:
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
-        return p, tl.where(keep, p * dropout_scale, 0.0), p * (dp - delta)
+        dp = tl.where(keep, dp * dropout.scale, 0.0)
+        return p, tl.where(keep, p * dropout.scale, 0.0), p * (dp - delta)
+
+
+class Sums(NamedTuple):
+    """Partial sums for the gradient of one parameter, [BLOCK_M, num_partials()]."""
+
+    g: Any  # of g da/dparameter over keys
+    p: Any  # of P da/dparameter: what an error of 1 in delta adds
 
 
 @triton.jit
-def accumulate(total, mean, g, p, derivative):
-    """Add sum_j g da/dtheta and sum_j P da/dtheta of one tile to their partial sums."""
-    return total + partial_sums(g * derivative), mean + partial_sums(p * derivative)
+def accumulate(sums, g, p, derivative):
+    """Return the Sums with those of one tile added."""
+    return Sums(sums.g + tile.partial_sums(g * derivative), sums.p + tile.partial_sums(p * derivative))
 
 
 @triton.jit
-def corrected(total, mean, error):
-    """The sum of what accumulate gathered, less what the error of delta added to it."""
-    return tl.sum(tl.sum(total - error[:, None] * mean, 1), 0)
+def corrected(sums, error, weight):
+    """Return the sum over queries, each times its weight, less what the error of delta added to it."""
+    return tl.sum(weight * tl.sum(sums.g - error[:, None] * sums.p, 1), 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dq_kernel(
-    q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dposition,
-    position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
-    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    window_left, window_right, query_start, key_start,
+    q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dparameters, parameters, sequences, dropout, strides,
+    layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
     ASYNCHRONOUS: tl.constexpr = asynchronous_products(q.dtype.element_ty.primitive_bitwidth)
-    num_tiles = tl.cdiv(num_queries, BLOCK_M)
-    batch_head = tl.program_id(0) // num_tiles
-    m0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
-    b, h = batch_head // num_heads, batch_head % num_heads
-    queries, keys = load_axes(
-        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-        window_left, window_right,
-    )  # fmt: skip
-    head = Position(
-        None if position.power is None else tl.load(position.power + h),
-        None if position.rate is None else tl.load(position.rate + h),
-        None if position.sharpness is None else tl.load(position.sharpness + h),
-        None if position.alpha is None else tl.load(position.alpha + h),
+    b, h, m0 = tile.query_program(num_queries, layer.num_heads, BLOCK_M)
+    queries, keys = tile.load_axes(
+        b, sequences, layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start
     )
+    head = Parameters(*[None if pointer is None else tl.load(pointer + h) for pointer in parameters])
+    q = tile.rows_of(q, strides.q, queries, h)
+    k = tile.rows_of(k, strides.k, keys, h // layer.group_size)
+    v = tile.rows_of(v, strides.v, keys, h // layer.group_size)
+    out = tile.rows_of(out, strides.out, queries, h)
+    dout = tile.rows_of(dout, strides.dout, queries, h)
+    dq = tile.rows_of(dq, strides.dq, queries, h)
 
-    batch = b if sequences.cu_seqlens_q is None else b * 0  # packed sequences lie in one
-    q = rows_of(q, strides.q, batch, h, queries.row)
-    k = rows_of(k, strides.k, batch, h // group_size, keys.row)
-    v = rows_of(v, strides.v, batch, h // group_size, keys.row)
-    out = rows_of(out, strides.out, batch, h, queries.row)
-    dout = rows_of(dout, strides.dout, batch, h, queries.row)
-    dq = rows_of(dq, strides.dq, batch, h, queries.row)
-    lse_offset = lse_rows(b, h, queries.row, num_heads, num_queries, total_queries, sequences.cu_seqlens_q is not None)
-
-    rows = m0 + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
-    i = queries.start + rows  # [BLOCK_M]
-    stored = rows < queries.count
-    lse_row = tl.load(lse + lse_offset + rows, mask=stored, other=-float("inf"))
+    resident = tile.resident(m0, queries, keys, layer.window_left, layer.window_right, BIASED, BLOCK_M, BLOCK_N)
+    i = resident.positions  # [BLOCK_M]
+    stored = resident.tokens < queries.count
+    row = tile.lse_rows(b, h, queries.row, layer.num_heads, num_queries, total_queries, sequences.cu_seqlens_q)
+    lse_row = tl.load(lse + row + resident.tokens, mask=stored, other=-float("inf"))
     alive = lse_row > -float("inf")
     lse2 = tl.where(alive, lse_row * LOG2E, float("inf"))
-    q_tile = load_tile(q, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do_tile = load_tile(dout, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    o_tile = load_tile(out, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    q_tile = tile.load_tile(q, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do_tile = tile.load_tile(dout, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    o_tile = tile.load_tile(out, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     dlse_row = tl.zeros([BLOCK_M], tl.float32)
     if dlse is not None:
-        dlse_row = tl.load(dlse + lse_offset + rows, mask=alive, other=0.0)
+        dlse_row = tl.load(dlse + row + resident.tokens, mask=alive, other=0.0)
     delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) - dlse_row  # [BLOCK_M]
-    n = load_lengths(sequences, b, i, window_left)
-    gain_row = tl.zeros([BLOCK_M], tl.float32) + query_gain(n, head, gain_length)
-    row_scale = gain_row * (scale * LOG2E)
+    n = tile.load_lengths(sequences, b, i, layer.window_left)
+    gain_row = tl.zeros([BLOCK_M], tl.float32) + query_gain(n, head, layer.gain_length)
+    row_scale = gain_row * (layer.scale * LOG2E)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    zeros = tl.zeros([BLOCK_M, num_partials()], tl.float32)
-    g_sum = zeros
-    power, power_mean, rate, rate_mean = zeros, zeros, zeros, zeros
-    sharpness, sharpness_mean, alpha, alpha_mean = zeros, zeros, zeros, zeros
-
-    first_key, last_key = sight(i, queries, keys, window_left, window_right)
-    first, last = queries.start + m0, tl.minimum(queries.start + m0 + BLOCK_M, queries.end) - 1
-    tiles = tile_range(first, last, keys, window_left, window_right, BIASED, BLOCK_N)
-    for KIND in tl.static_range(MASKED_TILES if BIASED else FULL_TILES, MASKED_TILES + 1):
-        start, stop, hole, skip = loop_bounds(KIND, first, last, keys, tiles, False, BLOCK_N)
+    g_sum = tl.zeros([BLOCK_M, tile.num_partials()], tl.float32)
+    sums = [Sums(g_sum, g_sum) for pointer in dparameters]
+    for TILES in tl.static_range(tile.MASKED_TILES if BIASED else tile.FULL_TILES, tile.MASKED_TILES + 1):
+        start, stop, gap, jump = tile.loop_bounds(TILES, resident, keys, False, BLOCK_N)
         for x in tl.range(start, stop, BLOCK_N, num_stages=2 if BIASED and ASYNCHRONOUS else None):
-            n0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_N)
-            tokens = n0 + columns
+            n0 = tile.past_gap(x, gap, jump, BLOCK_N)
+            tokens = n0 + tl.arange(0, BLOCK_N)
             j = keys.start + tokens  # [BLOCK_N]
-            mask = within(j, keys) if KIND == MASKED_TILES else None
-            key_bias = None
-            if sequences.key_bias is not None:
-                key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
-                mask = key_bias > -float("inf")
-            k_tile = load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = load_tile(v, v_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)
-            distance, score, a = tile_logits(
-                dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], i, first_key, last_key, j, keys.start + n0,
-                None if key_bias is None else key_bias[None, :], head, KIND,
+            mask = tile.within(j, keys) if TILES == tile.MASKED_TILES else None
+            key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
+            mask = mask if key_bias is None else key_bias > -float("inf")
+            k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)
+            distance, score, a = tile.tile_logits(
+                tile.dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], resident, j, keys.start + n0,
+                None if key_bias is None else key_bias[None, :], head, TILES,
             )  # fmt: skip  # [BLOCK_M, BLOCK_N]
-            keep = None
-            if dropout_seed is not None:
-                keep = dropout_keep(dropout_seed, batch_head, i[:, None], j[None, :], dropout_threshold)
-            p, _, g = weights_and_gradient(a, dot(do_tile, v_tile.T), delta_row[:, None], keep, dropout_scale)
-            acc = dot(cast(g * sharpening(distance, head), k_tile.dtype), k_tile, acc)
-            g_sum += partial_sums(g)
-            if dposition.power is not None:
-                power, power_mean = accumulate(power, power_mean, g, p, by_power(distance, head))
-            if dposition.rate is not None:
-                rate, rate_mean = accumulate(rate, rate_mean, g, p, by_rate(score, distance, head))
-            if dposition.sharpness is not None:
-                sharpness, sharpness_mean = accumulate(
-                    sharpness, sharpness_mean, g, p, by_sharpness(score, distance, head)
-                )
-            if dposition.alpha is not None:
-                alpha, alpha_mean = accumulate(alpha, alpha_mean, g, p, by_gain(score, distance, head))
+            keep = tile.dropout_keep(dropout, b * layer.num_heads + h, i[:, None], j[None, :])
+            p, _, g = weights_and_gradient(a, tile.dot(do_tile, v_tile.T), delta_row[:, None], keep, dropout)
+            acc = tile.dot(tile.cast(g * sharpening(distance, head), k_tile.dtype), k_tile, acc)
+            g_sum += tile.partial_sums(g)
+            sums = [
+                sums[PARAMETER]
+                if dparameters[PARAMETER] is None
+                else accumulate(sums[PARAMETER], g, p, derivative(PARAMETER, score, distance, head))
+                for PARAMETER in (POWER, RATE, SHARPNESS, ALPHA)
+            ]
 
-    store_tile(dq, m0, acc * (gain_row * scale)[:, None], stored, HEAD_DIM, BLOCK_D)
+    tile.store_tile(dq, m0, acc * (gain_row * layer.scale)[:, None], stored, HEAD_DIM, BLOCK_D)
     error = tl.sum(g_sum, 1) - dlse_row  # of delta
-    tl.store(delta + lse_offset + rows, delta_row + error, mask=stored)
+    tl.store(delta + row + resident.tokens, delta_row + error, mask=stored)
     if gain is not None:
-        tl.store(gain + lse_offset + rows, gain_row, mask=stored)
-    # One partial per program, [num_heads, programs of a head]: the launcher adds them up in this order.
-    partial = h * (tl.num_programs(0) // num_heads) + b * num_tiles + m0 // BLOCK_M
-    if dposition.power is not None:
-        tl.store(dposition.power + partial, corrected(power, power_mean, error) * factors(head).power)
-    if dposition.rate is not None:
-        tl.store(dposition.rate + partial, corrected(rate, rate_mean, error) * factors(head).rate)
-    if dposition.sharpness is not None:
-        tl.store(dposition.sharpness + partial, corrected(sharpness, sharpness_mean, error) * factors(head).sharpness)
-    if dposition.alpha is not None:
-        by_alpha = log_length(n, gain_length) / gain_row
-        alpha, alpha_mean = alpha * by_alpha[:, None], alpha_mean * by_alpha[:, None]
-        tl.store(dposition.alpha + partial, corrected(alpha, alpha_mean, error) * factors(head).alpha)
+        tl.store(gain + row + resident.tokens, gain_row, mask=stored)
+    # One partial per program, [Hq, programs of a head]: the launcher adds them up in this order.
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    partial = h * (tl.num_programs(0) // layer.num_heads) + b * num_tiles + m0 // BLOCK_M
+    for LEARNED in tl.static_range(POWER, ALPHA + 1):
+        if dparameters[LEARNED] is not None:
+            weight = log_length(n, layer.gain_length) / gain_row if LEARNED == ALPHA else 1.0
+            gradient = corrected(sums[LEARNED], error, weight) * factors(head)[LEARNED]
+            tl.store(dparameters[LEARNED] + partial, gradient)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dkdv_kernel(
-    q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv,
-    position, sequences, dropout_seed, strides, dropout_threshold, dropout_scale,
-    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    window_left, window_right, query_start, key_start,
+    q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv, parameters, sequences, dropout, strides, layer,
+    num_queries, num_keys, total_queries, total_keys, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
-    ASYNCHRONOUS: tl.constexpr = asynchronous_products(q.dtype.element_ty.primitive_bitwidth)
+    MASKED_STAGES: tl.constexpr = (
+        1 if asynchronous_products(q.dtype.element_ty.primitive_bitwidth) and not BIASED else None
+    )
+    group_size = layer.group_size
     num_tiles = tl.cdiv(num_keys, BLOCK_N)
     n0 = tl.program_id(0) % num_tiles * BLOCK_N  # early keys are seen by the most queries: they start first
-    kv_heads = num_heads // group_size
+    kv_heads = layer.num_heads // group_size
     b = tl.program_id(0) // num_tiles // kv_heads
     kv_head = tl.program_id(0) // num_tiles % kv_heads
-    queries, keys = load_axes(
-        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-        window_left, window_right,
-    )  # fmt: skip
+    queries, keys = tile.load_axes(
+        b, sequences, layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start
+    )
+    k = tile.rows_of(k, strides.k, keys, kv_head)
+    v = tile.rows_of(v, strides.v, keys, kv_head)
+    dk = tile.rows_of(dk, strides.dk, keys, kv_head)
+    dv = tile.rows_of(dv, strides.dv, keys, kv_head)
 
-    batch = b if sequences.cu_seqlens_q is None else b * 0
-    k = rows_of(k, strides.k, batch, kv_head, keys.row)
-    v = rows_of(v, strides.v, batch, kv_head, keys.row)
-    dk = rows_of(dk, strides.dk, batch, kv_head, keys.row)
-    dv = rows_of(dv, strides.dv, batch, kv_head, keys.row)
-
-    tokens = n0 + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_M)
-    j = keys.start + tokens  # [BLOCK_N]
-    exists = within(j, keys)
-    key_bias = None
-    if sequences.key_bias is not None:
-        key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, exists)
-        exists = key_bias > -float("inf")
-    k_tile = load_tile(k, None, n0, exists, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_tile(v, None, n0, exists, BLOCK_N, HEAD_DIM, BLOCK_D)
+    resident = tile.resident(n0, keys, queries, layer.window_right, layer.window_left, BIASED, BLOCK_N, BLOCK_M)
+    j = resident.positions  # [BLOCK_N]
+    key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, resident.tokens, resident.exist)
+    exist = resident.exist if key_bias is None else key_bias > -float("inf")
+    k_tile = tile.load_tile(k, None, n0, exist, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = tile.load_tile(v, None, n0, exist, BLOCK_N, HEAD_DIM, BLOCK_D)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-
-    first_query, last_query = sight(j, keys, queries, window_right, window_left)
-    first, last = keys.start + n0, tl.minimum(keys.start + n0 + BLOCK_N, keys.end) - 1
-    tiles = tile_range(first, last, queries, window_right, window_left, BIASED, BLOCK_M)
     # One loop over the query heads of the group and their tiles: the state that a loop in a loop keeps alive spills.
     first_head = kv_head * group_size
-    first_parameters = Position(
-        None if position.power is None else tl.load(position.power + first_head),
-        None if position.rate is None else tl.load(position.rate + first_head),
-        None if position.sharpness is None else tl.load(position.sharpness + first_head),
-        None if position.alpha is None else tl.load(position.alpha + first_head),
-    )
-    for KIND in tl.static_range(MASKED_TILES if BIASED else FULL_TILES, MASKED_TILES + 1):
-        start, stop, hole, skip = loop_bounds(KIND, first, last, queries, tiles, False, BLOCK_M)
+    first_parameters = [None if pointer is None else tl.load(pointer + first_head) for pointer in parameters]
+    for TILES in tl.static_range(tile.MASKED_TILES if BIASED else tile.FULL_TILES, tile.MASKED_TILES + 1):
+        start, stop, gap, jump = tile.loop_bounds(TILES, resident, queries, False, BLOCK_M)
         trips = group_size * tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
-        x, h, head = start, first_head, first_parameters
-        for _ in tl.range(0, trips, num_stages=1 if ASYNCHRONOUS and KIND == MASKED_TILES and not BIASED else None):
+        x, h, head = start, first_head, Parameters(*first_parameters)
+        for _ in tl.range(0, trips, num_stages=MASKED_STAGES if TILES == tile.MASKED_TILES else None):
             if group_size > 1:
-                head = Position(
-                    None if position.power is None else tl.load(position.power + h),
-                    None if position.rate is None else tl.load(position.rate + h),
-                    None if position.sharpness is None else tl.load(position.sharpness + h),
-                    None if position.alpha is None else tl.load(position.alpha + h),
-                )
-            m0 = tl.multiple_of(tl.where(x >= hole, x + skip, x), BLOCK_M)
-            q_rows = rows_of(q, strides.q, batch, h, queries.row)
-            do_rows = rows_of(dout, strides.dout, batch, h, queries.row)
-            lse_offset = lse_rows(
-                b, h, queries.row, num_heads, num_queries, total_queries, sequences.cu_seqlens_q is not None
-            )
-            rows = m0 + columns
-            i = queries.start + rows  # [BLOCK_M]
+                head = Parameters(*[None if pointer is None else tl.load(pointer + h) for pointer in parameters])
+            m0 = tile.past_gap(x, gap, jump, BLOCK_M)
+            q_rows = tile.rows_of(q, strides.q, queries, h)
+            do_rows = tile.rows_of(dout, strides.dout, queries, h)
+            tokens = m0 + tl.arange(0, BLOCK_M)
+            row = tile.lse_rows(b, h, queries.row, layer.num_heads, num_queries, total_queries, sequences.cu_seqlens_q)
+            i = queries.start + tokens  # [BLOCK_M]
             # A full tile lies inside the sequence and has no dead row: nothing to mask.
-            mask = within(i, queries) if KIND == MASKED_TILES else None
-            lse_row = load_masked(lse + lse_offset + rows, mask, -float("inf"))
-            if KIND == MASKED_TILES:
+            mask = tile.within(i, queries) if TILES == tile.MASKED_TILES else None
+            lse_row = tile.load_masked(lse + row + tokens, mask, -float("inf"))
+            if TILES == tile.MASKED_TILES:
                 mask = lse_row > -float("inf")
                 lse_row = tl.where(mask, lse_row, float("inf"))
-            delta_row = load_masked(delta + lse_offset + rows, mask, 0.0)
-            q_tile = load_tile(q_rows, q_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do_tile = load_tile(do_rows, dout_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)
+            delta_row = tile.load_masked(delta + row + tokens, mask, 0.0)
+            q_tile = tile.load_tile(q_rows, q_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do_tile = tile.load_tile(do_rows, dout_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)
             gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
             if gain is not None:
-                gain_row = load_masked(gain + lse_offset + rows, mask, 0.0)
-            distance, _, a = tile_logits(
-                dot(k_tile, q_tile.T), (gain_row * (scale * LOG2E))[None, :], None,
-                j, first_query, last_query, i, queries.start + m0,
-                None if key_bias is None else key_bias[:, None], head, KIND,
+                gain_row = tile.load_masked(gain + row + tokens, mask, 0.0)
+            distance, _, a = tile.tile_logits(
+                tile.dot(k_tile, q_tile.T), (gain_row * (layer.scale * LOG2E))[None, :], None, resident, i,
+                queries.start + m0, None if key_bias is None else key_bias[:, None], head, TILES,
             )  # fmt: skip  # [BLOCK_N, BLOCK_M]
-            keep = None
-            if dropout_seed is not None:
-                keep = dropout_keep(dropout_seed, b * num_heads + h, i[None, :], j[:, None], dropout_threshold)
+            keep = tile.dropout_keep(dropout, b * layer.num_heads + h, i[None, :], j[:, None])
             _, p, g = weights_and_gradient(
-                a - (lse_row * LOG2E)[None, :], dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout_scale
+                a - (lse_row * LOG2E)[None, :], tile.dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout
             )
-            dv_acc = dot(cast(p, do_tile.dtype), do_tile, dv_acc)
+            dv_acc = tile.dot(tile.cast(p, do_tile.dtype), do_tile, dv_acc)
             ds = g * sharpening(distance, head) * gain_row[None, :]
-            dk_acc = dot(cast(ds, q_tile.dtype), q_tile, dk_acc)
+            dk_acc = tile.dot(tile.cast(ds, q_tile.dtype), q_tile, dk_acc)
             x += BLOCK_M
             if group_size > 1:
                 h = tl.where(x < stop, h, h + 1)
                 x = tl.where(x < stop, x, start)
 
     # A full tile is not masked, and may hold hidden keys at its end: their rows are formed, and dropped here.
-    stored = tokens < keys.count
-    dk_acc = tl.where(exists[:, None], dk_acc * scale, 0.0)
-    dv_acc = tl.where(exists[:, None], dv_acc, 0.0)
-    store_tile(dk, n0, dk_acc, stored, HEAD_DIM, BLOCK_D)
-    store_tile(dv, n0, dv_acc, stored, HEAD_DIM, BLOCK_D)
+    stored = resident.tokens < keys.count
+    dk_acc = tl.where(exist[:, None], dk_acc * layer.scale, 0.0)
+    dv_acc = tl.where(exist[:, None], dv_acc, 0.0)
+    tile.store_tile(dk, n0, dk_acc, stored, HEAD_DIM, BLOCK_D)
+    tile.store_tile(dv, n0, dv_acc, stored, HEAD_DIM, BLOCK_D)
 
 
-def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, learned: tuple[bool, bool, bool, bool] = (True, True, True, True), query_start: int = 0, key_start: int = 0,
-    **options: Any,
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
+    learned: Sequence[bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of :func:`forward`, called with the same q, k, v and options and what it returned.
+    """Return the gradients of :func:`attention`, called with the same q, k, v and options and what it returned.
 
-    dout like out; dlse like lse, or None for zero. learned: which of power, rate, sharpness, alpha need a
-    gradient. Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
+    dout like out; dlse like lse, or None for zero. learned: which of LEARNABLE_PARTS need a gradient.
+    Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
     """
-    problem = Problem(q, k, v, options, query_start, key_start)
+    problem = Problem(q, k, v, options)
     sizes = problem.sizes
     if problem.block_table is not None:
         raise ValueError("there is no gradient through a block_table")
@@ -337,20 +267,20 @@ def backward(
         dout = dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
-    gain = torch.empty_like(lse) if problem.position.alpha is not None else None
+    gain = torch.empty_like(lse) if problem.parameters.alpha is not None else None
     config = configs.lookup("backward_dq", sizes.traits)
     programs = sizes.batch * cdiv(sizes.num_queries, config.BLOCK_M)  # of one head
     partials = [
         lse.new_empty((sizes.heads, programs)) if parameter is not None and want else None
-        for parameter, want in zip(problem.position, learned, strict=True)
+        for parameter, want in zip(problem.parameters, learned, strict=True)
     ]
     launch(
         dq_kernel, sizes.heads * programs,
         (
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
-            delta, gain, dout, dq, Position(*partials), *problem.tensors,
+            delta, gain, dout, dq, Parameters(*partials), *problem.tensors,
         ),
-        (problem.strides(out=out, dout=dout, dq=dq), *sizes.dropout, *problem.numbers),
+        (problem.strides(out=out, dout=dout, dq=dq), *problem.numbers),
         constants(sizes.head_dim, config),
     )  # fmt: skip
     config = configs.lookup("backward_dkdv", sizes.traits)
@@ -360,7 +290,7 @@ def backward(
             problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
             dout, dk, dv, *problem.tensors,
         ),
-        (problem.strides(dout=dout, dk=dk, dv=dv), *sizes.dropout, *problem.numbers),
+        (problem.strides(dout=dout, dk=dk, dv=dv), *problem.numbers),
         constants(sizes.head_dim, config),
     )  # fmt: skip
     if problem.theta is not None:

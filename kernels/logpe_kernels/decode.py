@@ -19,28 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tile
 from .configs import Config, padded
 from .launch import launch
-from .position import LN2, LOG2E, Position, query_gain
+from .position import LN2, LOG2E, Parameters, query_gain
 from .problem import RUNTIME_INTEGERS, Problem, constants
-from .tile import (
-    MASKED_TILES,
-    cast,
-    dot,
-    load_axes,
-    load_key_bias,
-    load_lengths,
-    load_rows,
-    lse_rows,
-    rows_of,
-    sequence_tokens,
-    sight,
-    softmax_step,
-    store_rows,
-    tile_logits,
-    tile_range,
-    within,
-)
 
 MAX_QUERIES = 64  # of a sequence: with more of them the forward kernel's larger tiles are the better use of the keys
 MIN_KEYS = 512  # with fewer of them there is nothing to split
@@ -48,33 +31,29 @@ MIN_TILES = 2  # of keys in a split
 BLOCK_S = 16  # splits that are merged at once
 
 
-@triton.jit(do_not_specialize=[*(x for x in RUNTIME_INTEGERS if "dropout" not in x), "num_pages", "num_splits"])
+@triton.jit(do_not_specialize=[*RUNTIME_INTEGERS, "num_pages", "num_splits"])
 def decode_kernel(
-    q, k, v, partial, partial_lse, block_table, position, sequences, strides, num_pages, page_size, num_splits,
-    scale, gain_length, num_heads, group_size, num_queries, num_keys, total_queries, total_keys,
-    window_left, window_right, query_start, key_start,
+    q, k, v, partial, partial_lse, block_table, parameters, sequences, strides, num_pages, page_size, num_splits,
+    layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
+    group_size, kv_heads = layer.group_size, layer.num_heads // layer.group_size
     num_tiles = tl.cdiv(num_queries * group_size, BLOCK_M)
     m0 = tl.program_id(0) % num_tiles * BLOCK_M
     split = tl.program_id(0) // num_tiles % num_splits
     batch_head = tl.program_id(0) // num_tiles // num_splits
-    b, kv_head = batch_head // (num_heads // group_size), batch_head % (num_heads // group_size)
-    queries, keys = load_axes(
-        b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-        window_left, window_right,
-    )  # fmt: skip
-
-    r = m0 + tl.arange(0, BLOCK_M)
-    rows = r // group_size  # of q, [BLOCK_M]
-    heads = kv_head * group_size + r % group_size
-    head = Position(  # of each row, [BLOCK_M, 1]
-        None if position.power is None else tl.load(position.power + heads)[:, None],
-        None if position.rate is None else tl.load(position.rate + heads)[:, None],
-        None if position.sharpness is None else tl.load(position.sharpness + heads)[:, None],
-        None if position.alpha is None else tl.load(position.alpha + heads)[:, None],
+    b, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    queries, keys = tile.load_axes(
+        b, sequences, layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start
     )
+    # Every tile is masked: what that costs hides behind the loads.
+    resident = tile.resident(
+        m0, queries, keys, layer.window_left, layer.window_right, True, BLOCK_M, BLOCK_N, rows_per_token=group_size
+    )
+    i = resident.positions  # [BLOCK_M]
+    heads = kv_head * group_size + (m0 + tl.arange(0, BLOCK_M)) % group_size  # [BLOCK_M]
+    head = Parameters(*[None if pointer is None else tl.load(pointer + heads)[:, None] for pointer in parameters])
     b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
     q += b64 * strides.q[0] + queries.row.to(tl.int64) * strides.q[2]
     k += kv64 * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
@@ -82,59 +61,43 @@ def decode_kernel(
     if block_table is not None:
         block_table += b64 * (num_keys // page_size)
 
-    columns = tl.arange(0, BLOCK_N)
-    i = queries.start + rows  # [BLOCK_M]
-    q_offsets = heads.to(tl.int64) * strides.q[1] + rows.to(tl.int64) * strides.q[2]
-    q_tile = load_rows(q, q_offsets, 1, within(i, queries), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    n = load_lengths(sequences, b, i, window_left)
-    row_scale = tl.full([BLOCK_M, 1], scale * LOG2E, tl.float32) * query_gain(n[:, None], head, gain_length)
-
+    q_offsets = heads.to(tl.int64) * strides.q[1] + resident.tokens.to(tl.int64) * strides.q[2]
+    q_tile = tile.load_rows(q, q_offsets, 1, resident.exist, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    n = tile.load_lengths(sequences, b, i, layer.window_left)
+    row_scale = tl.full([BLOCK_M, 1], layer.scale * LOG2E, tl.float32) * query_gain(n[:, None], head, layer.gain_length)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    first_key, last_key = sight(i, queries, keys, window_left, window_right)
-    # Every tile is masked: what that costs hides behind the loads.
-    begin, _full_begin, _full_end, end = tile_range(
-        queries.start + m0 // group_size,
-        tl.minimum(queries.start + (m0 + BLOCK_M - 1) // group_size, queries.end - 1), keys,
-        window_left, window_right, True, BLOCK_N,
-    )  # fmt: skip
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
-    begin += split * share
-    end = tl.minimum(end, begin + share)
-    for x in range(begin, end, BLOCK_N):
+    share = tl.cdiv(tl.cdiv(resident.end - resident.begin, BLOCK_N), num_splits) * BLOCK_N
+    begin = resident.begin + split * share
+    for x in range(begin, tl.minimum(resident.end, begin + share), BLOCK_N):
         n0 = tl.multiple_of(x, BLOCK_N)
-        tokens = n0 + columns
-        j = keys.start + tokens  # [BLOCK_N]
-        mask = within(j, keys)
-        key_bias = None
-        if sequences.key_bias is not None:
-            key_bias = load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
-            mask = key_bias > -float("inf")
+        columns = tl.arange(0, BLOCK_N)
+        j = keys.start + n0 + columns  # [BLOCK_N]
+        mask = tile.within(j, keys)
+        key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, n0 + columns, mask)
+        mask = mask if key_bias is None else key_bias > -float("inf")
         page, row = b, n0
         if block_table is not None:  # BLOCK_N divides page_size: a tile lies in one page
             page, row = tl.load(block_table + n0 // page_size), n0 % page_size
             mask &= (page >= 0) & (page < num_pages)
         k_page, v_page = k + page.to(tl.int64) * strides.k[0], v + page.to(tl.int64) * strides.v[0]
-        k_tile = load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v_tile = load_rows(v_page, row + columns, strides.v[2], mask, HEAD_DIM, BLOCK_D)
-        _, _, a = tile_logits(
-            dot(q_tile, k_tile.T), row_scale, None, i, first_key, last_key, j, keys.start + n0,
-            None if key_bias is None else key_bias[None, :], head, MASKED_TILES,
+        k_tile = tile.load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v_tile = tile.load_rows(v_page, row + columns, strides.v[2], mask, HEAD_DIM, BLOCK_D)
+        _, _, a = tile.tile_logits(
+            tile.dot(q_tile, k_tile.T), row_scale, None, resident, j, keys.start + n0,
+            None if key_bias is None else key_bias[None, :], head, tile.MASKED_TILES,
         )  # fmt: skip  # [BLOCK_M, BLOCK_N]
         if block_table is not None:
             a = tl.where(mask[None, :], a, -float("inf"))
-        p, correction, m_i, l_i = softmax_step(a, m_i, l_i)
-        acc = dot(cast(p, v_tile.dtype), v_tile, acc * correction[:, None])
+        p, correction, m_i, l_i = tile.softmax_step(a, m_i, l_i)
+        acc = tile.dot(tile.cast(p, v_tile.dtype), v_tile, acc * correction[:, None])
 
-    dead = l_i == 0.0
-    stored = rows < queries.count
+    row_weight, lse = tile.softmax_end(m_i, l_i)
+    stored = resident.tokens < queries.count
     # Row of the workspace: (batch, query head, query, split).
-    place = ((b64 * num_heads + heads) * num_queries + rows) * num_splits + split
-    value = acc / tl.where(dead, 1.0, l_i)[:, None]
-    store_rows(partial, place, HEAD_DIM, value, stored, HEAD_DIM, BLOCK_D)
-    lse = tl.where(dead, -float("inf"), m_i + tl.log2(tl.where(dead, 1.0, l_i)))  # in units of log2
+    place = ((b64 * layer.num_heads + heads) * num_queries + resident.tokens) * num_splits + split
+    tile.store_rows(partial, place, HEAD_DIM, acc * row_weight[:, None], stored, HEAD_DIM, BLOCK_D)
     tl.store(partial_lse + place, lse, mask=stored)
 
 
@@ -148,9 +111,9 @@ def merge_kernel(
     batch_head = tl.program_id(0) // num_queries
     rows = tl.program_id(0) % num_queries + tl.arange(0, 1)  # [1]
     b, h = batch_head // num_heads, batch_head % num_heads
-    row, count, _ = sequence_tokens(b, num_queries, total_queries, 0, cu_seqlens_q, None)
-    out = rows_of(out, strides.out, b, h, row)
-    lse += lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q is not None)
+    queries = tile.load_axis(b, num_queries, total_queries, 0, cu_seqlens_q, None)
+    out = tile.rows_of(out, strides.out, queries, h)
+    lse += tile.lse_rows(b, h, queries.row, num_heads, num_queries, total_queries, cu_seqlens_q)
 
     m_i = tl.full([1], -float("inf"), tl.float32)
     l_i = tl.zeros([1], tl.float32)
@@ -158,18 +121,18 @@ def merge_kernel(
     for s0 in range(0, num_splits, BLOCK_S):
         splits = s0 + tl.arange(0, BLOCK_S)
         a = tl.load(partial_lse + place + splits, mask=splits < num_splits, other=-float("inf"))[None, :]
-        values = load_rows(partial, place + splits, HEAD_DIM, splits < num_splits, HEAD_DIM, BLOCK_D)
-        p, correction, m_i, l_i = softmax_step(a, m_i, l_i)  # p: [1, BLOCK_S]
+        values = tile.load_rows(partial, place + splits, HEAD_DIM, splits < num_splits, HEAD_DIM, BLOCK_D)
+        p, correction, m_i, l_i = tile.softmax_step(a, m_i, l_i)  # p: [1, BLOCK_S]
         acc = acc * correction[:, None] + tl.sum(p.T * values, 0)[None, :]
 
-    dead = l_i == 0.0
-    stored = rows < count
-    store_rows(out.pointer, rows, out.stride, acc / tl.where(dead, 1.0, l_i)[:, None], stored, HEAD_DIM, BLOCK_D)
-    tl.store(lse + rows, tl.where(dead, -float("inf"), (m_i + tl.log2(tl.where(dead, 1.0, l_i))) * LN2), mask=stored)
+    row_weight, lse_row = tile.softmax_end(m_i, l_i)
+    stored = rows < queries.count
+    tile.store_rows(out.pointer, rows, out.stride, acc * row_weight[:, None], stored, HEAD_DIM, BLOCK_D)
+    tl.store(lse + rows, lse_row * LN2, mask=stored)
 
 
 def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
-    """Rows (queries of the heads of a group) by keys.
+    """Return a configuration: rows, which are the queries of the heads of a group, by keys.
 
     Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at
     most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its products.
@@ -183,12 +146,12 @@ def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of the GPU run side by side, at one to a multiprocessor."""
+    """Return how many programs run side by side, one on each multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def num_splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
-    """How many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
+    """Return how many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
     wanted = 2 * multiprocessors(device) // max(programs, 1)
     return max(1, min(wanted, triton.cdiv(num_keys, MIN_TILES * block_n)))
 
@@ -198,7 +161,7 @@ def serves(problem: Problem) -> bool:
     if problem.block_table is not None:
         return True
     sizes = problem.sizes
-    if sizes.num_queries > MAX_QUERIES or sizes.num_keys < MIN_KEYS or problem.dropout_seed is not None:
+    if sizes.num_queries > MAX_QUERIES or sizes.num_keys < MIN_KEYS or problem.dropout is not None:
         return False
     rows = sizes.num_queries * sizes.heads // sizes.kv_heads
     return rows <= MAX_QUERIES or sizes.batch * sizes.heads < multiprocessors(problem.q.device)
@@ -219,7 +182,7 @@ def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     partial = v.new_empty((*shape, sizes.head_dim), dtype=torch.float32)
     launch(
         decode_kernel, programs * splits,
-        (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.position, problem.sequences),
+        (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.parameters, problem.sequences),
         (sizes.strides, v.shape[0], page_size, splits, *problem.numbers), constants(sizes.head_dim, config),
         (sizes.compiled_kind, page_size),
     )  # fmt: skip

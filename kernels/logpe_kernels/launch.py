@@ -37,10 +37,10 @@ def launch(
 ) -> None:
     """kernel[(grid,)](*tensors, *numbers, **constants), on the current device, if the grid is not empty.
 
-    The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those), ``numbers`` (or
-    None, tuples of those; a parameter's are all of one type) and constexprs; ``constants`` are these and Triton's
-    options, by name. A ``kind`` stands for the dtypes of the tensors, for which of them are None, and for what the
-    kernel is specialised for in the numbers.
+    The kernel's parameters in order are ``tensors`` (or None, tensor descriptors, tuples of those and of numbers),
+    ``numbers`` (or None, tuples of those; a parameter's are all of one type) and constexprs; ``constants`` are these
+    and Triton's options, by name. A ``kind`` stands for the dtypes of the tensors, for which of them are None, and for
+    what the kernel is specialised for in the numbers.
     """
     if grid == 0:
         return
@@ -112,17 +112,22 @@ def _addresses(tensors: tuple[Any, ...]) -> int:
             result |= x.data_ptr()
         elif isinstance(x, TensorDescriptor):
             result |= x.base.data_ptr()
-        else:
+        elif isinstance(x, tuple):
             result |= _addresses(x)
     return result
 
 
 def dtypes(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the dtypes of tensors, in tuples like theirs; of a descriptor also its block; None where there is none."""
+    """Return the dtypes of tensors, in tuples like theirs; of a descriptor also its block; None where there is none.
+
+    Of a number among them, what Triton compiles for in it.
+    """
 
     def of(x: Any) -> Any:
         if x is None or isinstance(x, Tensor):
             return x if x is None else x.dtype
+        if isinstance(x, (int, float)):
+            return specialised(x)
         return (x.base.dtype, *x.block_shape) if isinstance(x, TensorDescriptor) else dtypes(x)
 
     return tuple(map(of, tensors))

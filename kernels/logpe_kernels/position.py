@@ -29,8 +29,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 TWO_PI = tl.constexpr(6.283185307179586)
 
 
-class Position(NamedTuple):
-    """The parameters of all heads (pointers, float32 (H,)), or of one head (scalars); None where absent."""
+class Parameters(NamedTuple):
+    """The parameters of all heads (pointers, float32 (Hq,)), or of one head (scalars); None where absent."""
 
     power: Any = None
     rate: Any = None
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 @triton.jit
 def log2(x):
-    """log2 in one instruction: tl.log2 is a routine of about 20 with a branch for denormals on NVIDIA."""
+    """Return log2(x) in one instruction: tl.log2 is a routine of about 20 with a branch for denormals on NVIDIA."""
     if INTERPRETED:
         return tl.log2(x)
     elif is_cuda():
@@ -53,7 +53,7 @@ def log2(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in one instruction: a division takes about 8, for the sake of huge and tiny denominators."""
+    """Return 1 / x in one instruction: a division takes about 8, for the sake of huge and tiny denominators."""
     if INTERPRETED:
         return 1.0 / x
     elif is_cuda():
@@ -66,7 +66,7 @@ def reciprocal(x):
 
 @triton.jit
 def log2_distance(distance, head):
-    """l / ln 2 = log2(1 + rate * d); without a rate, d / ln 2."""
+    """Return l / ln 2, which is log2(1 + rate * d), or d / ln 2 without a rate."""
     if head.rate is None:
         return LOG2E * distance
     else:
@@ -75,13 +75,13 @@ def log2_distance(distance, head):
 
 @triton.jit
 def inverse_sharpening(distance, head):
-    """1 / u."""
+    """Return 1 / u."""
     return tl.rsqrt(1.0 + head.sharpness * LN2 * log2_distance(distance, head))
 
 
 @triton.jit
 def sharpening(distance, head):
-    """u = da/ds; 1 where there is no sharpness."""
+    """Return u = da/ds; 1 without a sharpness."""
     if head.sharpness is None:
         return 1.0
     else:
@@ -91,7 +91,7 @@ def sharpening(distance, head):
 
 @triton.jit
 def logit(score, distance, head, shift):
-    """a - shift from s, all in units of log2; shift may be None. In this order each step is one multiply-add."""
+    """Return a - shift, from s, all in units of log2; shift may be None. In this order a step is one multiply-add."""
     if head.sharpness is not None:
         score = score * sharpening(distance, head)
     if shift is not None:
@@ -113,7 +113,7 @@ L3 = tl.constexpr(0.48775328655390787)
 
 @triton.jit
 def far_log2_distance(middle, offset, head, factor):
-    """factor * log2(1 + rate * d) for d = |middle - offset|; middle: [ROWS, 1], offset: [1, COLUMNS]."""
+    """Return factor * log2(1 + rate * d) for d = |middle - offset|; middle: [ROWS, 1], offset: [1, COLUMNS]."""
     # 1 + rate * d = n (1 + t), t = slope * offset: the powers of slope go into the coefficients.
     n = 1.0 + head.rate * tl.abs(middle)
     slope = tl.where(middle > 0, -head.rate, head.rate) * reciprocal(n)
@@ -124,61 +124,57 @@ def far_log2_distance(middle, offset, head, factor):
 
 @triton.jit
 def far_logit(score, middle, offset, head):
-    """logit in a far tile, for a head with a power and without a sharpness."""
+    """Return the logit in a far tile, for a head with a power and a rate, and without a sharpness."""
     return score + far_log2_distance(middle, offset, head, -head.power)
 
 
-# The derivatives by a parameter, without the factors that are the same in the whole tile (see factors).
+# The fields of Parameters.
+POWER = tl.constexpr(0)
+RATE = tl.constexpr(1)
+SHARPNESS = tl.constexpr(2)
+ALPHA = tl.constexpr(3)
 
 
 @triton.jit
-def by_power(distance, head):
-    """da/dpower / -ln 2."""
-    return log2_distance(distance, head)
+def derivative(PARAMETER: tl.constexpr, score, distance, head):
+    """Return da/dparameter, for alpha da/dlog(gain), but for the factor that is the same in the whole tile.
 
-
-@triton.jit
-def by_rate(score, distance, head):
-    """da/drate, or where there is no sharpness, da/drate / -power."""
-    derivative = distance * reciprocal(1.0 + head.rate * distance)
-    if head.sharpness is not None:
-        pull = (0.5 * LN2) * head.sharpness * score * inverse_sharpening(distance, head)
-        if head.power is not None:
-            pull = pull - head.power
-        derivative = derivative * pull
-    return derivative
-
-
-@triton.jit
-def by_sharpness(score, distance, head):
-    """da/dsharpness / (ln^2 2 / 2)."""
-    return score * log2_distance(distance, head) * inverse_sharpening(distance, head)
-
-
-@triton.jit
-def by_gain(score, distance, head):
-    """da/dlog(gain) / ln 2; da/dalpha is log(1 + n / n0) / gain times da/dlog(gain)."""
-    return score * sharpening(distance, head)
+    The factor is that of :func:`factors`; da/dalpha is log(1 + n / n0) / gain times da/dlog(gain).
+    """
+    if PARAMETER == POWER:
+        return log2_distance(distance, head)
+    elif PARAMETER == RATE:
+        by_rate = distance * reciprocal(1.0 + head.rate * distance)
+        if head.sharpness is not None:
+            pull = (0.5 * LN2) * head.sharpness * score * inverse_sharpening(distance, head)
+            if head.power is not None:
+                pull = pull - head.power
+            by_rate = by_rate * pull
+        return by_rate
+    elif PARAMETER == SHARPNESS:
+        return score * log2_distance(distance, head) * inverse_sharpening(distance, head)
+    else:
+        return score * sharpening(distance, head)
 
 
 @triton.jit
 def factors(head):
-    """What the sums over by_power, by_rate, by_sharpness and by_gain are to be multiplied by."""
+    """Return what sums over :func:`derivative` are to be multiplied by, for each parameter."""
     rate = 1.0
     if head.power is not None and head.sharpness is None:
         rate = -head.power
-    return Position(-LN2, rate, 0.5 * LN2 * LN2, LN2)
+    return Parameters(-LN2, rate, 0.5 * LN2 * LN2, LN2)
 
 
 @triton.jit
 def log_length(n, gain_length):
-    """log(1 + n / n0) for integer lengths n; those below 0 count as 0."""
+    """Return log(1 + n / n0) for integer lengths n; those below 0 count as 0."""
     return LN2 * tl.log2(1.0 + tl.maximum(n, 0).to(tl.float32) / gain_length)
 
 
 @triton.jit
 def query_gain(n, head, gain_length):
-    """gain of the rows whose length is n; 1 where there is no alpha."""
+    """Return the gain of queries whose length is n; 1 without an alpha."""
     if head.alpha is None:
         return 1.0
     else:
@@ -187,7 +183,7 @@ def query_gain(n, head, gain_length):
 
 @triton.jit
 def rotation(n, theta, rotary_scale):
-    """cos and sin of theta * f_c(n), f_c(n) = c log(1 + n/c) with c = rotary_scale, or n where it is None.
+    """Return cos and sin of theta * f_c(n); f_c(n) = c log(1 + n/c) with c = rotary_scale, or n where it is None.
 
     n: positions and theta: float64, both broadcast. In float64 up to the reduced angle: in float32 an
     angle of 10^5 turns (c large, a long sequence) keeps two digits of its fraction.

@@ -5,6 +5,7 @@ out once, and kept as Sizes.
 """
 
 import functools
+import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -14,23 +15,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Traits, log2_length, padded
 from .launch import dtypes, specialised
-from .position import Position
+from .options import MAX_HEAD_DIM, NUM_TENSORS, Options
+from .position import Parameters
 from .rotation import rotate
-from .tile import Sequences, Strides
+from .tile import Dropout, Layer, Sequences, Strides
 
 #: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
-RUNTIME_INTEGERS = [
-    "dropout_threshold",
-    "num_queries",
-    "num_keys",
-    "total_queries",
-    "total_keys",
-    "query_start",
-    "key_start",
-    "window_left",
-    "window_right",
-]
-MAX_HEAD_DIM = 256
+RUNTIME_INTEGERS = ["num_queries", "num_keys", "total_queries", "total_keys", "query_start", "key_start"]
 MIN_PAGE_SIZE = 16
 FARTHEST = 2**30  # window, in tokens: a position plus or minus it stays an int32
 MOST_KINDS = 1024  # kept: lengths are among what makes a kind, and may change from call to call
@@ -74,38 +65,19 @@ class Sizes:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        power: Tensor | None = None,
-        rate: Tensor | None = None,
-        sharpness: Tensor | None = None,
-        alpha: Tensor | None = None,
-        theta: Tensor | None = None,
-        query_starts: Tensor | None = None,
-        key_starts: Tensor | None = None,
-        key_lengths: Tensor | None = None,
-        key_bias: Tensor | None = None,
-        context_lengths: Tensor | None = None,
-        block_table: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        dropout_seed: Tensor | None = None,
-        window_left: int | None = None,
-        window_right: int | None = None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        rotary_scale: float = 1.0,
-        gain_length: float = 512.0,
-        scale: float,
-        dropout_p: float = 0.0,
+        options: Options,
     ) -> None:
+        cu_seqlens_q, dropout_p = options.cu_seqlens_q, options.dropout_p
         self.packed = cu_seqlens_q is not None
-        self.batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+        self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
-        self.num_queries, self.num_keys = (max_seqlen_q, max_seqlen_k) if self.packed else (q.shape[2], k.shape[2])
+        self.num_queries, self.num_keys = q.shape[-2], k.shape[-2]
+        if self.packed:
+            self.num_queries, self.num_keys = options.max_seqlen_q, options.max_seqlen_k
         self.total_queries = q.shape[0] if self.packed else 0
-        if block_table is not None:
-            self.num_keys = block_table.shape[1] * k.shape[2]
-            if self.packed or theta is not None or dropout_p > 0:
+        if options.block_table is not None:
+            self.num_keys = options.block_table.shape[1] * k.shape[2]
+            if self.packed or options.theta is not None or dropout_p > 0:
                 raise ValueError("a block_table goes without cu_seqlens, without theta and without dropout")
             if k.shape[2] < MIN_PAGE_SIZE or k.shape[2] & (k.shape[2] - 1) != 0:
                 raise ValueError(f"page_size must be a power of two from {MIN_PAGE_SIZE} on, got {k.shape[2]}")
@@ -115,40 +87,40 @@ class Sizes:
             q.device,
             q.element_size(),
             self.head_dim,
-            power=power is not None,
-            sharpness=sharpness is not None,
-            alpha=alpha is not None,
-            key_bias=key_bias is not None,
-            causal=window_right == 0,
+            power=options.power is not None,
+            sharpness=options.sharpness is not None,
+            alpha=options.alpha is not None,
+            key_bias=options.key_bias is not None,
+            causal=options.window_right == 0,
             log2_length=log2_length(self.num_queries, self.num_keys),
         )
         self.dropout = int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)  # threshold, scale
-        values = float(scale), float(gain_length), self.heads, self.heads // self.kv_heads
         lengths = self.num_queries, self.num_keys, self.total_queries, k.shape[0] if self.packed else 0
-        window = tuple(None if side is None else min(side, FARTHEST) for side in (window_left, window_right))
+        window = [None if side is None else min(side, FARTHEST) for side in (options.window_left, options.window_right)]
         if max(lengths) >= 2**31:
             raise ValueError(f"there may be up to 2^31 - 1 tokens, got {max(lengths)}")
-        self.numbers = *values, *lengths, *window  # in the order of the kernels' parameters
-        self.fixed = specialised(values), tuple(specialised(x, by_value=False) for x in (*window, *self.dropout))
+        heads = self.heads, self.heads // self.kv_heads
+        layer = Layer(float(options.scale), float(options.gain_length), *heads, *window)
+        self.numbers = layer, *lengths  # in the order of the kernels' parameters
+        self.fixed = specialised(layer)
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
         self.strides: Strides | None = None  # of the forward pass, once there was one, and
         self.compiled_kind: Hashable = None  # that of the kernels compiled for it, which are not compiled for lengths
 
 
-_NUMBERS = (int, float, type(None))  # isinstance(x, Tensor) takes longer where the answer is no
 _sizes: dict[Hashable, Sizes] = {}
 
 
-def sizes_of(q: Tensor, k: Tensor, v: Tensor, kind: Hashable, options: dict[str, Any]) -> Sizes:
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, kind: Hashable, options: Options) -> Sizes:
     """The Sizes of a call, kept under its kind: without one, under all that they are made of, and the dtypes."""
     kind = kind or (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, *options,
-        *[x if type(x) in _NUMBERS or not isinstance(x, Tensor) else (x.shape, x.dtype) for x in options.values()],
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+        *[None if x is None else (x.shape, x.dtype) for x in options[:NUM_TENSORS]], options[NUM_TENSORS + 2 :],
     )  # fmt: skip
     found = _sizes.get(kind)
     if found is None:
-        found = Sizes(q, k, v, **options)
+        found = Sizes(q, k, v, options)
         if len(_sizes) >= MOST_KINDS:
             _sizes.clear()
         _sizes[kind] = found
@@ -160,11 +132,14 @@ def _one_object_for(*equal: Hashable) -> object:
     return object()
 
 
+_position, _sequences = operator.attrgetter(*Parameters._fields), operator.attrgetter(*Sequences._fields)
+
+
 class Problem:
     """One call: its sizes, its tensors (turned, where there is a rotation), and the numbers that all kernels share.
 
-    query_start, key_start: positions of the first query and key, int32. kind: stands for the layouts and dtypes of
-    all tensors and for ``options``, which are those of :class:`Sizes`; a caller that knows it saves looking at them.
+    kind: stands for the layouts and dtypes of all tensors and for ``options`` but the starts; a caller that knows it
+    saves looking at them.
     """
 
     def __init__(
@@ -172,25 +147,23 @@ class Problem:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        options: dict[str, Any],
-        query_start: int = 0,
-        key_start: int = 0,
+        options: Options,
         kind: Hashable = None,
     ) -> None:
+        query_start, key_start = options.query_start, options.key_start
         if not (-(2**31) <= query_start < 2**31 and -(2**31) <= key_start < 2**31):
             raise ValueError(f"query_start and key_start must be int32, got {query_start} and {key_start}")
         self.sizes = sizes = sizes_of(q, k, v, kind, options)
-        get = options.get
         self.q, self.k, self.v = q, k, v
-        self.position = Position(*map(get, Position._fields))
-        self.sequences = Sequences(*map(get, Sequences._fields))
-        self.block_table = get("block_table")
-        self.dropout_seed = get("dropout_seed") if get("dropout_p", 0.0) > 0 else None
-        self.tensors = self.position, self.sequences, self.dropout_seed
+        self.parameters = Parameters(*_position(options))
+        self.sequences = Sequences(*_sequences(options))
+        self.block_table = options.block_table
+        self.dropout = Dropout(options.dropout_seed, *sizes.dropout) if options.dropout_p > 0 else None
+        self.tensors = self.parameters, self.sequences, self.dropout
         self.numbers = *sizes.numbers, query_start, key_start
-        self.theta = get("theta")
+        self.theta = options.theta
         if self.theta is not None:
-            self.rotary_scale = get("rotary_scale", 1.0)
+            self.rotary_scale = options.rotary_scale
             self._query_axis = self.sequences.cu_seqlens_q, self.sequences.query_starts, query_start, sizes.num_queries
             self._key_axis = self.sequences.cu_seqlens_k, self.sequences.key_starts, key_start, sizes.num_keys
             self.q = self.rotate_queries(q, new_output(q, sizes.packed))

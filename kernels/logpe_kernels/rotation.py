@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .launch import launch
 from .position import rotation
-from .tile import cast, sequence_tokens
+from .tile import cast, load_axis
 
 
 @triton.jit(do_not_specialize=["count", "total", "start"])
@@ -24,9 +24,9 @@ def rotate_kernel(
     num_tiles = tl.cdiv(count, BLOCK_M)
     b = tl.program_id(0) // num_tiles
     tokens = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, count, start = sequence_tokens(b, count, total, start, cu_seqlens, starts)
-    rows = (row + tokens).to(tl.int64)
-    positions = start + tokens  # [BLOCK_M]
+    axis = load_axis(b, count, total, start, cu_seqlens, starts)
+    rows = (axis.row + tokens).to(tl.int64)
+    positions = axis.start + tokens  # [BLOCK_M]
     planes = tl.arange(0, BLOCK_P)
     angles = tl.load(theta + planes, mask=planes < PLANES, other=0.0)
     cos, sin = rotation(positions[:, None], angles[None, :], rotary_scale)  # [BLOCK_M, BLOCK_P]
@@ -34,8 +34,8 @@ def rotate_kernel(
         sin = -sin
 
     # Positions below 0 do not exist: their rows may hold anything and become zeros.
-    exists = (tokens < count) & (positions >= 0)
-    store = (tokens < count)[:, None] & (planes < PLANES)[None, :]
+    exists = (tokens < axis.count) & (positions >= 0)
+    store = (tokens < axis.count)[:, None] & (planes < PLANES)[None, :]
     load = exists[:, None] & (planes < PLANES)[None, :]
     x += b.to(tl.int64) * x_strides[0]
     out += b.to(tl.int64) * out_strides[0]
@@ -49,7 +49,7 @@ def rotate_kernel(
         if 2 * PLANES < HEAD_DIM and not IN_PLACE:
             rest = 2 * PLANES + tl.arange(0, BLOCK_D)[None, :]
             value = tl.load(source + rest, mask=exists[:, None] & (rest < HEAD_DIM), other=0.0)
-            tl.store(target + rest, value, mask=(tokens < count)[:, None] & (rest < HEAD_DIM))
+            tl.store(target + rest, value, mask=(tokens < axis.count)[:, None] & (rest < HEAD_DIM))
         x += x_strides[1]
         out += out_strides[1]
 
@@ -67,8 +67,8 @@ def rotate(
 ) -> torch.Tensor:
     """Turn plane t of x by theta_t * f_c(position) into out, and return out; out may be x.
 
-    x, out: (B, H, N, D), or packed (total, H, D) with cu_seqlens (B + 1,). theta: float64 (planes,); dims from
-    2 * planes on are copied. Positions: starts (B,) or start, plus the index of the token.
+    x, out: (B, H, N, D), or packed (total, H, D) with cu_seqlens (B + 1,). theta: float64 (planes,), with planes at
+    most D / 2; the rest of the D are copied. Positions: starts (B,) or start, plus the index of the token.
     """
     packed = cu_seqlens is not None
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]

@@ -17,8 +17,27 @@ class Sequences(NamedTuple):
     query_starts: Any = None  # (B,)
     key_starts: Any = None  # (B,)
     key_lengths: Any = None  # (B,)
-    key_bias: Any = None  # (B, num_keys)
+    key_bias: Any = None  # (B, Nk)
     context_lengths: Any = None  # (B,)
+
+
+class Layer(NamedTuple):
+    """The settings of a layer. Where one of the ints is 1, or a multiple of 16, Triton compiles a kernel for that."""
+
+    scale: Any  # of the scores
+    gain_length: Any  # n0 of the query gain
+    num_heads: Any  # Hq
+    group_size: Any  # Hq / Hkv
+    window_left: Any  # how many tokens before its own position a query sees; None for all
+    window_right: Any  # and after it
+
+
+class Dropout(NamedTuple):
+    """Dropout of weights. A call without it passes None."""
+
+    seed: Any  # pointer, int64 (1,)
+    threshold: Any  # a weight stays if its 32 random bits reach this
+    scale: Any  # of the weights that stay
 
 
 class Strides(NamedTuple):
@@ -35,9 +54,10 @@ class Strides(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The tokens of one sequence on one side: token t of it is row ``row + t`` and stands at ``start + t``."""
+    """The tokens of one sequence on one side: token t of it is row ``row + t`` and stands at position ``start + t``."""
 
-    row: Any  # of the first token in its tensor
+    batch: Any  # of its tensor: 0 where sequences are packed
+    row: Any  # of the first token
     count: Any
     start: Any  # position of the first token
     begin: Any  # positions outside [begin, end) are hidden from everybody
@@ -45,53 +65,57 @@ class Axis(NamedTuple):
 
 
 @triton.jit
-def sequence_tokens(b, count, total, start, cu_seqlens, starts):
-    """Row of the first token, number of tokens, position of the first token; bad cu_seqlens stay in bounds."""
+def query_program(num_queries, num_heads, BLOCK_M: tl.constexpr):
+    """Return the sequence, the head and the first query of this program: one program for each tile of queries.
+
+    Late tiles see the most keys when causal, and start first.
+    """
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // num_tiles
+    return batch_head // num_heads, batch_head % num_heads, (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_M
+
+
+@triton.jit
+def load_axis(b, count, total, start, cu_seqlens, starts):
+    """Return the Axis of sequence b; bad cu_seqlens stay in bounds."""
+    batch = b
     row = 0
     if cu_seqlens is not None:
+        batch = b * 0
         row = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
         count = tl.minimum(count, tl.minimum(tl.load(cu_seqlens + b + 1), total) - row)
     if starts is not None:
         start = tl.load(starts + b)
-    return row, count, start
+    return Axis(batch, row, count, start, tl.maximum(start, 0), start + count)
 
 
 @triton.jit
-def load_axes(
-    b, sequences, num_queries, num_keys, total_queries, total_keys, query_start, key_start, window_left, window_right
-):
-    """The query axis and the key axis of sequence b."""
-    q_row, q_count, q_start = sequence_tokens(
-        b, num_queries, total_queries, query_start, sequences.cu_seqlens_q, sequences.query_starts
-    )
-    k_row, k_count, k_start = sequence_tokens(
-        b, num_keys, total_keys, key_start, sequences.cu_seqlens_k, sequences.key_starts
-    )
-    q_begin = tl.maximum(q_start, 0)
-    q_end = q_start + q_count
-    k_begin = tl.maximum(k_start, 0)
-    k_end = k_start + k_count
+def load_axes(b, sequences, layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start):
+    """Return the query axis and the key axis of sequence b."""
+    queries = load_axis(b, num_queries, total_queries, query_start, sequences.cu_seqlens_q, sequences.query_starts)
+    keys = load_axis(b, num_keys, total_keys, key_start, sequences.cu_seqlens_k, sequences.key_starts)
+    begin, end = keys.begin, keys.end
     if sequences.key_lengths is not None:
-        k_end = tl.minimum(k_end, k_start + tl.load(sequences.key_lengths + b))
-    if window_left is not None:
-        k_begin = tl.maximum(k_begin, q_begin - window_left)
-    if window_right is not None:
-        k_end = tl.minimum(k_end, q_end + window_right)
-    return Axis(q_row, q_count, q_start, q_begin, q_end), Axis(k_row, k_count, k_start, k_begin, k_end)
+        end = tl.minimum(end, keys.start + tl.load(sequences.key_lengths + b))
+    if layer.window_left is not None:
+        begin = tl.maximum(begin, queries.begin - layer.window_left)
+    if layer.window_right is not None:
+        end = tl.minimum(end, queries.end + layer.window_right)
+    return queries, Axis(keys.batch, keys.row, keys.count, keys.start, begin, end)
 
 
 @triton.jit
-def lse_rows(b, h, row, num_heads, num_queries, total_queries, PACKED: tl.constexpr):
-    """Return where one sequence and head begins in lse, delta and dlse, contiguous (B, H, N) or packed (H, total)."""
-    if PACKED:
-        return h.to(tl.int64) * total_queries + row
-    else:
+def lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q):
+    """Return where a sequence and head begins in lse, delta and dlse, contiguous (B, Hq, Nq) or packed (Hq, total)."""
+    if cu_seqlens_q is None:
         return (b.to(tl.int64) * num_heads + h) * num_queries
+    else:
+        return h.to(tl.int64) * total_queries + row
 
 
 @triton.jit
 def load_lengths(sequences, b, i, window_left):
-    """n of the query gain for the queries at positions i: a function of the position, or one for the sequence."""
+    """Return n of the query gain for queries at positions i: the context length of the sequence, or else from i."""
     if sequences.context_lengths is not None:
         return tl.load(sequences.context_lengths + b) + tl.zeros_like(i)
     elif window_left is not None:
@@ -100,35 +124,68 @@ def load_lengths(sequences, b, i, window_left):
         return i
 
 
-@triton.jit
-def tile_range(first, last, other, before, after, ALWAYS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """Which tokens of the other axis the positions first..last of this one meet.
+class Resident(NamedTuple):
+    """The side of a tile that stays while a loop streams the other side."""
 
-    A token at p meets positions p - before to p + after of the other axis; None is unlimited. Returns
-    (begin, full_begin, full_end, end) in tokens of the other axis, begin, full_begin and full_end multiples of
-    BLOCK: tiles in [full_begin, full_end) are visible in full, the others in [begin, end) need a mask.
+    # [BLOCK]
+    tokens: Any
+    positions: Any
+    exist: Any  # whether they exist and are seen by anybody: others are loaded as zeros, since 0 * NaN is NaN
+    first_visible: Any  # first and last position that each meets on the other side; first > last if there is none
+    last_visible: Any
+    # First and last of the positions.
+    first: Any
+    last: Any
+    # Tokens of the other side, multiples of its block but for the end: tiles in [full_begin, full_end) are visible in
+    # full, the others in [begin, end) need a mask.
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+
+
+@triton.jit
+def resident(
+    row, axis, other, before, after, ALWAYS_MASK: tl.constexpr, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr,
+    rows_per_token=1,
+):  # fmt: skip
+    """Return the Resident of BLOCK rows of ``axis`` from ``row`` on.
+
+    A token fills rows_per_token rows. One at p meets positions p - before to p + after of the other axis; None is
+    unlimited.
     """
+    tokens = (row + tl.arange(0, BLOCK)) // rows_per_token
+    positions = axis.start + tokens
+    exist = within(positions, axis)
+    first = axis.start + row // rows_per_token
+    last = tl.minimum(axis.start + (row + BLOCK - 1) // rows_per_token, axis.end - 1)
+    first_visible = tl.where(exist, other.begin, other.end)
+    last_visible = tl.zeros_like(positions) + (other.end - 1)
     begin = other.begin
     end = other.end
     full_begin = begin
     full_end = end
     if before is not None:
+        first_visible = tl.maximum(first_visible, positions - before)
         begin = tl.maximum(begin, tl.maximum(first, 0) - before)
         full_begin = tl.maximum(full_begin, last - before)
     if after is not None:
+        last_visible = tl.minimum(last_visible, positions + after)
         end = tl.minimum(end, last + after + 1)
         full_end = tl.minimum(full_end, first + after + 1)
     empty = (last < tl.maximum(first, 0)) | (end <= begin)
-    begin = (begin - other.start) // BLOCK * BLOCK
+    begin = (begin - other.start) // OTHER_BLOCK * OTHER_BLOCK
     end = tl.where(empty, begin, end - other.start)
-    full_begin = (full_begin - other.start + BLOCK - 1) // BLOCK * BLOCK
-    full_end = (full_end - other.start) // BLOCK * BLOCK
+    full_begin = (full_begin - other.start + OTHER_BLOCK - 1) // OTHER_BLOCK * OTHER_BLOCK
+    full_end = (full_end - other.start) // OTHER_BLOCK * OTHER_BLOCK
     none_full = empty | (full_end <= full_begin) | (first < 0)
     if ALWAYS_MASK:
         none_full = True
     full_begin = tl.where(none_full, begin, full_begin)
     full_end = tl.where(none_full, begin, full_end)
-    return begin, full_begin, full_end, end
+    return Resident(
+        tokens, positions, exist, first_visible, last_visible, first, last, begin, full_begin, full_end, end
+    )
 
 
 #: What the tiles of a loop have in common; the kernels run through them in this order.
@@ -148,50 +205,44 @@ def far_tiles_pay(bits, sharpened, columns):
 
 
 @triton.jit
-def loop_bounds(KIND: tl.constexpr, first, last, other, tiles, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """The tiles of one kind as (start, stop, hole, skip): x in range(start, stop, BLOCK), plus skip from hole on.
+def loop_bounds(TILES: tl.constexpr, resident, other, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (start, stop, gap, jump) of the loop over one sort of tiles.
 
-    tiles: what tile_range returned. SPLIT: whether there are far tiles, or all that are visible in full are FULL_TILES.
+    The loop is x in range(start, stop, BLOCK); from gap on the tile begins at token x + jump, before it at x.
+    SPLIT: whether there are far tiles, or all that are visible in full are FULL_TILES.
     """
-    begin, full_begin, full_end, end = tiles
-    near_begin, near_end = full_begin, full_end
+    near_begin, near_end = resident.full_begin, resident.full_end
     if SPLIT:
         # From the middle of a far tile to the nearest row it is at least FAR * BLOCK.
-        left = (tl.maximum(first - other.start, 0) // BLOCK - FAR) * BLOCK
-        right = (tl.maximum(last - other.start, 0) // BLOCK + (FAR + 1)) * BLOCK
-        near_begin = tl.minimum(tl.maximum(left, full_begin), full_end)
-        near_end = tl.minimum(tl.maximum(right, near_begin), full_end)
-    if KIND == FAR_TILES:
-        hole, skip = near_begin, near_end - near_begin
-        return full_begin, full_end - skip, hole, skip
-    elif KIND == FULL_TILES:
+        left = (tl.maximum(resident.first - other.start, 0) // BLOCK - FAR) * BLOCK
+        right = (tl.maximum(resident.last - other.start, 0) // BLOCK + (FAR + 1)) * BLOCK
+        near_begin = tl.minimum(tl.maximum(left, resident.full_begin), resident.full_end)
+        near_end = tl.minimum(tl.maximum(right, near_begin), resident.full_end)
+    if TILES == FAR_TILES:
+        gap, jump = near_begin, near_end - near_begin
+        return resident.full_begin, resident.full_end - jump, gap, jump
+    elif TILES == FULL_TILES:
         return near_begin, near_end, near_end, 0
     else:
-        skip = full_end - full_begin
-        return begin, end - skip, full_begin, skip
+        gap, jump = resident.full_begin, resident.full_end - resident.full_begin
+        return resident.begin, resident.end - jump, gap, jump
 
 
 @triton.jit
-def sight(p, axis, other, before, after):
-    """First and last position of the other axis that the token at p meets; first > last where p does not exist."""
-    first = tl.where((p >= axis.begin) & (p < axis.end), other.begin, other.end)
-    last = tl.zeros_like(p) + (other.end - 1)
-    if before is not None:
-        first = tl.maximum(first, p - before)
-    if after is not None:
-        last = tl.minimum(last, p + after)
-    return first, last
+def past_gap(x, gap, jump, BLOCK: tl.constexpr):
+    """Return the token at which the tile of x begins, in a loop of loop_bounds."""
+    return tl.multiple_of(tl.where(x >= gap, x + jump, x), BLOCK)
 
 
 @triton.jit
 def within(positions, axis):
-    """Which positions exist and are seen by anybody: others are loaded as zeros, since 0 * NaN is NaN."""
+    """Return which positions exist and are seen by anybody."""
     return (positions >= axis.begin) & (positions < axis.end)
 
 
 @triton.jit
 def load_masked(pointers, mask, other):
-    """tl.load, with ``other`` where mask is False; a mask of None reads everything."""
+    """Return what tl.load does, with ``other`` where mask is False; a mask of None reads everything."""
     if mask is None:
         return tl.load(pointers)
     else:
@@ -200,7 +251,7 @@ def load_masked(pointers, mask, other):
 
 @triton.jit
 def load_rows(x, rows, stride, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a (tokens, head_dim) slice as [rows, BLOCK_D]; zeros where mask (or None) is False."""
+    """Return rows of a (tokens, D) slice as [rows, BLOCK_D]; zeros where mask (or None) is False."""
     columns = tl.arange(0, BLOCK_D)
     pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
     keep = None if mask is None else mask[:, None]
@@ -214,28 +265,29 @@ class Rows(NamedTuple):
 
     pointer: Any
     stride: Any
-    b: Any
+    batch: Any
     h: Any
     first: Any  # in the tensor
 
 
 @triton.jit
-def rows_of(x, strides, b, h, first):
-    """The rows from ``first`` on of head h in batch b."""
-    pointer = x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + first.to(tl.int64) * strides[2]
-    return Rows(pointer, strides[2], b, h, first)
+def rows_of(x, strides, axis, h):
+    """Return the Rows of head h for the tokens of an Axis."""
+    batch, row = axis.batch, axis.row
+    pointer = x + batch.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+    return Rows(pointer, strides[2], batch, h, row)
 
 
 @triton.jit
 def load_tile(x, descriptor, start, mask, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start to start + COUNT as [COUNT, BLOCK_D], zeros where mask is False.
+    """Return rows start to start + COUNT as [COUNT, BLOCK_D]; zeros where mask (or None) is False.
 
     descriptor: of the whole tensor, (B, H, N, D) in tiles of [1, 1, COUNT, BLOCK_D], or None; serves without a mask.
     """
     if descriptor is None or mask is not None:
         return load_rows(x.pointer, start + tl.arange(0, COUNT), x.stride, mask, HEAD_DIM, BLOCK_D)
     else:
-        return tl.reshape(descriptor.load([x.b, x.h, x.first + start, 0]), [COUNT, BLOCK_D])
+        return tl.reshape(descriptor.load([x.batch, x.h, x.first + start, 0]), [COUNT, BLOCK_D])
 
 
 @triton.jit
@@ -246,7 +298,7 @@ def store_tile(x, start, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 to dtype, to nearest. The interpreter truncates on the way to bfloat16: round by hand there."""
+    """Return float32 in dtype, rounded to nearest. The interpreter truncates to bfloat16: round by hand there."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -256,7 +308,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store [rows, BLOCK_D] into a (tokens, head_dim) slice where mask is True."""
+    """Store [rows, BLOCK_D] into a (tokens, D) slice where mask is True."""
     columns = tl.arange(0, BLOCK_D)
     pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
     keep = mask[:, None]
@@ -267,22 +319,26 @@ def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def load_key_bias(key_bias, b, num_keys, tokens, mask):
-    """The additive bias of some keys; -inf where mask is False."""
-    return tl.load(key_bias + b.to(tl.int64) * num_keys + tokens, mask=mask, other=-float("inf"))
+    """Return the additive bias of some keys, -inf where mask is False; None if there is none."""
+    if key_bias is None:
+        return
+    else:
+        return tl.load(key_bias + b.to(tl.int64) * num_keys + tokens, mask=mask, other=-float("inf"))
 
 
 @triton.constexpr_function
 def num_partials():
-    """Of a row in the layout of a matrix product's result, one for each column that only one thread holds.
+    """Return how many partial sums of a row of a matrix product need no exchange between threads.
 
-    There a thread has two of each 8 columns on NVIDIA, and few more on AMD; with tensor memory (sm_100), whole rows.
+    In the product's layout a thread has two of each 8 columns on NVIDIA, and few more on AMD; with tensor memory
+    (sm_100), whole rows.
     """
     return 1 if cuda_capability_geq(10, 0) and not cuda_capability_geq(12, 0) else 8
 
 
 @triton.jit
 def dot(a, b, acc=None):
-    """Matrix product in float32 (float32 operands without TF32). The interpreter has no bfloat16 product."""
+    """Return the product in float32 (float32 operands without TF32). The interpreter has no bfloat16 product."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -291,23 +347,23 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def relative(position, origin):
-    """position - origin as float32: exact near the origin, where a mask or a small distance depends on it."""
+    """Return position - origin in float32: exact near the origin, where a mask or a small distance depends on it."""
     return (position - origin).to(tl.float32)
 
 
 @triton.jit
-def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, head, KIND: tl.constexpr):
-    """Distances, scores and logits less shift of one tile; these in units of log2, -inf where hidden.
+def tile_logits(qk, scale, shift, resident, column, origin, key_bias, head, TILES: tl.constexpr):
+    """Return distances, scores, and logits less shift of one tile, these in units of log2 and -inf where hidden.
 
-    Rows are queries and columns keys (S) or the other way round (its transpose): positions row [ROWS], its
-    sight first and last [ROWS], column [COLUMNS], which begins at position origin. scale (of the scores,
-    log2 e included), shift (or None) and key_bias are broadcast to the tile [ROWS, COLUMNS].
+    Rows are the resident side: queries, and columns keys (S), or the other way round (its transpose).
+    column: positions [COLUMNS] from origin on. scale (of the scores, log2 e included), shift (or None) and key_bias
+    (or None) are broadcast to the tile [ROWS, COLUMNS].
     """
-    y = relative(row, origin)[:, None]  # [ROWS, 1]
+    y = relative(resident.positions, origin)[:, None]  # [ROWS, 1]
     x = relative(column, origin)[None, :]  # [1, COLUMNS]
     distance = tl.abs(y - x)
     score = qk * scale
-    if KIND == FAR_TILES:
+    if TILES == FAR_TILES:
         HALF: tl.constexpr = (column.shape[0] - 1) / 2
         tl.static_assert(shift is None)
         a = far_logit(score, y - HALF, x - HALF, head)
@@ -315,20 +371,22 @@ def tile_logits(qk, scale, shift, row, first, last, column, origin, key_bias, he
         a = logit(score, distance, head, shift)
     if key_bias is not None:
         a += key_bias * LOG2E
-    if KIND == MASKED_TILES:
-        a = tl.where((x >= relative(first, origin)[:, None]) & (x <= relative(last, origin)[:, None]), a, -float("inf"))
+    if TILES == MASKED_TILES:
+        first = relative(resident.first_visible, origin)[:, None]
+        last = relative(resident.last_visible, origin)[:, None]
+        a = tl.where((x >= first) & (x <= last), a, -float("inf"))
     return distance, score, a
 
 
 @triton.jit
 def partial_sums(x):
-    """[ROWS, COLUMNS] -> [ROWS, num_partials()], each over columns that one thread holds: nothing is exchanged."""
+    """Return sums [ROWS, num_partials()] of x [ROWS, COLUMNS] over columns that one thread holds."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // num_partials(), num_partials()]), 1)
 
 
 @triton.jit
 def softmax_step(a, m_i, l_i):
-    """One online-softmax step: weights of the tile, the factor for what was summed before, new maximum and sum."""
+    """Return the weights of a tile of logits, the factor for what was summed before, and the new maximum and sum."""
     m_new = tl.maximum(m_i, tl.max(a, 1))  # [BLOCK_M]
     shift = tl.where(m_new == -float("inf"), 0.0, m_new)
     p = tl.exp2(a - shift[:, None])  # [BLOCK_M, BLOCK_N]
@@ -337,9 +395,22 @@ def softmax_step(a, m_i, l_i):
 
 
 @triton.jit
-def dropout_keep(seed, batch_head, i, j, threshold):
-    """Which weights survive: Philox on (j, i, batch_head), a function of positions, so chunks of keys agree."""
-    shape = i + j
-    zero = shape - shape
-    bits, _, _, _ = tl.philox(tl.load(seed), j + zero, i + zero, batch_head + zero, zero)
-    return bits >= threshold.to(tl.uint32)
+def softmax_end(m_i, l_i):
+    """Return 1 / sum and lse, in units of log2, of rows with these maxima and sums; -inf for a row without weights."""
+    dead = l_i == 0.0
+    l_i = tl.where(dead, 1.0, l_i)
+    return 1.0 / l_i, tl.where(dead, -float("inf"), m_i + tl.log2(l_i))
+
+
+@triton.jit
+def dropout_keep(dropout, batch_head, i, j):
+    """Return which weights stay; None without dropout.
+
+    Philox on (j, i, batch_head): a function of positions, so chunks of keys agree.
+    """
+    if dropout is None:
+        return
+    else:
+        zero = (i + j) * 0
+        bits, _, _, _ = tl.philox(tl.load(dropout.seed), j + zero, i + zero, batch_head + zero, zero)
+        return bits >= tl.full([], dropout.threshold, tl.uint32)

@@ -80,7 +80,7 @@ def doctor() -> int:
 
 
 def print_configs(device: torch.device) -> None:
-    """Which files there are for a device, which are refused and why, and what serves typical calls."""
+    """Print which files there are for a device, which are refused and why, and what serves typical calls."""
     from logpe_kernels import configs
 
     with warnings.catch_warnings():
@@ -107,7 +107,7 @@ def print_configs(device: torch.device) -> None:
 
 
 def _other_versions(runs: list[dict[str, str]]) -> list[str]:
-    """Which runs of the tuner had other versions than these."""
+    """Return notes on the runs of the tuner that had other versions than these."""
     import triton
 
     here = dict(torch=torch.__version__, triton=triton.__version__, logpe=logpe.__version__)
@@ -120,7 +120,7 @@ def _other_versions(runs: list[dict[str, str]]) -> list[str]:
 
 
 def _self_check(device: torch.device, backend: str) -> float:
-    """Largest relative error of a small call in float32, forward and backward."""
+    """Return the largest relative error of a small call in float32, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     position = logpe.LogPosition(4, 32, "log-rotary-bias", query_gain=True, device=device)
     inputs = [torch.randn(1, heads, 50, 32, generator=generator) for heads in (4, 2, 2)]

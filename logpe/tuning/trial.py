@@ -6,20 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import multiprocessing
-import os
-import queue
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor
 
-from logpe.position import LEARNABLE_PARTS, PRESET_PARTS, LogPosition
+from logpe.clock import between_events
+from logpe.position import PRESET_PARTS, LogPosition
+from logpe.worker import Failed, Pool, Worker, one_line
 
 if TYPE_CHECKING:  # imported where it is used: with it comes triton, which not every machine has
     from logpe_kernels.configs import Traits
@@ -29,7 +27,7 @@ LIMIT = 120.0  # seconds for one candidate, the start of a process included
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One kernel on one shape. preset: one of PRESETS, and "+gain" for a query gain."""
+    """One kernel on one shape. ``preset`` is one of PRESETS, with "+gain" behind it for a query gain."""
 
     kernel: str
     dtype: str
@@ -43,23 +41,23 @@ class Task:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Arguments of LogPosition."""
+        """The arguments of LogPosition."""
         name, _, gain = self.preset.partition("+")
         return dict(preset=name, query_gain=bool(gain))
 
     @property
     def parts(self) -> list[str]:
-        """As in the configurations' files."""
+        """The parts of the position, as the files of configurations name them."""
         present = (*PRESET_PARTS[self.position["preset"]], *(["alpha"] if self.position["query_gain"] else []))
         return [part for part in LEARNABLE_PARTS if part in present and part != "rate"]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """The size of an element in bytes."""
         return getattr(torch, self.dtype).itemsize
 
     def traits(self, device: torch.device) -> Traits:
-        """By which its configuration is found."""
+        """Return the traits by which the task's configuration is chosen."""
         from logpe_kernels import configs
 
         return configs.traits(device, self.itemsize, self.head_dim, self.parts, self.causal, self.length)
@@ -70,7 +68,10 @@ class Task:
 
 
 class Inputs(NamedTuple):
-    """Arguments of the launchers; out and lse are those of the forward."""
+    """Arguments of the launchers.
+
+    q, dout and out are (B, Hq, N, D), k and v (B, Hkv, N, D), lse (B, Hq, N); out and lse come from the forward pass.
+    """
 
     q: Tensor
     k: Tensor
@@ -78,11 +79,11 @@ class Inputs(NamedTuple):
     dout: Tensor
     out: Tensor
     lse: Tensor
-    options: dict[str, Any]
+    options: Options
 
 
 def make_inputs(task: Task, device: torch.device) -> Inputs:
-    """Random ones; on the meta device, tensors of the same shapes."""
+    """Return random inputs; on the meta device, tensors of the same shapes."""
     import logpe_kernels
 
     dtype = getattr(torch, task.dtype)
@@ -91,27 +92,24 @@ def make_inputs(task: Task, device: torch.device) -> Inputs:
         for heads in (task.heads, task.kv_heads, task.kv_heads, task.heads)
     )
     values = LogPosition(task.heads, task.head_dim, **task.position, learnable=False, device=device)()
-    options: dict[str, Any] = {name: value for name, value in values._asdict().items() if value is not None}
-    options |= dict(scale=task.head_dim**-0.5, max_seqlen_q=task.length, max_seqlen_k=task.length)
-    if task.causal:
-        options |= dict(window_right=0)
+    options = Options(**values._asdict(), scale=task.head_dim**-0.5, window_right=0 if task.causal else None)
     if device.type == "meta":
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     else:
-        out, lse = logpe_kernels.forward(q, k, v, **options)
+        out, lse = logpe_kernels.attention(q, k, v, options)
     return Inputs(q, k, v, dout, out, lse, options)
 
 
 def _forward(x: Inputs) -> dict[str, Tensor]:
     import logpe_kernels
 
-    return dict(zip(("out", "lse"), logpe_kernels.forward(x.q, x.k, x.v, **x.options), strict=True))
+    return dict(zip(("out", "lse"), logpe_kernels.attention(x.q, x.k, x.v, x.options), strict=True))
 
 
 def _backward(x: Inputs) -> dict[str, Tensor]:
     import logpe_kernels
 
-    gradients = logpe_kernels.backward(x.dout, None, x.q, x.k, x.v, x.out, x.lse, **x.options)
+    gradients = logpe_kernels.attention_backward(x.dout, None, x.q, x.k, x.v, x.out, x.lse, x.options)
     names = ("dq", "dk", "dv", "dpower", "drate", "dsharpness", "dalpha")
     return {name: x for name, x in zip(names, gradients, strict=True) if x is not None}
 
@@ -119,8 +117,13 @@ def _backward(x: Inputs) -> dict[str, Tensor]:
 class Kernel(NamedTuple):
     """Where a kernel is, what launches it, and what it keeps in registers.
 
-    module, function: of logpe_kernels. run: calls the launcher. resident: the side of the tile that stays while the
-    loop streams the other. accumulators, scores: tiles [resident, head_dim] and [resident, streamed] held at once.
+    Attributes:
+        module: the one of logpe_kernels that has the kernel.
+        function: the name of the kernel there.
+        run: calls the launcher, and returns its results by name.
+        resident: the side of the tile that stays while the loop streams the other.
+        accumulators: how many tiles [resident, head_dim] are held at once.
+        scores: how many tiles [resident, streamed] are held at once.
     """
 
     module: str
@@ -131,7 +134,7 @@ class Kernel(NamedTuple):
     scores: int
 
     def jit_function(self) -> Any:
-        """The Triton kernel itself."""
+        """Return the Triton kernel itself."""
         return getattr(importlib.import_module(f"logpe_kernels.{self.module}"), self.function)
 
 
@@ -146,7 +149,7 @@ KERNELS = {
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers and spilled registers of a thread, bytes of shared memory."""
+    """What a compiled kernel needs: registers and spilled registers of a thread, bytes of shared memory."""
 
     registers: int
     spills: int
@@ -161,11 +164,12 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Below 1, the candidate is faster."""
+        """The time of the candidate over that of the default: below 1, the candidate is faster."""
         return self.milliseconds / self.default
 
 
-class Launch(NamedTuple):
+@dataclasses.dataclass
+class Launch:
     """One launch of a kernel."""
 
     kernel: Any
@@ -174,12 +178,12 @@ class Launch(NamedTuple):
     keywords: dict[str, Any]
 
     def __call__(self) -> Any:
-        """Repeat it."""
+        """Repeat the launch."""
         return self.kernel[self.grid](*self.args, **self.keywords)
 
 
 class _Recorder:
-    """Stands in for a kernel, and keeps its launches."""
+    """What stands in for a kernel, and keeps its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch], dry: bool) -> None:
         self.kernel, self.launches, self.dry = kernel, launches, dry
@@ -194,7 +198,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
-    """The launches of each of KERNELS, which with ``dry`` are not carried out."""
+    """Record the launches of each of KERNELS; with ``dry``, do not carry them out."""
     launches: dict[str, list[Launch]] = {name: [] for name in KERNELS}
     originals = {name: kernel.jit_function() for name, kernel in KERNELS.items()}
 
@@ -210,7 +214,7 @@ def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
 
 
 def compile_candidate(task: Task, config: Any) -> Resources | str:
-    """Compile one configuration for the current device and load it; why that fails, where it does."""
+    """Compile one configuration for the current device and load it. Return what it needs, or why that fails."""
     from logpe_kernels import configs
 
     try:
@@ -221,20 +225,13 @@ def compile_candidate(task: Task, config: Any) -> Resources | str:
         compiled._init_handles()  # loads it, as PyTorch's inductor does: raises where it does not fit
         return Resources(compiled.n_regs, compiled.n_spills, compiled.metadata.shared)
     except Exception as error:
-        return describe(error)
+        return one_line(error)
 
 
-def compare(
-    task: Task,
-    config: Any,
-    default: Any,
-    budget: float,
-    device: torch.device,
-    timer: Callable[[list[Launch], float], list[float]] | None = None,
-) -> Comparison | str:
-    """Run a configuration and the default on the same inputs; times, or why the configuration is out.
+def compare(task: Task, config: Any, default: Any, budget: float, device: torch.device) -> Comparison | str:
+    """Run a configuration and the default on the same inputs. Return the times, or why the configuration is out.
 
-    budget: milliseconds for the timing. timer: :func:`take_turns`, unless a test has another.
+    budget: milliseconds for the timing.
     """
     from logpe_kernels import configs
 
@@ -250,7 +247,7 @@ def compare(
         return f"wrong: {reason}"
     if not all(torch.equal(actual[name], again[name]) for name in actual):
         return "wrong: not the same result twice"
-    default_milliseconds, milliseconds = (timer or take_turns)(launches[:2], budget)
+    default_milliseconds, milliseconds = take_turns(launches[:2], budget)
     return Comparison(milliseconds, default_milliseconds)
 
 
@@ -259,7 +256,7 @@ _inputs = functools.lru_cache(maxsize=1)(make_inputs)
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN, so that what a kernel leaves out is not what another left there."""
+    """Fill fresh memory with NaN: what a kernel does not write shows, and is not what another kernel left there."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -269,10 +266,10 @@ def poisoned() -> Iterator[None]:
 
 
 def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """How two results differ by more than the rounding of another order of summation; None if they do not.
+    """Return how two results differ by more than the rounding of another order of summation; None if they do not.
 
-    Allowed are 4 eps of the largest value in half precision (out is rounded, and so are the weights before they meet
-    v), and 256 eps in float32, where nothing is rounded but the sums over keys.
+    They may differ by 4 eps of the largest value in half precision, where out is rounded, and so are the weights
+    before they meet v; and by 256 eps in float32, where nothing is rounded but the sums over keys.
     """
     allowed = torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
     for name, x in expected.items():
@@ -288,105 +285,20 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: to
 
 
 def take_turns(launches: list[Launch], budget: float) -> list[float]:
-    """Median milliseconds of each launch, one after the other with a cold cache, over ``budget`` milliseconds."""
-    from triton.runtime import driver
+    """Return the median milliseconds of each launch, which take turns with a cold cache for ``budget`` milliseconds."""
 
-    cache = driver.active.get_empty_cache_for_benchmark()
-
-    def turn() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-        events = []
-        for launch in launches:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            driver.active.clear_cache(cache)
-            begin.record()
-            launch()
-            end.record()
-            events.append((begin, end))
-        return events
-
-    def times(turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> list[float]:
+    def times(turns: int) -> list[float]:
+        events = [[between_events(launch) for launch in launches] for _ in range(turns)]
         torch.cuda.synchronize()
-        columns = zip(*turns, strict=True)
+        columns = zip(*events, strict=True)
         return [statistics.median(begin.elapsed_time(end) for begin, end in column) for column in columns]
 
-    turn()  # warms up
-    once = sum(times([turn()]))
-    return times([turn() for _ in range(min(200, max(5, int(budget / max(once, 1e-3)))))])
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__
+    times(1)  # warms up
+    once = sum(times(1))
+    return times(min(200, max(5, int(budget / max(once, 1e-3)))))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-
-
-class Failed(Exception):
-    """A call in a worker raised, took too long, or brought the worker down."""
-
-
-class Worker:
-    """A process that calls functions, on ``device`` if given. It starts with a call, and anew after a failure."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-        self.process: Any = None
-        self.pipe: Any = None
-        self.closed = False
-
-    def call(self, function: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> Any:
-        """What the function returns; raises Failed, which says why, if it does not return in so many seconds."""
-        if self.closed:
-            raise Failed("stopped")
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-            self.pipe, other = context.Pipe()
-            self.process = context.Process(target=_serve, args=(other, self.device), daemon=True)
-            self.process.start()
-            other.close()
-        process = self.process
-        try:
-            self.pipe.send((function, args))
-            answered = self.pipe.poll(max(0.0, seconds))
-            fine, answer = self.pipe.recv() if answered else (False, f"took more than {seconds:.0f} s")
-        except (EOFError, OSError):
-            process.join(5)
-            fine, answer = False, f"brought its process down (exit code {process.exitcode})"
-        if not fine:  # what a failed kernel leaves behind is not to be relied on
-            self._end()
-            raise Failed(answer)
-        return answer
-
-    def _end(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            process.join(10)  # not for ever: one that hangs in the driver does not die
-            self.pipe.close()
-
-    def close(self) -> None:
-        """End the process, in the middle of a call if need be."""
-        self.closed = True
-        self._end()
-
-
-def _serve(pipe: Any, device: torch.device | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints
-    with open(os.devnull, "w") as nothing:  # on failure the compilers print whole modules
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
-    with contextlib.suppress(EOFError):
-        while True:
-            function, args = pipe.recv()
-            try:
-                if device is not None:
-                    torch.cuda.set_device(device)
-                answer = True, function(*args)
-            except Exception as error:
-                answer = False, describe(error)
-            pipe.send(answer)
 
 
 class OutOfTime(Exception):
@@ -394,45 +306,42 @@ class OutOfTime(Exception):
 
 
 class Gpu:
-    """Compiles in several processes and measures in one. Raises OutOfTime after ``end``, of time.monotonic()."""
+    """Compiles in several processes, and measures in one. Raises OutOfTime after ``end``, by time.monotonic()."""
 
     def __init__(self, device: torch.device | None, jobs: int, end: float) -> None:
         self.device, self.end = device, end
-        self.bench = Worker(device)
-        self.compilers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.workers = [Worker(device) for _ in range(jobs)]
-        for worker in self.workers:
-            self.compilers.put(worker)
-        self.threads = ThreadPoolExecutor(jobs)
+        self.bench, self.compilers = Worker(), Pool(jobs)
 
     def _call(self, worker: Worker, function: Callable[..., Any], *args: Any) -> Any:
         left = self.end - time.monotonic()
         if left <= 0:
             raise OutOfTime
         try:
-            return worker.call(function, *args, seconds=min(LIMIT, left))
+            return worker.call(_on, self.device, function, *args, seconds=min(LIMIT, left))
         except Failed as error:
             if time.monotonic() >= self.end:
                 raise OutOfTime from None
             return str(error)
 
-    def _compile(self, task: Task, config: Any) -> Resources | str:
-        worker = self.compilers.get()
-        try:
-            return self._call(worker, compile_candidate, task, config)
-        finally:
-            self.compilers.put(worker)
-
     def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
-        """See Machine."""
-        return list(self.threads.map(functools.partial(self._compile, task), candidates))
+        """Return what each candidate takes, or why there is no such kernel."""
+        compiled = dict(
+            self.compilers.each(lambda w, config: self._call(w, compile_candidate, task, config), candidates)
+        )
+        return [compiled[config] for config in candidates]
 
     def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-        """See Machine."""
+        """Return the times, or why the configuration is out."""
         return self._call(self.bench, compare, task, config, default, budget, self.device)
 
     def close(self) -> None:
         """End all processes."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in (self.bench, *self.workers):
-            worker.close()
+        self.compilers.close()
+        self.bench.close()
+
+
+def _on(device: torch.device | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with a device as the current one."""
+    if device is not None:
+        torch.cuda.set_device(device)
+    return function(*args)

@@ -1,12 +1,12 @@
 """``python -m logpe tune``: measure which tiles are the fastest on this GPU for one's own shapes.
 
-For each kernel and shape the tiles are tried first, and then the pipelining of the best. Candidates are compiled by
-several processes at once; those that do not fit, or spill much, are dropped. The others take turns with the shipped
-configuration on the same inputs, so that both meet the same clocks. One whose results differ from the shipped
-configuration's by more than rounding, or from run to run, is out; the fastest that is left is taken where it is
-faster by more than noise. The file is written after each shape, and a second run goes on where the first ended.
+For each kernel and shape, tiles are tried first, and then the pipelining of the best. Several processes compile the
+candidates at once; those that do not fit, or spill much, are dropped. Each of the others takes turns with the shipped
+configuration on the same inputs, so that both meet the same clocks of the GPU. A candidate is out if its results
+differ by more than rounding, from the shipped configuration's or from run to run. The fastest that is left is taken
+if it is faster by more than noise. The file is written after each shape, and a second run goes on from there.
 
-A candidate may bring down the compiler, or hang the GPU: it runs in a process that is replaced then.
+A candidate may bring down the compiler, or hang the GPU. It runs in a process, which is replaced then.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import logpe
 from logpe import ops
+from logpe.checks import MAX_HEAD_DIM
 from logpe.command import BAD_USE, STOPPED, TIME_IS_OVER, count, minutes
 from logpe.files import locked
 from logpe.position import PRESET_PARTS, PRESETS
@@ -49,13 +50,13 @@ FEW_SPILLS = 16  # registers of a thread: so few are spilled around a loop rathe
 
 
 def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
-    """Candidates with the pipelining of ``default`` that a target with so much shared memory may be able to run."""
+    """Return tiles, with the pipelining of ``default``, that a target with so much shared memory may be able to run."""
     from logpe_kernels import configs
 
     kernel = KERNELS[task.kernel]
     streamed = "BLOCK_N" if kernel.resident == "BLOCK_M" else "BLOCK_M"
     half = task.itemsize == 2
-    found = []
+    candidates = []
     for rows, columns, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
         config = default._replace(**{kernel.resident: rows, streamed: columns}, num_warps=warps)
         width = kernel.accumulators * configs.padded(task.head_dim) + kernel.scores * columns
@@ -63,60 +64,48 @@ def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
         if half and rows < 16 * warps and task.head_dim <= 128:  # a matrix instruction of a warp has 16 rows
             fits = False
         if fits and columns <= rows and config != default:
-            found.append(config)
-    return launchable(found, task, target, shared)
+            candidates.append(config)
+    return launchable(candidates, task, target, shared)
 
 
 def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
-    """The candidates with the tile of ``config``: other stages, and on sm_90 and later descriptors."""
+    """Return candidates with the tile of ``config``: other stages, and on sm_90 and later descriptors."""
     from logpe_kernels import configs
 
     half = task.itemsize == 2
     flags = (False, True) if half and configs.has_tma(target) else (False,)
     stages = (1, 2, 3, 4) if half and target.startswith("sm_") else (1, 2)
-    found = [config._replace(num_stages=n, TMA=flag) for flag, n in itertools.product(flags, stages)]
-    return launchable([c for c in found if c != config], task, target, shared)
+    candidates = [config._replace(num_stages=n, TMA=flag) for flag, n in itertools.product(flags, stages)]
+    return launchable([c for c in candidates if c != config], task, target, shared)
 
 
-def launchable(found: Iterable[Any], task: Task, target: str, shared: int) -> list[Any]:
-    """Those of which it is not certain beforehand that they do not fit."""
+def launchable(candidates: Iterable[Any], task: Task, target: str, shared: int) -> list[Any]:
+    """Return the candidates that may fit, as far as can be told beforehand."""
     from logpe_kernels import configs
 
     facts = (task.itemsize, task.head_dim, target, shared)
-    return [config for config in found if configs.cannot_launch(task.kernel, config, *facts) is None]
+    return [config for config in candidates if configs.cannot_launch(task.kernel, config, *facts) is None]
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
-class Machine(Protocol):
-    """What compiles and measures for :func:`search`."""
-
-    def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
-        """Of each candidate what it takes, or why there is no such kernel."""
-        ...
-
-    def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-        """Times, or why the configuration is out."""
-        ...
-
-
 def prune(compiled: dict[Any, Resources | str]) -> list[Any]:
-    """Return those that compiled and spill little; if all of them spill more, those that compiled."""
-    usable = {config: found for config, found in compiled.items() if isinstance(found, Resources)}
-    return [config for config, found in usable.items() if found.spills <= FEW_SPILLS] or list(usable)
+    """Return the candidates that compiled and spill little; if all of them spill more, all that compiled."""
+    usable = {config: needs for config, needs in compiled.items() if isinstance(needs, Resources)}
+    return [config for config, needs in usable.items() if needs.spills <= FEW_SPILLS] or list(usable)
 
 
 def fastest(measured: dict[Any, Comparison | str]) -> list[Any]:
-    """The right ones, in order of their time over the default's in the same turns."""
-    right = {config: found.ratio for config, found in measured.items() if isinstance(found, Comparison)}
-    return sorted(right, key=lambda config: right[config])
+    """Return the candidates that are right, in the order of their time over the default's in the same turns."""
+    ratios = {config: result.ratio for config, result in measured.items() if isinstance(result, Comparison)}
+    return sorted(ratios, key=lambda config: ratios[config])
 
 
 def search(
-    task: Task, device: torch.device, machine: Machine, show: Callable[[str], object] = lambda text: None
+    task: Task, device: torch.device, machine: Gpu, show: Callable[[str], object] = lambda text: None
 ) -> Entry | str:
-    """The entry of a task (its run is 0); or why there is none, where not one candidate could be measured."""
+    """Return the entry of a task, with 0 for its run; or why there is none: not one candidate could be measured."""
     from logpe_kernels import configs
 
     traits, target = task.traits(device), configs.target_of(device)
@@ -129,9 +118,9 @@ def search(
         show(f"compiling {len(new)}")
         compiled = dict(zip(new, machine.compile(task, new), strict=True))
         kept = prune(compiled)
-        for config, found in compiled.items():
+        for config, needs in compiled.items():
             if config not in kept:
-                measured[config] = found if isinstance(found, str) else f"spills {found.spills} registers"
+                measured[config] = needs if isinstance(needs, str) else f"spills {needs.spills} registers"
         for index, config in enumerate(kept):
             show(f"measuring {index + 1} of {len(kept)}")
             measured[config] = machine.compare(task, config, default, QUICK)
@@ -143,23 +132,23 @@ def search(
     # The best of many is in part lucky: it has to be as good once more, in more turns.
     winner, final = default, None
     for config in fastest(measured)[:FINALISTS]:
-        found = measured[config]
-        assert isinstance(found, Comparison)
-        if found.ratio > 1 - NOISE:
+        first = measured[config]
+        assert isinstance(first, Comparison)
+        if first.ratio > 1 - NOISE:
             break
         show("confirming")
         measured[config] = final = machine.compare(task, config, default, THOROUGH)
         if isinstance(final, Comparison) and final.ratio <= 1 - NOISE:
             winner = config
             break
-    times = [found for found in measured.values() if isinstance(found, Comparison)]
+    times = [result for result in measured.values() if isinstance(result, Comparison)]
     if not times:
-        reasons = {found for found in measured.values() if isinstance(found, str)}
+        reasons = {result for result in measured.values() if isinstance(result, str)}
         return f"none of {len(measured)} candidates ran: {'; '.join(sorted(reasons)[:3])}"
     if isinstance(final, Comparison) and winner != default:
         milliseconds, default_milliseconds = final
     else:
-        milliseconds = default_milliseconds = statistics.median(found.default for found in times)
+        milliseconds = default_milliseconds = statistics.median(result.default for result in times)
     return configs.Entry(
         task.kernel,
         traits.itemsize,
@@ -183,7 +172,7 @@ def search(
 
 
 def make_tasks(options: argparse.Namespace) -> list[Task]:
-    """In order of what they tell: what the command line names first comes first, a shape with all its lengths."""
+    """Return the tasks, what the command line names first before the rest, and a shape with all its lengths."""
     shapes = itertools.product(options.masks, options.head_dims, options.presets, options.lengths, options.kernels)
     tasks: dict[Any, Task] = {}
     for mask, head_dim, preset, length, kernel in shapes:
@@ -197,19 +186,19 @@ def make_tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def _unrotated(preset: str) -> str:
-    """The preset without its rotation, which is not these kernels' work."""
+    """Return the preset without its rotation, which is not these kernels' work."""
     name, plus, gain = preset.partition("+")
     parts = set(PRESET_PARTS[name]) - {"rotary"}
     return next(other for other, its in PRESET_PARTS.items() if set(its) == parts) + plus + gain
 
 
 def _key(kernel: str, traits: Traits) -> tuple[Any, ...]:
-    """One entry of a file answers it."""
+    """Return the key of the tasks that share an entry of a file."""
     return kernel, *traits.kind, traits.log2_length
 
 
 def versions() -> dict[str, str]:
-    """What measured times depend on."""
+    """Return the versions that measured times depend on."""
     import triton
 
     return dict(
@@ -219,7 +208,7 @@ def versions() -> dict[str, str]:
 
 
 def driver_version() -> str:
-    """Of the GPU; "unknown" where nvidia-smi does not say."""
+    """Return the version of the GPU's driver; "unknown" where nvidia-smi does not say."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
@@ -231,19 +220,19 @@ def tune(
     tasks: list[Task],
     path: Path,
     device: torch.device,
-    machine: Machine,
+    machine: Gpu,
     *,
     command: str = "",
     again: bool = False,
 ) -> list[Entry]:
     """Measure the tasks that the file does not hold, or with ``again`` all, and write it after each.
 
-    Returns the file's entries for the tasks. OutOfTime and KeyboardInterrupt end it early, and lose but the task in
-    hand.
+    Returns the file's entries for the tasks. OutOfTime and KeyboardInterrupt end it early, and lose nothing but the
+    task at hand.
 
     Raises:
-        ValueError: there is a file that is damaged, or of another device.
-        OSError: none can be written.
+        ValueError: the file is damaged, or is of another device.
+        OSError: the file cannot be written.
         Busy: another process tunes for the file.
     """
     from logpe_kernels import configs
@@ -266,15 +255,15 @@ def tune(
 
             def show(text: str) -> None:
                 progress.set_postfix_str(text, refresh=False)
-                progress.update(0)  # shows it, if the last time was a while ago
+                progress.update(0)  # shows the text, if the last time was a while ago
 
             for key, task in progress:
                 progress.set_description(str(task), refresh=False)
-                found = search(task, device, machine, show)
-                if isinstance(found, str):
-                    progress.write(f"{task}: {found}")
+                entry = search(task, device, machine, show)
+                if isinstance(entry, str):
+                    progress.write(f"{task}: {entry}")
                     continue
-                entries[key] = found._replace(run=len(runs) - 1)
+                entries[key] = entry._replace(run=len(runs) - 1)
                 configs.write(path, tuned._replace(runs=runs, entries=list(entries.values())))
     return [entries[key] for key in wanted if key in entries]
 
@@ -290,7 +279,7 @@ def held(tasks: list[Task], path: Path, device: torch.device) -> list[Entry]:
 
 
 def table(entries: list[Entry]) -> str:
-    """A line for each entry."""
+    """Return a table with a line for each entry."""
     from logpe_kernels import configs
 
     lines = [["kernel", "bytes", "D", "parts", "mask", "N", "shipped ms", "best ms", "faster", "configuration"]]
@@ -307,7 +296,7 @@ def table(entries: list[Entry]) -> str:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why nothing can be measured there; None if it can."""
+    """Return why nothing can be measured on a device; None if it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "it needs a GPU: there is none here, or this build of torch does not see it"
     if (device.index or 0) >= torch.cuda.device_count():
@@ -336,7 +325,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
     parser.add_argument(
         "--lengths", nargs="+", type=count, default=[4096, 16384, 1024], metavar="N",
-        help="one of each power of two: 2049 to 4096 share an entry",
+        help="tokens; one of each power of two is measured, since 2049 to 4096 share an entry",
     )  # fmt: skip
     parser.add_argument("--heads", type=count, help=f"default: {HIDDEN} over head_dim")
     parser.add_argument("--kv-heads", type=count, help="default: as many as --heads")
@@ -348,13 +337,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--fresh", "--again", action="store_true", dest="again", help="also measure what the file holds already"
     )
-    parser.add_argument("--jobs", type=count, help="compiling processes; default: by cores and memory, at most 14")
+    parser.add_argument("--jobs", type=count, help="processes that compile; default: by cores and memory, at most 14")
 
 
 def _head_dim(text: str) -> int:
     value = count(text)
-    if value > 256:
-        raise argparse.ArgumentTypeError(f"must be at most 256, got {value}")
+    if value > MAX_HEAD_DIM:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_HEAD_DIM}, got {value}")
     return value
 
 
@@ -366,13 +355,13 @@ def _device(text: str) -> torch.device:
 
 
 def _jobs(device: torch.device) -> int:
-    """Return a core each, with half a GiB of the GPU, which a process takes before it does anything, eight times."""
+    """Return how many processes compile: each has a core, and 4 GiB of the GPU, of which CUDA takes half a GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(14, cores - 1, torch.cuda.get_device_properties(device).total_memory // 2**32))
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command; returns its exit status."""
+    """Tune what the command line asks for; return the exit status."""
     end = time.monotonic() + 60 * options.minutes
     if reason := why_not(options.device):
         print(f"tune cannot run: {reason}", file=sys.stderr)
