@@ -373,9 +373,9 @@ def _context_parallel(
     parallel: ContextParallel, q: Tensor, k: Tensor, v: Tensor, position: Position, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse of this rank's queries, from its tokens and all other arguments."""
-    from logpe import distributed  # here, because it calls the functions above for each part
+    from logpe.context_parallel import attend  # here, because it calls the functions above for each part
 
-    return distributed.attend(parallel, q, k, v, position, options)
+    return attend(parallel, q, k, v, position, options)
 
 
 # --- running ------------------------------------------------------------------------------------------------
