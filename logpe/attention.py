@@ -16,7 +16,6 @@ from logpe.position import LogPosition, Position, values_of
 from logpe.reference import PositionValues
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
-_TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
 
 
 @overload
@@ -134,26 +133,28 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
     if key_mask is not None:
         key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
-    tensors = {
-        "query_starts": query_starts,
-        "key_starts": key_starts,
-        "key_lengths": key_lengths,
-        "key_bias": key_mask,
-        "context_lengths": context_lengths,
-        "block_table": block_table,
-        "dropout_seed": dropout_seed,
-    }
-    scalars = {
-        "query_start": query_start,
-        "key_start": key_start,
-        "window_left": left,
-        "window_right": right,
-        "max_seqlen_q": num_queries,
-        "max_seqlen_k": num_keys,
-        "scale": checks.resolve_scale(scale, head_dim),
-        "dropout_p": dropout_p,
-    }
-    result = _attend(q, k, v, values, tensors, scalars, backend, key)
+    scale = checks.resolve_scale(scale, head_dim)
+    backend = _resolve_backend(backend, q)
+    dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, dropout_seed, q)
+    options = Options(
+        *values[:5],
+        query_starts=query_starts,
+        key_starts=key_starts,
+        key_lengths=key_lengths,
+        key_bias=key_mask,
+        context_lengths=context_lengths,
+        block_table=block_table,
+        dropout_seed=dropout_seed,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        rotary_scale=values.rotary_scale,
+        gain_length=values.gain_length,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    result = _attend(q, k, v, options, backend, key)
     return result if return_lse else result[0]
 
 
@@ -236,25 +237,29 @@ def log_attention_varlen(  # type: ignore[misc]
         if context_length is None:
             context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
-    tensors = {
-        "query_starts": query_starts,
-        "key_starts": key_starts,
-        "context_lengths": context_lengths,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "dropout_seed": dropout_seed,
-    }
-    scalars = {
-        "query_start": query_start,
-        "key_start": key_start,
-        "window_left": left,
-        "window_right": right,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "scale": checks.resolve_scale(scale, head_dim),
-        "dropout_p": dropout_p,
-    }
-    result = _attend(q, k, v, values, tensors, scalars, backend)
+    scale = checks.resolve_scale(scale, head_dim)
+    backend = _resolve_backend(backend, q)
+    dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, dropout_seed, q)
+    options = Options(
+        *values[:5],
+        query_starts=query_starts,
+        key_starts=key_starts,
+        context_lengths=context_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        dropout_seed=dropout_seed,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        rotary_scale=values.rotary_scale,
+        gain_length=values.gain_length,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    result = _attend(q, k, v, options, backend)
     return result if return_lse else result[0]
 
 
@@ -344,36 +349,15 @@ for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    values: PositionValues,
-    tensors: dict[str, Tensor | None],
-    scalars: dict[str, Any],
-    backend: str,
-    key: Hashable = None,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, key: Hashable = None
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options.
-
-    key: what later calls that need no checks will find the plan by.
-    """
-    backend = _resolve_backend(backend, q)
-    dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
-    scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
-    given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
-    scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-    options = Options(**(_given(values) | given | scalars))
-    if backend != "reference":
-        plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
-        return ops.attention(q, k, v, options, backend, plan)
-    run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
-    out, lse = run(q, k, v, options)[:2]
-    return out, lse
-
-
-def _given(values: PositionValues) -> dict[str, Tensor]:
-    """The tensors of a position by name."""
-    return {name: x for name in _TENSORS if (x := getattr(values, name)) is not None}
+    """Run a backend on a call that was checked. key: that of its plan, by which later calls need no checks."""
+    if backend == "reference":
+        run = reference.attention if options.cu_seqlens_q is None else reference.attention_varlen
+        out, lse = run(q, k, v, options)[:2]
+        return out, lse
+    plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
+    return ops.attention(q, k, v, options, backend, plan)
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
@@ -413,7 +397,7 @@ def _key_of(
     scale: float | None,
     backend: str,
 ) -> Hashable:
-    """Return what the checks and the plan follow from of a call that has no other options than these.
+    """Return what the checks and the plan of a call follow from that has no other options than these.
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
