@@ -44,7 +44,7 @@ def interpreting() -> bool:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on ``device``; None if they can."""
+    """Return why the Triton kernels cannot run on ``device``; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the Triton kernels need a GPU, and the tensors are on {device} (TRITON_INTERPRET=1 interprets them)"
     return _why_no_triton()
@@ -83,7 +83,7 @@ def plans() -> ModuleType:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, plan: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the operator. plan: that of the kernels for such a call, for which they need not look then.
+    """Run the operator. plan: the kernels' plan of such a call, where it is known.
 
     In plain eager execution its implementation is called without the dispatcher, see :mod:`logpe.eager`.
     """
@@ -154,7 +154,7 @@ def _backward(
 
 
 def rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float) -> Tensor:
-    """The operator; the eager definition where it has none of its own: other devices, torch.func."""
+    """Run the operator, or the eager definition where there is none: on other devices, under torch.func."""
     if eager.transforming() or x.device.type not in ("cpu", "cuda", "meta"):
         return _rotate_eagerly(x, theta, starts, start, rotary_scale)
     return torch.ops.logpe.rotate(x, theta, starts, start, rotary_scale, False)
@@ -199,7 +199,7 @@ def _backward_fake(
 
 
 class _Attention(torch.autograd.Function):
-    """What is learned comes twice: as arguments, of which autograd knows, and among the tensors."""
+    """Attention under autograd. What is learned comes twice: as arguments, which autograd sees, and in the options."""
 
     @staticmethod
     def forward(

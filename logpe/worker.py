@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import queue
@@ -67,7 +66,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, Path(self.folder.name, "log")))
+        self.process = context.Process(target=_serve, args=(other, Path(self.folder.name, "log")), daemon=True)
         self.process.start()
         other.close()  # so that the end of the process is the end of the pipe
 
@@ -102,26 +101,26 @@ class Pool:
             self.idle.put(worker)
         self.threads = ThreadPoolExecutor(size)
 
-    def map(self, call: Callable[[Worker, Any], Any], items: Iterable[Any]) -> list[Any]:
-        """Return ``call(worker, item)`` of each item, in their order; raise what the first call raises."""
-        return list(self.threads.map(functools.partial(self._one, call), items))
-
     def each(self, call: Callable[[Worker, Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield each item with its ``call(worker, item)``, as they are done. Those not begun are dropped on close."""
-        pending = {self.threads.submit(self._one, call, item): item for item in items}
+        """Yield each item with its ``call(worker, item)``, as they are done.
+
+        Raises what a call raises. Then, and where the caller stops, calls that were not begun are dropped.
+        """
+
+        def one(item: Any) -> Any:
+            worker = self.idle.get()
+            try:
+                return call(worker, item)
+            finally:
+                self.idle.put(worker)
+
+        pending = {self.threads.submit(one, item): item for item in items}
         try:
             for done in as_completed(pending):
                 yield pending[done], done.result()
         finally:
             for future in pending:
                 future.cancel()
-
-    def _one(self, call: Callable[[Worker, Any], Any], item: Any) -> Any:
-        worker = self.idle.get()
-        try:
-            return call(worker, item)
-        finally:
-            self.idle.put(worker)
 
     def close(self) -> None:
         """End all processes, in the middle of their calls if need be."""

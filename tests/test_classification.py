@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import itertools
 import json
 import math
 import random
@@ -13,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import status_of
+from studies import numbers, stop_at
 
 from bench.study import classification as cl
-from bench.study import training
+from bench.study import corpus, encoders, vocabulary
 from bench.study.model import encoding
 from logpe.lm.model import Shape
 
@@ -77,7 +77,7 @@ def test_split_does_not_leak(tmp_path):
     rows += [[f"long {review(i, 6000)}", str(i % 2), "imdb"] for i in range(8)]
     rows += [["too short", "0", "imdb"]]
     path = write(tmp_path / "reviews.csv", [["text", "label", "source"], *rows])
-    found = cl.load(path)
+    found = corpus.load_reviews(path)
     train, test = ({d.text for d in side} for side in (found.train, found.test))
     assert len(found.train) + len(found.test) == len(train) + len(test) == len(train | test) == 208
     assert not any("<br" in text or text.startswith(("too short", "long")) for text in train)
@@ -86,7 +86,7 @@ def test_split_does_not_leak(tmp_path):
     assert all(d.label == str(int(d.text.removeprefix("long ").split(".")[0]) % 2) for d in found.train + found.test)
 
     random.Random(1).shuffle(rows)
-    more = cl.load(write(path, [["text", "label", "source"], *rows, [review(1000), "1", "imdb"]]))
+    more = corpus.load_reviews(write(path, [["text", "label", "source"], *rows, [review(1000), "1", "imdb"]]))
     assert more.digest != found.digest
     assert {d.text for d in more.train} - {review(1000).strip()} == train
     assert {d.text for d in more.test} - {review(1000).strip()} == test
@@ -94,9 +94,9 @@ def test_split_does_not_leak(tmp_path):
 
 def test_vocabulary_and_batches_come_from_the_training_side():
     known, unknown = "film plot actor " * 30, "secret ending " * 30
-    train = [cl.Document(f"{known} {i}", str(i % 2)) for i in range(20)]
-    test = [cl.Document(f"{known} {unknown} {i}", str(i % 2)) for i in range(20)]
-    task = cl.Task(cl.Corpus("", ["0", "1"], train, test, ""), settings())
+    train = [corpus.Review(f"{known} {i}", str(i % 2)) for i in range(20)]
+    test = [corpus.Review(f"{known} {unknown} {i}", str(i % 2)) for i in range(20)]
+    task = cl.Task(corpus.Reviews("", ["0", "1"], train, test, ""), settings())
     assert sum((tokens == cl.UNKNOWN).sum() for s in task.tests.values() for tokens in s.tokens if len(tokens) > 16)
     for step in range(5):
         tokens, labels = task.draw(torch.Generator().manual_seed(step))
@@ -142,15 +142,15 @@ def test_joined_documents_have_one_class_and_share_nothing():
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     assert status_of(cl.main, ["--device", "cpu"]) == 2
-    assert cl.INSTALL in capsys.readouterr().err
+    assert corpus.REVIEWS_HELP in capsys.readouterr().err
     with pytest.raises(ValueError, match="pip install"):
-        cl.load(tmp_path / "nothing")
+        corpus.load_reviews(tmp_path / "nothing")
     with pytest.raises(ValueError, match="columns text and label, got words"):
-        cl.load(write(tmp_path / "bad.csv", [["words"], ["x"]]))
+        corpus.load_reviews(write(tmp_path / "bad.csv", [["words"], ["x"]]))
     with pytest.raises(ValueError, match="in 1 classes"):
-        cl.load(write(tmp_path / "one.csv", [["text", "label"], *([review(i), "1"] for i in range(40))]))
+        corpus.load_reviews(write(tmp_path / "one.csv", [["text", "label"], *([review(i), "1"] for i in range(40))]))
     for name in ("rope-yarn", "rop", "log-bias+logit-gain", "log-bias+rotary=0.5"):
         assert status_of(cl.main, ["--encodings", name]) == 2
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys):
 def test_without_the_library_tokenizers(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
-        cl.train_tokenizer([], 9)
+        vocabulary.train_tokenizer([], 9)
 
 
 # --- model and scoring ----------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_without_the_library_tokenizers(monkeypatch):
 
 @pytest.mark.parametrize("name", cl.NAMES)
 def test_padding_changes_nothing_and_order_matters_where_there_is_an_encoding(name):
-    model = cl.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
+    model = encoders.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
     torch.nn.init.normal_(model.head.weight)
     documents = [torch.randint(2, 400, (n,)) for n in (5, 40, 23)]
     with torch.no_grad():
@@ -185,19 +185,19 @@ def test_words_near_each_other_count_more_with_a_log_bias():
     tokens = torch.randint(2, 400, (1, 40))
     mixed = tokens[:, torch.randperm(40)]
     for name, same in (("none", True), ("log-bias", False)):
-        model = cl.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
+        model = encoders.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
         torch.nn.init.normal_(model.head.weight)
         assert torch.allclose(cl.predict(model, tokens), cl.predict(model, mixed), atol=1e-5) == same
 
 
 def test_encodings_start_from_the_same_weights():
-    plain = dict(cl.Classifier(TINY, 2, encoding("none", 16), seed=3).named_parameters())
+    plain = dict(encoders.Classifier(TINY, 2, encoding("none", 16), seed=3).named_parameters())
     for name in (*cl.NAMES, "log-bias-rope+base=3+power=0.5:2+shared"):
-        weights = dict(cl.Classifier(TINY, 2, encoding(name, 16), seed=3).named_parameters())
+        weights = dict(encoders.Classifier(TINY, 2, encoding(name, 16), seed=3).named_parameters())
         assert all(torch.equal(weights[key], value) for key, value in plain.items()), name
     first, second = (plain[f"encoder.layers.{i}.self_attn.in_proj_weight"] for i in (0, 1))
     assert not torch.equal(first, second)
-    assert not torch.equal(dict(cl.Classifier(TINY, 2, encoding("none", 16), 4).named_parameters())[
+    assert not torch.equal(dict(encoders.Classifier(TINY, 2, encoding("none", 16), 4).named_parameters())[
         "embedding.weight"], plain["embedding.weight"])  # fmt: skip
 
 
@@ -287,13 +287,6 @@ def arguments(folder, out, *more):
     return ["--device", "cpu", "--data", str(folder), "--out", str(out), *small, *more]
 
 
-def numbers(value):
-    """What was measured, without when and how fast."""
-    if isinstance(value, dict):
-        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-    return value
-
-
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """Results that nothing interrupted."""
@@ -322,17 +315,11 @@ def test_it_learns_and_leaves_a_record(whole):
             if test.startswith("joined"):
                 assert scored["tokens"] == int(test.split()[1])
     assert whole.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert not list((whole.parent / ".cache").glob("*.pt"))
+    assert all(path.name.startswith(".") for path in (whole.parent / ".cache").iterdir())  # locks
 
 
 def test_interrupted_it_goes_on_to_the_same_numbers(whole, folder, tmp_path, capsys, monkeypatch):
-    advance, count = training.Progress.advance, itertools.count(1)
-
-    def stopping(self, units):
-        self.interrupted = next(count) % 37 == 0  # as if by Ctrl-C
-        advance(self, units)
-
-    monkeypatch.setattr(training.Progress, "advance", stopping)
+    stop_at(monkeypatch, range(37, 1000, 37))
     command = arguments(folder, tmp_path)
     stops = 0
     while status := cl.main(command):
@@ -340,8 +327,7 @@ def test_interrupted_it_goes_on_to_the_same_numbers(whole, folder, tmp_path, cap
         assert "goes on from here" in capsys.readouterr().out
         stops += 1
     assert stops > 3
-    found = json.loads((tmp_path / "classification-cpu.json").read_text())["runs"]
-    assert numbers(found) == numbers(json.loads(whole.read_text())["runs"])
+    assert numbers(tmp_path / "classification-cpu.json") == numbers(whole)
     printed = capsys.readouterr().out
     assert cl.main(command) == 0  # nothing is left to measure
     assert capsys.readouterr().out == printed

@@ -144,55 +144,50 @@ def change(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        dict(architectures=None),
-        dict(architectures=[5]),
-        dict(architectures="LlamaForCausalLM"),
-        dict(architectures=["pipeline"]),
-        dict(architectures=["Trainer"]),
-        dict(architectures=["../evil"]),
-        dict(model_type="evil"),
-        dict(vocab_size="many"),
-        dict(vocab_size=-5),
-        dict(hidden_size=15),
-        dict(num_attention_heads=0),
-        dict(num_hidden_layers=10**6 * -1),
-        dict(log_position=5),
-        dict(log_position=dict(preset="evil")),
-        dict(log_position=dict(preset="log-bias", share_position=False, keep_positions=False, evil=1)),
-        dict(attn_implementation="evil/kernel"),
-        dict(_attn_implementation="evil/kernel:attention"),
-        dict(dtype="evil"),
-    ],
-    ids=str,
-)
-def test_odd_configurations(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    change(folder, **values)
-    assert str(folder) in refused(capsys, folder, "--prompt=x")
+REFUSED: list[tuple[str, Any]] = [  # a file, and its content; half of it; or changed values of config.json
+    *(
+        ("config.json", values)
+        for values in (
+            dict(architectures=None),
+            dict(architectures=[5]),
+            dict(architectures="LlamaForCausalLM"),
+            dict(architectures=["pipeline"]),
+            dict(architectures=["Trainer"]),
+            dict(architectures=["../evil"]),
+            dict(model_type="evil"),
+            dict(vocab_size="many"),
+            dict(vocab_size=-5),
+            dict(hidden_size=15),
+            dict(num_attention_heads=0),
+            dict(num_hidden_layers=10**6 * -1),
+            dict(log_position=5),
+            dict(log_position=dict(preset="evil")),
+            dict(log_position=dict(preset="log-bias", share_position=False, keep_positions=False, evil=1)),
+            dict(attn_implementation="evil/kernel"),
+            dict(_attn_implementation="evil/kernel:attention"),
+            dict(dtype="evil"),
+            b"{",
+            b"[]",
+            b"\xff\xfe",
+        )
+    ),
+    ("model.safetensors", b""),
+    ("model.safetensors", "half"),
+    ("tokenizer.json", b"{}"),
+    ("tokenizer_config.json", b"["),
+    ("tokenizer_config.json", b'{"tokenizer_class": 5}'),
+    ("tokenizer.model", b"evil"),
+    ("generation_config.json", b'{"eos_token_id": "x", "max_length": "y"}'),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config.json", b"{"),
-        ("config.json", b"[]"),
-        ("config.json", b"\xff\xfe"),
-        ("model.safetensors", b""),
-        ("model.safetensors", None),  # half of it
-        ("tokenizer.json", b"{}"),
-        ("tokenizer_config.json", b"["),
-        ("tokenizer_config.json", b'{"tokenizer_class": 5}'),
-        ("tokenizer.model", b"evil"),
-        ("generation_config.json", b'{"eos_token_id": "x", "max_length": "y"}'),
-    ],
-)
-def test_damaged_files(
-    folder: Path, name: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("name", "content"), REFUSED, ids=str)
+def test_refused_files(folder: Path, name: str, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    if isinstance(content, dict):
+        change(folder, **content)
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
     assert str(folder) in refused(capsys, folder, "--prompt=x")
 
 

@@ -2,19 +2,17 @@
 
 import json
 import math
-import random
-from collections import Counter
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import status_of
+from studies import numbers, stop_at, write_texts
 
-from bench.study import corpus, generation, training
+from bench.study import corpus, generation, judge, protocol, runner
 from bench.study.model import ENCODINGS, Model, Shape, encoding
 from logpe.command import TIME_IS_OVER
-from logpe.lm import text
 
 TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (
@@ -24,24 +22,18 @@ VARIANTS = (
     "rope+qk-norm",
     "rope+rotary=0.5",
 )
-WORDS = ["log", "bias", "of", "attention", "far", "near"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixty documents of words, 1,100 to 2,000 bytes."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for i in range(60):
-        text = f"{i} " + " ".join(rng.choice(WORDS) for _ in range(600))
-        (root / f"{i}.txt").write_text(text[: rng.randint(1100, 2000)])
-    return root
+    return write_texts(tmp_path_factory.mktemp("corpus"), 60, 1100, 2000)
 
 
 def settings(**changes):
     found = dict(corpus="", device="", versions={}, shape=TINY, train_length=16, length=128, prompt=8, steps=1, batch=2)
     found |= dict(samples=2, real=3, temperature=1.0, top_p=1.0, judge="rope", judge_length=32, judge_steps=1)
-    return generation.Settings(**found | dict(judge_batch=2, learning_rate=5e-3) | changes)
+    return judge.Settings(**found | dict(judge_batch=2, learning_rate=5e-3) | changes)
 
 
 def arguments(folder, out, *more):
@@ -140,11 +132,11 @@ def test_seed_and_temperature_decide_what_is_written():
 
 def test_repeated():
     text = torch.tensor([list(b"abcabcxxxxabc")])
-    assert generation.repeated(text, 3, 100)[0].int().tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1]
-    assert generation.repeated(text, 3, 6)[0].int().tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+    assert judge.repeated(text, 3, 100)[0].int().tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1]
+    assert judge.repeated(text, 3, 6)[0].int().tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
     texts = torch.randint(254, 256, (3, 400))  # eight of the largest bytes fill all 64 bits
     for n, history in ((8, 50), (5, 20)):
-        found = generation.repeated(texts, n, history)
+        found = judge.repeated(texts, n, history)
         for row, marks in zip(texts.tolist(), found.tolist(), strict=True):
             for i, mark in enumerate(marks):
                 gram = row[i - n + 1 : i + 1]
@@ -154,14 +146,14 @@ def test_repeated():
 
 def test_drift_and_printable():
     frequencies = torch.ones(256).double()
-    assert generation.drift(torch.arange(256), frequencies) == pytest.approx(0, abs=1e-9)
-    assert generation.drift(torch.zeros(7, dtype=torch.int64), frequencies) == pytest.approx(8)
+    assert judge.drift(torch.arange(256), frequencies) == pytest.approx(0, abs=1e-9)
+    assert judge.drift(torch.zeros(7, dtype=torch.int64), frequencies) == pytest.approx(8)
     frequencies[0] = 3 * 255  # a probability of 3/4
     half = torch.tensor([[0, 1], [1, 0]])
-    assert generation.drift(half, frequencies) == pytest.approx(
+    assert judge.drift(half, frequencies) == pytest.approx(
         0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 * 1020)
     )
-    assert generation.printable(torch.tensor(list(b"a\n\t\r ~\x7f\x1f\xff\0"))) == pytest.approx(0.6)
+    assert judge.printable(torch.tensor(list(b"a\n\t\r ~\x7f\x1f\xff\0"))) == pytest.approx(0.6)
 
 
 def test_bins_of_positions():
@@ -172,11 +164,11 @@ def test_bins_of_positions():
 
 def test_judge_reads_no_more_than_it_was_trained_on_and_every_byte_once():
     asked = settings(prompt=8, length=61)  # its end is not that of a piece
-    judge = Model(TINY, encoding("log-bias", 16), seed=0)
+    model = Model(TINY, encoding("log-bias", 16), seed=0)
     texts = torch.randint(256, (2, asked.context - asked.prompt + asked.length))
     lengths = []
-    hook = judge.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    found = generation.judged_bits(judge, texts, asked)
+    hook = model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    found = judge.judged_bits(model, texts, asked)
     hook.remove()
     assert max(lengths) < asked.judge_length
     assert found.shape == (2, asked.length - asked.prompt)
@@ -184,17 +176,17 @@ def test_judge_reads_no_more_than_it_was_trained_on_and_every_byte_once():
         first = place - asked.context - (place - asked.context) % asked.piece
         assert asked.context <= place - first < asked.judge_length
         with torch.inference_mode():
-            logits = judge(texts[:, first:place])[:, -1]
+            logits = model(texts[:, first:place])[:, -1]
         expected = F.cross_entropy(logits, texts[:, place], reduction="none") / math.log(2)
         torch.testing.assert_close(found[:, place - asked.context], expected)
 
 
 def test_scores_by_bin():
-    asked, judge = settings(), Model(TINY, encoding("none", 16), seed=0)
-    judge.embedding.weight.data.zero_()  # which gives every byte the same chance
+    asked, model = settings(), Model(TINY, encoding("none", 16), seed=0)
+    model.embedding.weight.data.zero_()  # which gives every byte the same chance
     texts = torch.full((4, asked.context - asked.prompt + asked.length), 32)
     texts[:2, -64:] = torch.arange(1, 129).view(2, 64) % 31  # no byte twice, and none a space
-    found = generation.scored(judge, texts, torch.ones(256).double(), asked)
+    found = judge.scored(model, texts, torch.ones(256).double(), asked)
     assert found["bits"] == [8.0] * 4
     assert found["repetition"] == [1.0, 1.0, 1.0, pytest.approx((0.5 + 33 / 64) / 2, abs=0.26)]
     assert found["drift"][:3] == [8.0] * 3
@@ -208,7 +200,7 @@ def test_scores_by_bin():
 
 def test_writers_judge_and_prompts_share_no_document(folder):
     text, asked = corpus.load(str(folder)), settings()
-    texts = generation.Texts(text, asked, [0])
+    texts = judge.Texts(text, asked, [0])
     sides = [{d.path for d in side} for side in (texts.written, texts.judged, text.test)]
     assert all(sides)
     assert sum(map(len, sides)) == len(set().union(*sides)) == 60
@@ -216,22 +208,15 @@ def test_writers_judge_and_prompts_share_no_document(folder):
     for window in texts.windows:
         assert any(bytes(window.tolist()) in document for document in held_out)
     assert torch.equal(texts.real(0), texts.windows[:3])
-    more = generation.Texts(text, asked, [0, 1])  # another seed changes nothing for the first
+    more = judge.Texts(text, asked, [0, 1])  # another seed changes nothing for the first
     assert torch.equal(more.real(0), texts.real(0))
     assert not torch.equal(more.real(1), texts.real(0))
     assert texts.frequencies.sum() == sum(len(d.text) for d in texts.written) + 256
     with pytest.raises(ValueError, match="fewer --real"):
-        generation.Texts(text, asked, [1000])
+        judge.Texts(text, asked, [1000])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def numbers(value):
-    """What was measured, without when and how fast."""
-    if isinstance(value, dict):
-        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-    return value
 
 
 ENOUGH = ("--encodings", "rope", "log-bias", "--seeds", "0", "1")
@@ -274,60 +259,47 @@ def test_what_a_run_leaves(whole, folder, capsys):
     assert float(cells[7]) == pytest.approx((sum(last) - sum(real)) / 2, abs=1e-3)
 
 
-def test_killed_at_any_moment_it_finds_the_same(whole, folder, tmp_path, monkeypatch):
+def test_stopped_at_any_moment_it_finds_the_same(whole, folder, tmp_path, monkeypatch):
     """In the judge's training, in a writer's, and while it writes."""
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    stop_at(monkeypatch, [3, 14, 30])
     command = arguments(folder, tmp_path, *ENOUGH)
-    for target, name, call in (
-        (text.Sampler, "__call__", 2),
-        (text.Sampler, "__call__", 4),
-        (generation, "draw", 99),
-    ):
-        plain, calls = getattr(target, name), Counter()
-
-        def failing(*args, plain=plain, calls=calls, call=call):
-            calls["all"] += 1
-            if calls["all"] == call:
-                raise RuntimeError("as if the machine were gone")
-            return plain(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, failing)
-            with pytest.raises(RuntimeError, match="machine"):
-                generation.main(command)
-    assert generation.main(command) == 0
+    assert [generation.main(command) for _ in range(4)] == [130, 130, 130, 0]
     (path,) = tmp_path.glob("*.json")
-    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1]["runs"])
+    assert numbers(path) == numbers(whole[0])
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-100])])
-def test_minutes_and_a_judge_that_is_gone(folder, tmp_path, capsys, damage):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_minutes_and_a_judge_that_is_gone(folder, tmp_path, capsys, damaged):
     command = arguments(folder, tmp_path, "--encodings", "none", "--seeds", "0")
     assert generation.main([*command, "--minutes", "0"]) == TIME_IS_OVER
     assert "The time is over: the same command" in capsys.readouterr().out
     assert generation.main(command) == 0
     assert generation.main([*command, "0", "1", "--minutes", "0"]) == TIME_IS_OVER  # the table shows what there is
     assert "| none " in capsys.readouterr().out
-    (judge,) = (tmp_path / ".cache").glob("*-judge.pt")
-    kept = torch.load(judge)["model"]
-    damage(judge)
+    (weights,) = (tmp_path / ".cache").glob("*-judge/*/model.safetensors")
+    kept = weights.read_bytes()
     more = arguments(folder, tmp_path, "--encodings", "none", "alibi", "--seeds", "0")
-    assert generation.main(more) == 0  # it is trained again
-    again = torch.load(judge)["model"]
-    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    if damaged:
+        weights.write_bytes(kept[:-100])
+        with pytest.warns(UserWarning, match="model.safetensors is not what was written"):
+            assert generation.main(more) == 0  # it is trained again
+    else:
+        shutil.rmtree(weights.parent)
+        assert generation.main(more) == 0
+    assert weights.read_bytes() == kept
 
 
 def test_training_lowers_the_loss_and_the_judge_knows_text_from_noise(folder, tmp_path):
     asked = settings(steps=60, batch=4)
-    texts = generation.Texts(corpus.load(str(folder)), asked, [0])
+    texts = judge.Texts(corpus.load(str(folder)), asked, [0])
     model = Model(asked.shape, encoding("log-bias", 16), seed=0)
 
     def bits(text):
-        return generation.judged_bits(model, text, asked).mean().item()
+        return judge.judged_bits(model, text, asked).mean().item()
 
     before, noise = bits(texts.real(0)), torch.randint(256, texts.real(0).shape)
-    args = (texts.sampler, asked.batch, asked.steps, 0, asked, tmp_path / "checkpoint.pt", lambda n: None)
-    found = generation.train(model, *args)
+    loss = protocol.byte_loss(model, lambda generator: texts.sampler(asked.batch, generator), 0)
+    found = runner.fit(model, loss, asked, asked.steps, tmp_path / "checkpoint", lambda work: None)
     assert found["bits_at_the_end"] < before - 3
     assert bits(texts.real(0)) < before - 3
     assert bits(noise) > before

@@ -570,13 +570,26 @@ def test_without_plans_every_call_is_checked_and_asks(repeated: Driver, monkeypa
     assert plan.count() == 0
 
 
-@pytest.mark.parametrize("value", ["0", "1", None])
-def test_the_environment_switches_plans_off(value: str | None) -> None:
-    environment = {name: x for name, x in os.environ.items() if name != "LOGPE_PLAN"}
+def test_the_environment_switches_plans_off() -> None:
+    assert plan.call_key((None,), 1) == (None, 1)
     code = "from logpe_kernels import plan; print(plan.call_key((None,), 1))"
-    environment |= {} if value is None else dict(LOGPE_PLAN=value)
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert printed == ("None\n" if value == "0" else "(None, 1)\n")
+    environment = os.environ | dict(LOGPE_PLAN="0")
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "None\n"
+
+
+def test_other_tiles_are_another_plan(repeated: Driver) -> None:
+    tiles = configs.Config(64, 32, 4, 2)
+    calls: list[Callable[[], Any]] = []
+    for kernels in ((), ("forward",), ("backward_dq",), ("backward_dkdv",)):
+
+        def call(kernels: tuple[str, ...] = kernels) -> None:
+            arguments, options = dense()
+            with configs.override(**dict.fromkeys(kernels, tiles)):
+                out = log_attention(*arguments, **options)
+                out.backward(torch.ones_like(out))
+
+        calls.append(call)
+    in_any_order(repeated, calls, same=0)
 
 
 def test_a_changing_position_is_no_new_layout(repeated: Driver) -> None:

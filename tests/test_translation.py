@@ -2,33 +2,23 @@
 
 import itertools
 import json
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import status_of
+from studies import numbers, stop_at
 
 for package in ("babel", "sacrebleu", "tokenizers"):  # without which bench.study.translation ends
     pytest.importorskip(package)
 
 from babel.messages import Catalog, mofile  # noqa: E402
 
-from bench.study import training, translation  # noqa: E402
-from bench.study.translation import (  # noqa: E402
-    BEGIN,
-    END,
-    NEWLINE,
-    PAD,
-    Examples,
-    Shape,
-    Translator,
-    Vocabulary,
-    join,
-    make_tests,
-    pad,
-)
+from bench.study import corpus, runner, translation  # noqa: E402
+from bench.study.encoders import BEGIN, END, NEWLINE, PAD, Shape, Translator, translator_encoding  # noqa: E402
+from bench.study.translation import Examples, join, make_tests, pad  # noqa: E402
+from bench.study.vocabulary import FIRST, Vocabulary  # noqa: E402
 from logpe.command import TIME_IS_OVER  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -76,7 +66,7 @@ def tokens_of(pairs):
 
 def texts(count, size, longest=9):
     """Tokens of made-up texts, no two of the same length."""
-    return [torch.randint(translation.FIRST, size, (longest - i,)).tolist() for i in range(count)]
+    return [torch.randint(FIRST, size, (longest - i,)).tolist() for i in range(count)]
 
 
 # --- catalogues -------------------------------------------------------------------------------------------------------
@@ -108,10 +98,10 @@ def test_what_is_read_from_catalogues(tmp_path):
         "Close": "Schließen",
         "Save %(file_name)s": "%(file_name)s speichern",
     }
-    count, pairs = translation.read([tmp_path / "share", tmp_path / "po"])
+    count, pairs = corpus.read_pairs([tmp_path / "share", tmp_path / "po"])
     assert count == 2
     assert pairs == sorted(expected.items())
-    assert translation.read([tmp_path]) == (count, pairs)
+    assert corpus.read_pairs([tmp_path]) == (count, pairs)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +120,21 @@ def test_what_is_read_from_catalogues(tmp_path):
     ],
 )
 def test_marks_of_keys_go_and_placeholders_stay(text, cleaned):
-    assert translation.clean(text) == cleaned
+    assert corpus.clean(text) == cleaned
 
 
 def test_split_does_not_leak(folder, tmp_path):
-    pairs = translation.load([folder])
+    pairs = corpus.load_pairs([folder])
     train, test = ({source for source, _ in side} for side in (pairs.train, pairs.test))
     assert train
     assert test
     assert not train & test
     assert train | test == {source for source, _ in PAIRS}
     for text in PAIRS[:50]:  # near copies go where the text goes
-        assert len({translation.held_out(form.format(text[0])) for form in ("{}", "{} 2...", "~{}:", "%1 {}")}) == 1
+        assert len({corpus.is_held_out(form.format(text[0])) for form in ("{}", "{} 2...", "~{}:", "%1 {}")}) == 1
     more = [*PAIRS, *((f"really {source}", f"wirklich {target}") for source, target in PAIRS)]
     write_catalogue(tmp_path / "de/toy.mo", more)
-    longer = translation.load([tmp_path])
+    longer = corpus.load_pairs([tmp_path])
     assert train <= {source for source, _ in longer.train}
     assert test <= {source for source, _ in longer.test}
     assert longer.sha256 != pairs.sha256
@@ -158,7 +148,7 @@ def test_missing_data_says_how_to_get_it(tmp_path, capsys):
         assert "apt-get download libreoffice-l10n-de" in printed
     (tmp_path / "de.mo").write_bytes(b"\xde\x12\x04\x95 cut short")
     with pytest.raises(ValueError, match=r"de\.mo is not a catalogue"):
-        translation.load([tmp_path])
+        corpus.load_pairs([tmp_path])
 
 
 @pytest.mark.parametrize("name", ["sacrebleu", "tokenizers", "babel"])
@@ -183,7 +173,7 @@ def test_vocabulary_holds_every_text():
     assert vocabulary.decode(vocabulary.encode(strange)) == strange
     source, _ = join([(vocabulary.encode(line), [BEGIN]) for line in ("a line", strange, "b")])
     assert vocabulary.decode([BEGIN, *source, END, PAD]) == f"a line\n{strange}\nb"
-    assert min(min(source + target) for source, target in tokens) >= translation.FIRST
+    assert min(min(source + target) for source, target in tokens) >= FIRST
 
 
 def test_examples_are_single_pairs_and_lines_within_the_limit():
@@ -261,9 +251,9 @@ def test_options_of_an_encoding():
     absent = "no LogPosition"
     for name, message in (("rope-yarn", absent), ("log-bias+rotary=0.5", absent), ("rop", "must be")):
         with pytest.raises(ValueError, match=message):
-            translation.encoding(name)
+            translator_encoding(name)
     with pytest.raises(ValueError, match="normalises queries and keys"):
-        translation.encoding("log-bias+qk-norm")
+        translator_encoding("log-bias+qk-norm")
 
 
 def test_translation_ends_at_the_end():
@@ -338,10 +328,12 @@ def test_training_learns_to_translate(tmp_path):
         pairs="", vocabulary="", device="", versions={}, shape=Shape(vocabulary.size, 32, 1, 2, 0.0), limit=10,
         steps=120, batch=8, tested=8, learning_rate=1e-2,
     )  # fmt: skip
-    model = Translator(settings.shape, "log-rotary-bias", seed=0)
+    model = Translator(settings.shape, "log-rotary-bias", seed=0).eval()
     before = translation.score(model, vocabulary, tokens, lambda n: None)
     examples = Examples(tokens, settings.limit, settings.batch)
-    found = translation.train(model, examples, 0, settings, tmp_path / "model.pt", lambda n: None)
+    loss = translation.line_loss(model, examples, 0)
+    found = runner.fit(model, loss, settings, 120, tmp_path / "model", lambda work: None)
+    model.eval()
     after = translation.score(model, vocabulary, tokens, lambda n: None)
     assert found["steps"] == 120
     assert len(found["positions"]) == 2
@@ -351,17 +343,6 @@ def test_training_learns_to_translate(tmp_path):
     # Of the right text for each, whatever order they are translated in.
     assert [text[1] for text in after["examples"]] == [german for _, german in PAIRS[:4]]
     assert [text[0] for text in after["examples"]] == [english for english, _ in PAIRS[:4]]
-
-
-def numbers(path):
-    """What was measured, without what depends on the day."""
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "commit", "threads")}
-        return value
-
-    return strip(json.loads(path.read_text())["runs"])
 
 
 def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch, capsys):
@@ -375,17 +356,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
     assert about["settings"]["steps"] == 6
     assert about["data"]["train_pairs"] + about["data"]["test_pairs"] == len(PAIRS)
 
-    advance = training.Progress.advance
-    calls = 0
-
-    def interrupted(self, units):
-        nonlocal calls
-        calls += 1
-        if calls in (4, 18):  # in the first training, in the second
-            signal.raise_signal(signal.SIGINT)
-        advance(self, units)
-
-    monkeypatch.setattr(training.Progress, "advance", interrupted)
+    stop_at(monkeypatch, [4, 18])  # in the first training, in the second
     command = arguments(folder, tmp_path / "pieces", *encodings)
     statuses = [translation.main(command) for _ in range(3)]
     assert statuses == [130, 130, 0]
@@ -398,11 +369,3 @@ def test_bad_arguments_are_named(folder, tmp_path, capsys):
     for more in (["--steps", "0"], ["--heads", "3"], ["--vocabulary", "100"], ["--limit", "2"], ["--data", "/no"]):
         assert status_of(translation.main, arguments(folder, tmp_path, *more)) == 2
         assert more[0] in capsys.readouterr().err
-
-
-def test_help_says_what_there_is(capsys):
-    with pytest.raises(SystemExit) as done:
-        translation.main(["--help"])
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("apt-get download", "--data", "--limit", "--minutes", "log-rotary-bias"))

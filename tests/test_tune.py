@@ -26,8 +26,7 @@ from bench.speed.compile_report import TARGETS
 from logpe import __main__ as command
 from logpe import files
 from logpe.command import TIME_IS_OVER
-from logpe.tuning import trial as measure
-from logpe.tuning import tune
+from logpe.tuning import trial, tune
 from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +52,7 @@ def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(configs, "name_of", lambda device: NAME)
     monkeypatch.setattr(configs, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(configs, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(trial, "take_turns", take_turns)
     shipped = configs.shipped
     large = TASK.kernel, TASK.head_dim
     monkeypatch.setattr(configs, "shipped", lambda *x: DEFAULT if (x[0], x[3]) == large else shipped(*x))
@@ -98,16 +98,16 @@ def test_candidates_are_some_and_may_fit(target: str, kernel: str, dtype: str) -
     for head_dim in (16, 64, 96, 128, 256):
         task = Task(kernel, dtype, head_dim, "log-bias", True, 4096, 4, 16, 16)
         default = configs.shipped(kernel, target, task.itemsize, head_dim)
-        found = tune.tiles(task, default, target, shared)
-        assert 3 <= len(found) == len(set(found)) <= 40, (head_dim, found)
+        tiles = tune.tiles(task, default, target, shared)
+        assert 3 <= len(tiles) == len(set(tiles)) <= 40, (head_dim, tiles)
         pipelines = tune.pipelines(default, task, target, shared)
         assert pipelines
-        assert default not in (*found, *pipelines)
-        for config in (*found, *pipelines):
+        assert default not in (*tiles, *pipelines)
+        for config in (*tiles, *pipelines):
             configs.check_values(kernel, config)
             facts = (task.itemsize, head_dim, target, shared)
             assert configs.cannot_launch(kernel, config, *facts) is None
-        assert all(tuple(c[3:]) == tuple(default[3:]) for c in found)
+        assert all(tuple(c[3:]) == tuple(default[3:]) for c in tiles)
         assert all(c[:3] == default[:3] for c in pipelines)
 
 
@@ -409,16 +409,16 @@ def test_the_whole_command(
 # ---- one candidate ---------------------------------------------------------------------------------------------------
 
 
-def fake_timer(launches: list[measure.Launch], budget: float) -> list[float]:
-    """By BLOCK_N, after each launch was carried out."""
+def take_turns(launches: list[trial.Launch], budget: float) -> list[float]:
+    """Make up times, by BLOCK_N, after each launch was carried out."""
     for launch in launches:
         launch()
     return [launch.keywords["BLOCK_N"] / 10 for launch in launches]
 
 
 def compare(task: Task, config: Config, device: torch.device) -> Comparison | str:
-    measure._inputs.cache_clear()
-    return measure.compare(task, config, Config(32, 32, 4, 1), 10.0, device, fake_timer)
+    trial._inputs.cache_clear()
+    return trial.compare(task, config, Config(32, 32, 4, 1), 10.0, device)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict[s
     """Let the candidate, the one with BLOCK_N = 64, return something else."""
     run = KERNELS[kernel].run
 
-    def spoiled(inputs: measure.Inputs) -> dict[str, torch.Tensor]:
+    def spoiled(inputs: trial.Inputs) -> dict[str, torch.Tensor]:
         results = run(inputs)
         if configs._override[kernel].BLOCK_N == 64:
             change(results)
@@ -451,16 +451,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict[s
 
 def test_wrong_candidates_are_out(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     spoil(monkeypatch, "forward", lambda results: results["lse"].view(-1)[-1].add_(1))
-    found = compare(SMALL, Config(16, 64, 4, 1), device)
-    assert isinstance(found, str)
-    assert found.startswith("wrong: lse differs by 1, ")
+    reason = compare(SMALL, Config(16, 64, 4, 1), device)
+    assert isinstance(reason, str)
+    assert reason.startswith("wrong: lse differs by 1, ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["dq", "drate"])
 def test_difference(dtype: torch.dtype, name: str) -> None:
     expected = {"dq": torch.randn(2, 3, 50, 8), "drate": torch.randn(2) * 100}
-    assert measure.difference(expected, expected, dtype) is None
+    assert trial.difference(expected, expected, dtype) is None
 
     def moved(by: float) -> dict[str, torch.Tensor]:
         step = torch.zeros_like(expected[name])
@@ -468,18 +468,18 @@ def test_difference(dtype: torch.dtype, name: str) -> None:
         return {**expected, name: expected[name] + step}
 
     allowed = 256 if dtype == torch.float32 else 4
-    assert measure.difference(moved(0.9 * allowed), expected, dtype) is None
-    assert f"{name} differs by" in str(measure.difference(moved(1.1 * allowed), expected, dtype))
+    assert trial.difference(moved(0.9 * allowed), expected, dtype) is None
+    assert f"{name} differs by" in str(trial.difference(moved(1.1 * allowed), expected, dtype))
     for value in (float("nan"), float("inf")):
-        assert f"{name} is not finite" in str(measure.difference(moved(value), expected, dtype))
-        assert f"{name} is not finite" in str(measure.difference(expected, moved(value), dtype))
+        assert f"{name} is not finite" in str(trial.difference(moved(value), expected, dtype))
+        assert f"{name} is not finite" in str(trial.difference(expected, moved(value), dtype))
 
 
 def test_queries_without_a_key_are_compared_too() -> None:
     expected = {"lse": torch.tensor([1.0, -torch.inf]), "out": torch.zeros(0, 8)}
-    assert measure.difference(expected, expected, torch.float16) is None
+    assert trial.difference(expected, expected, torch.float16) is None
     other = {**expected, "lse": torch.tensor([1.0, 0.0])}
-    assert "lse is not finite" in str(measure.difference(other, expected, torch.float16))
+    assert "lse is not finite" in str(trial.difference(other, expected, torch.float16))
 
 
 def test_candidates_that_vary_are_out(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -489,15 +489,15 @@ def test_candidates_that_vary_are_out(monkeypatch: pytest.MonkeyPatch, device: t
 
 
 def test_memory_is_poisoned() -> None:
-    with measure.poisoned():
+    with trial.poisoned():
         assert torch.zeros(3).new_empty(3).isnan().all()
         assert torch.empty_like(torch.zeros(3)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_launches_are_recorded_and_can_be_repeated(device: torch.device) -> None:
-    inputs = measure.make_inputs(SMALL, device)
-    with configs.override(Config(16, 32, 4, 1)), measure.recorded() as launches:
+    inputs = trial.make_inputs(SMALL, device)
+    with configs.override(Config(16, 32, 4, 1)), trial.recorded() as launches:
         results = KERNELS["forward"].run(inputs)
     (launch,) = launches["forward"]
     before = {name: x.clone() for name, x in results.items()}
@@ -506,7 +506,7 @@ def test_launches_are_recorded_and_can_be_repeated(device: torch.device) -> None
     launch()
     for name, x in results.items():
         assert torch.equal(x, before[name])
-    with measure.recorded(dry=True) as launches:
+    with trial.recorded(dry=True) as launches:
         results = KERNELS["forward"].run(inputs)
     assert len(launches["forward"]) == 1
     assert results["out"].isnan().all()  # nothing ran
@@ -518,7 +518,7 @@ def test_everything_but_the_times(path: Path, device: torch.device) -> None:
 
     class Inline(Fake):
         def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-            return measure.compare(task, config, default, budget, device, fake_timer)
+            return trial.compare(task, config, default, budget, device)
 
     (entry,) = tune.tune([SMALL], path, CPU, Inline())
     assert min(config[1] for config, _ in entry.tried) == entry.config.BLOCK_N
@@ -528,7 +528,7 @@ def test_everything_but_the_times(path: Path, device: torch.device) -> None:
         return
     forget()
     q = torch.randn(1, 2, 40, 16, dtype=torch.float16)
-    with measure.recorded() as launches:
+    with trial.recorded() as launches:
         position = logpe.LogPosition(2, 16, "log-rotary-bias")
         logpe.log_attention(q, q[:, :1], q[:, :1], position, is_causal=True, backend="triton")
     assert launches["forward"][0].keywords.items() >= entry.config.launch().items()
@@ -540,7 +540,7 @@ def test_candidates_compile_without_being_launched() -> None:
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 from bench.speed.compile_report import Driver
-from logpe.tuning import trial as measure
+from logpe.tuning import trial
 from logpe_kernels.configs import Config
 
 def load(self):
@@ -548,11 +548,11 @@ def load(self):
 
 CompiledKernel._init_handles = load
 driver.set_active(Driver("sm_90"))
-for kernel in measure.KERNELS:
-    task = measure.Task(kernel, "bfloat16", 64, "log-bias", True, 1024, 2, 4, 2)
-    found = measure.compile_candidate(task, Config(64, 64, 4, 2))
-    print(kernel, type(found).__name__, found.registers, found.shared > 16384)
-print(measure.compile_candidate(task, Config(48, 64, 4, 2)))
+for kernel in trial.KERNELS:
+    task = trial.Task(kernel, "bfloat16", 64, "log-bias", True, 1024, 2, 4, 2)
+    needs = trial.compile_candidate(task, Config(64, 64, 4, 2))
+    print(kernel, type(needs).__name__, needs.registers, needs.shared > 16384)
+print(trial.compile_candidate(task, Config(48, 64, 4, 2)))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)])
@@ -566,7 +566,7 @@ print(measure.compile_candidate(task, Config(48, 64, 4, 2)))
 
 
 def test_candidates_are_compiled_at_once_until_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "compile_candidate", operator.truediv)  # a function that a process can be sent
+    monkeypatch.setattr(trial, "compile_candidate", operator.truediv)  # a function that a process can be sent
     machine = Gpu(None, 1, time.monotonic() + 60)
     try:
         assert machine.compile(6, [2, 0, 3]) == [3, "ZeroDivisionError: division by zero", 2]
@@ -595,5 +595,5 @@ def test_on_this_gpu(tmp_path: Path) -> None:
     assert [entry["kernel"] for entry in entries] == ["forward", "backward_dkdv"]
     for entry in entries:
         assert entry["milliseconds"] <= entry["default_milliseconds"]
-        assert sum(isinstance(found, float) for _, found in entry["tried"]) >= 3, entry["tried"]
-        assert not any("wrong" in str(found) for _, found in entry["tried"]), entry["tried"]
+        assert sum(isinstance(result, float) for _, result in entry["tried"]) >= 3, entry["tried"]
+        assert not any("wrong" in str(result) for _, result in entry["tried"]), entry["tried"]

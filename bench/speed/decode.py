@@ -3,17 +3,17 @@
     python -m bench decode                     # on a GPU: 1k to 128k tokens, bfloat16, 32 query heads on 8 of 128
     python -m bench decode --device cpu --lengths 256 1024 --methods log-bias sdpa copy
 
-One new query of each sequence against all keys of its cache; one layer, attention alone. Every method works on the
-same tensors in one process. On a GPU a step is a CUDA graph, as decoders run it, and the L2 cache is overwritten before
-each repeat, since the other layers of a model do that too. What is compared:
+Each sequence has one new query, which sees all keys of its cache; what is timed is attention alone, in one layer. All
+methods get the same tensors, in one process. On a GPU a step is a CUDA graph, as decoders run it, and the L2 cache is
+cleared before each repeat, as the other layers of a model would. The methods:
 
 * ``log-bias``: log_attention with the learnable log bias, on a preallocated cache.
 * ``log-bias-paged``: the same on shuffled pages of 64 tokens.
 * ``none``: log_attention without a position.
 * ``flex``: compiled flex_attention with the bias as a score_mod, for this length.
 * ``sdpa``: F.scaled_dot_product_attention without a bias, on the backend that it chooses.
-* ``copy``: the keys copied over the values, by the device: as many bytes read and written as attention has to read,
-  and so the memory's limit. The table's last column is the share of it that a method reaches.
+* ``copy``: the device copies the keys over the values. It reads and writes as many bytes as attention has to read,
+  and so shows the memory's limit. The table's last column is the share of it that a method reaches.
 
 A point that fails is a row that says so. The same command goes on where it was stopped. Status 1: nothing could be
 measured.
@@ -90,26 +90,9 @@ class Inputs(NamedTuple):
 # --- the methods: each prepares what is not timed, and returns what is --------------------------------------------
 
 Step = Callable[[], object]
-METHODS: dict[str, Callable[[Inputs], Step]] = {}
 
 
-def method(name: str) -> Callable[[Callable[[Inputs], Step]], Callable[[Inputs], Step]]:
-    """Register a method under the name that the command line, the table and the picture use."""
-
-    def register(prepare: Callable[[Inputs], Step]) -> Callable[[Inputs], Step]:
-        METHODS[name] = prepare
-        return prepare
-
-    return register
-
-
-@method("log-bias")
-def _log_bias(x: Inputs) -> Step:
-    return lambda: logpe.log_attention(x.q, x.k, x.v, x.position, is_causal=True)
-
-
-@method("log-bias-paged")
-def _log_bias_paged(x: Inputs) -> Step:
+def _paged(x: Inputs) -> Step:
     batch, _, length, _ = x.k.shape
     max_pages = -(-length // PAGE_SIZE)
     table = torch.randperm(batch * max_pages, device=x.k.device).view(batch, max_pages)
@@ -127,12 +110,6 @@ def _log_bias_paged(x: Inputs) -> Step:
     return lambda: logpe.log_attention(x.q, k, v, x.position, **options)
 
 
-@method("none")
-def _none(x: Inputs) -> Step:
-    return lambda: logpe.log_attention(x.q, x.k, x.v, is_causal=True)
-
-
-@method("flex")
 def _flex(x: Inputs) -> Step:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -148,14 +125,14 @@ def _flex(x: Inputs) -> Step:
     return lambda: compiled(x.q, x.k, x.v, score_mod=score_mod, enable_gqa=True)
 
 
-@method("sdpa")
-def _sdpa(x: Inputs) -> Step:
-    return lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True)
-
-
-@method("copy")
-def _copy(x: Inputs) -> Step:
-    return lambda: x.v.copy_(x.k)
+METHODS: dict[str, Callable[[Inputs], Step]] = {
+    "log-bias": lambda x: lambda: logpe.log_attention(x.q, x.k, x.v, x.position, is_causal=True),
+    "log-bias-paged": _paged,
+    "none": lambda x: lambda: logpe.log_attention(x.q, x.k, x.v, is_causal=True),
+    "flex": _flex,
+    "sdpa": lambda x: lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True),
+    "copy": lambda x: lambda: x.v.copy_(x.k),
+}
 
 
 # --- one point ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@
     PYTHONPATH=.:kernels python -m bench gpu --out DIR        # from a checkout that is not installed
 
 Runs the GPU tests, the throughput comparison in its most telling points, the host overhead, and the tuner, each as a
-process with a share of the time; what one does not need, the next ones get. A part that fails, or runs out of time,
-is a line of the table that is printed last, and the others go on. DIR then holds JSON, CSV and PNG, and ``log.txt``
-with all that was printed. The same command on the same DIR goes on where throughput and tuner were stopped.
+process with a share of the time; what one does not need, the next ones get. Each is a line of the table that is
+printed at the end, with what it said last. If one fails, or runs out of time, the others go on. DIR then holds JSON,
+CSV and PNG, and ``log.txt`` with all that was printed. The same command on the same DIR goes on where throughput and
+tuner were stopped.
 
 Exit status 1: a part did not end well. ``--cpu`` runs what there is without a GPU, in tiny sizes: it checks this
 command, and measures nothing.
@@ -16,14 +17,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +32,8 @@ import torch
 from tqdm import tqdm
 
 from bench import command
-from bench.common import commit, describe_machine
-from bench.speed import host_overhead, runner, throughput
+from bench.common import describe_machine
+from bench.speed import runner, throughput
 from logpe.command import STOPPED, TIME_IS_OVER
 from logpe.files import locked
 
@@ -51,13 +50,11 @@ class Part:
     Attributes:
         share: of the time that all parts have.
         command: returns the arguments of Python, for the seconds that the part has.
-        summary: returns a line made from what the process left behind.
     """
 
     name: str
     share: float
     command: Callable[[float], list[str]]
-    summary: Callable[[], str]
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Outcome:
     part: str
     state: str  # ok, failed, out of time, not run
     seconds: float = 0.0
-    result: str = ""
+    result: str = ""  # the last line that it printed
 
 
 def parts(folder: Path, gpu: bool) -> list[Part]:
@@ -100,38 +97,12 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         return ["-m", "logpe", "tune", *size, "--minutes", minutes(seconds), "--out", str(folder / "tune.json")]
 
     all_parts = [
-        Part("tests", 0.32, tests, lambda: test_summary(folder / "tests.xml")),
-        Part("throughput", 0.34, compare, lambda: throughput_summary(folder, gpu)),
-        Part("host overhead", 0.06, host, lambda: host_summary(folder / "host_overhead.json")),
-        Part("tuner", 0.28, tune, lambda: ""),
+        Part("tests", 0.32, tests),
+        Part("throughput", 0.34, compare),
+        Part("host overhead", 0.06, host),
+        Part("tuner", 0.28, tune),
     ]
     return all_parts if gpu else all_parts[:-1]
-
-
-def test_summary(path: Path) -> str:
-    """Return the counts of pytest's report, and the names of tests that failed."""
-    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    counts = {"passed": total - failed - errors - skipped, "failed": failed, "errors": errors, "skipped": skipped}
-    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "passed")
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    bad = [c.get("name", "?") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    return text + (f" ({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''})" if bad else "")
-
-
-def throughput_summary(folder: Path, gpu: bool) -> str:
-    """Return how many points the last run of this code has. Raises LookupError where there is none."""
-    path = throughput.BENCH.file(folder, "cuda" if gpu else "cpu")
-    points = [run for run in throughput.BENCH.read(path) if run.commit == commit()][-1].points
-    missing = sum("missing" in row for row in points)
-    return f"{len(points) - missing} points" + (f", {missing} that failed" if missing else "")
-
-
-def host_summary(path: Path) -> str:
-    """Return the host time of a call."""
-    return host_overhead.summary(json.loads(path.read_text())["microseconds"])
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -187,15 +158,9 @@ def run_part(part: Part, seconds: float, log: Path) -> Outcome:
             finally:
                 if process.poll() is None:
                     stop(process)
-    try:
-        result = part.summary()
-    except Exception as error:  # it left nothing, or half of it
-        result = f"no result: {type(error).__name__}"
-    if state != "ok" or not result:
-        printed = log.read_bytes()[start:].decode(errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(printed) if line.strip()), "nothing printed")
-        result = "; ".join(filter(None, [result, last[:160]]))
-    return Outcome(part.name, state, round(time.monotonic() - begin, 1), result)
+    printed = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    last = next((line.strip() for line in reversed(printed) if line.strip()), "nothing printed")
+    return Outcome(part.name, state, round(time.monotonic() - begin, 1), last[:160])
 
 
 def run_all(todo: Sequence[Part], seconds: float, log: Path) -> list[Outcome]:

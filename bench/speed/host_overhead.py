@@ -1,14 +1,13 @@
 """Host time of one short call of log_attention, forward under autograd, and what each of its layers costs.
 
     python -m bench host_overhead
-    python -m bench host_overhead --profile      # and the functions that take it
+    python -m bench host_overhead --profile      # and the functions that take the time
 
-Every step of the ladder is a call that includes the steps above it, down to the whole of
-log_attention(q, k, v, position). Calls are repeated, as a model repeats them: what is known of one is looked up. On a
-GPU the host is timed alone, without waiting for the device, and so is the replay of a CUDA graph of the same call.
-Without a GPU the kernels are compiled for sm_90 and everything runs up to the driver: the compiled kernel is found,
-then its launch is left out; tensors lie on the CPU, so that allocations, softplus and F.scaled_dot_product_attention
-are those of the CPU. What is and is not in a number stands beside it.
+Each step of the ladder is a call that includes the steps above it; the last is log_attention(q, k, v, position) as a
+whole. Calls are repeated, as a model repeats them, so that what is known of one is looked up. On a GPU the host alone
+is timed, without waiting for the device, and so is the replay of a CUDA graph of the same call. Without a GPU the
+kernels are compiled for sm_90, and everything runs up to the driver: the compiled kernel is looked up, and its launch
+is left out. Tensors then lie on the CPU, and so allocations, softplus and F.scaled_dot_product_attention are the CPU's.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
 
     here = contextlib.nullcontext
     steps: dict[str, tuple[Call, Any]] = {
-        "launcher: problem, outputs, tile sizes": (kernels, without_triton),
+        "launcher: plan, outputs, tile sizes": (kernels, without_triton),
         "+ the compiled kernel found": (kernels, without_launch),
         "+ the launch": (kernels, here),
         "+ autograd": (differentiable, here),
@@ -222,26 +221,20 @@ def table(times: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def summary(microseconds: dict[str, dict[str, float]]) -> str:
-    """Return the median of the whole call, and how many times that of F.scaled_dot_product_attention it is."""
-    whole, sdpa = (microseconds[name]["p50"] for name in (WHOLE, SDPA))
-    return f"{whole:.0f} us, {whole / sdpa:.1f} times {SDPA}"
-
-
 @command.program("bench host_overhead")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write what the command line asks for; return the exit status."""
     parser = command.new_parser("bench host_overhead", __doc__)
     for name, default, text in (
-        ("--length", 128, "tokens"),
-        ("--heads", 16, "of one sequence"),
-        ("--head-dim", 64, "of a head"),
+        ("--length", 128, "tokens of the one sequence"),
+        ("--heads", 16, "heads"),
+        ("--head-dim", 64, "dimensions of a head"),
         ("--rounds", 100, f"blocks of {CALLS} calls of each step"),
     ):
         parser.add_argument(name, type=command.count, default=default, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--profile", action="store_true", help="also print where log_attention spends its time")
-    parser.add_argument("--out", type=Path, help="write it to this JSON file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the times to this JSON file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: there is nothing to launch when interpreting")
@@ -265,7 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.profile:
             profile(steps[WHOLE][0])
     microseconds = {name: dict(zip(("least", "p50", "p80"), some, strict=True)) for name, some in times.items()}
-    print(f"\nMedian of the whole call: {summary(microseconds)}")
+    which = "p50" if gpu else "least"
+    whole, sdpa = (microseconds[name][which] for name in (WHOLE, SDPA))
+    text = "" if gpu else ", without the launch"
+    print(f"\nlog_attention takes {whole:.0f} us of host time{text}, {whole / sdpa:.1f} times {SDPA} ({which})")
     if options.out:
         machine |= dict(launch="measured" if gpu else STUBBED)
         about = runner.circumstances("host_overhead", arguments, machine)

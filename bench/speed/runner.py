@@ -194,22 +194,24 @@ def run(
         if options.fresh or not same:
             same = [new]
             runs.append(new)
-        last = same[-1]
-        last.points = [row for row in last.points if row["method"] in bench.methods]
-        done = bench.rows(last)
+        current = same[-1]
+        current.points = [row for row in current.points if row["method"] in bench.methods]
+        done = bench.rows(current)
         stop: KeyboardInterrupt | None = None
         try:
             for row in _measure(groups, done, command.deadline(options.minutes), measure, prepare):
-                last.points.append(row)
+                current.points.append(row)
                 write_json(path, dict(format=FORMAT, runs=[asdict(run) for run in runs]))
         except KeyboardInterrupt as error:
             stop = error
-        bench.show(last, path)
-        done = bench.rows(last)
-        if left := sum(point not in done for group in groups for point in group):
-            print(f"{left} points to go.")
-            return command.stopped(stop or command.TimeIsOver())
-        return int(all("missing" in row for row in last.points))
+        bench.show(current, path)
+        done = bench.rows(current)
+        left = sum(point not in done for group in groups for point in group)
+        failed = sum("missing" in row for row in current.points)
+        status = command.stopped(stop or command.TimeIsOver()) if left else int(failed == len(current.points))
+        counts = {"measured": len(current.points) - failed, "failed": failed, "to go": left}
+        print("points: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
+        return status
 
 
 def _measure(

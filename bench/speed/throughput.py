@@ -1,34 +1,34 @@
 """How fast attention with a log position is, and how much memory it takes, beside its alternatives.
 
-Self-attention on random inputs. Every row (method, direction, size) is on disk as soon as it is known; Ctrl-C, or the
-end of ``--minutes``, loses nothing, and the same command goes on from there. Status 1: nothing could be measured.
+Self-attention on random inputs. Every point (method, direction, size) is on the disk as soon as it is measured.
+Ctrl-C, or the end of ``--minutes``, loses nothing, and the same command goes on from there. Status 1: nothing could
+be measured.
 
     python -m bench throughput
     python -m bench throughput --lengths 512 2048 --methods log-bias sdpa --minutes 5
-    python -m bench throughput --out bench/results                  # the record that is kept in this repository
-    python -m bench throughput --report          # tables and picture of the last run again, measuring nothing
+    python -m bench throughput --out bench/results       # the record that is kept in this repository
+    python -m bench throughput --report                  # measure nothing: table and picture of the last run again
 
-What is compared:
+The methods:
 
-* ``log-bias``: log_attention with the learned bias, gradients of its parameters included. ``log-bias-frozen``: with
-  the bias as constants. ``log-bias-rope``, ``log-invariant``, ``log-rotary-bias``: others. ``none``: no position.
-  Triton kernels on a GPU, the blocked backend on the CPU.
-* ``flex``: compiled flex_attention with the bias as a score_mod whose parameters are constants; ``flex-learned``: with
-  gradients of these parameters. The block mask is formed beforehand and not timed.
+* ``log-bias``: log_attention with the learned bias, and the gradients of its parameters. ``log-bias-frozen``: with a
+  constant bias. ``log-bias-rope``, ``log-invariant``, ``log-rotary-bias``: with other presets. ``none``: with no
+  position. All run the Triton kernels on a GPU, and the blocked backend on the CPU.
+* ``flex``: compiled flex_attention with the bias as a score_mod, whose parameters are constants. ``flex-learned``: with
+  the gradients of these parameters. The block mask is made beforehand, and not timed.
 * ``sdpa-flash``, ``sdpa-cudnn`` (``sdpa`` on the CPU): F.scaled_dot_product_attention without a bias, by one backend.
-* ``sdpa-dense``: F.scaled_dot_product_attention (on a GPU by its efficient backend) with the bias as an N x N tensor,
-  formed beforehand and not timed, of which no gradient is taken. Grouped heads are repeated, in the time.
+* ``sdpa-dense``: F.scaled_dot_product_attention with the bias as an N x N tensor (on a GPU by the efficient backend).
+  The tensor is made beforehand and not timed, and gets no gradient. The time includes repeating grouped heads.
 * ``eager``: the definition, one tensor operation after the other, with the gradients of log-bias.
 
-Directions: ``forward`` runs without gradients; ``backward`` is what torch.autograd.grad takes after a forward pass
-that is not timed; ``both`` is a forward pass and its backward pass together. Memory is the peak beyond q, k, v and the
-gradient of out; that of ``backward`` includes what its forward pass kept.
+The directions: ``forward`` runs without gradients. ``backward`` is the time of torch.autograd.grad after a forward
+pass that is not timed. ``both`` is a forward and a backward pass together. Memory is the peak beyond q, k, v and the
+gradient of out; for ``backward`` it includes what the forward pass kept.
 
-On a GPU, CUDA events take the time of the device. Before each repeat the L2 cache is overwritten, and the device waits
-while the host runs ahead, so that the host's time does not count (it has a bench of its own, host_overhead). One
-process measures point after point; one that it dies of is a row that says so, and another process goes on. Kernels are
-compiled beforehand, in several processes at once. On the CPU each point has a process, so that its peak memory is its
-own; times on a CPU that is busy otherwise say little.
+On a GPU, CUDA events measure the time of the device. Before each repeat the L2 cache is cleared, and the device waits
+while the host runs ahead: the host's time is the subject of host_overhead. One process measures all points. If a point
+brings it down, the row says so, and another process goes on. Kernels are compiled beforehand, by several processes at
+once. On the CPU each point has a process of its own, and so its own peak memory. Times on a busy CPU say little.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case(runner.Point):
-    """One point: what is run, on what."""
+    """One point: a method in one direction, on q (B, Hq, N, D), k and v (B, Hkv, N, D)."""
 
     direction: str
     length: int
@@ -79,7 +79,7 @@ class Case(runner.Point):
 
     @property
     def flops(self) -> float:
-        """As they are usually counted: 4 N^2 D per head forward, 2.5 times that backward, half of it when causal."""
+        """The operations, as usually counted: 4 N^2 D per head forward, 2.5 times that backward, half if causal."""
         products = {"forward": 4.0, "backward": 10.0, "both": 14.0}[self.direction]
         return products * self.length**2 * self.head_dim * self.heads * self.batch * (0.5 if self.causal else 1.0)
 
@@ -157,7 +157,7 @@ class Inputs:
 
 
 class Attention(NamedTuple):
-    """``run`` is timed; gradients are taken by q, k, v and ``parameters``."""
+    """What a method prepares: ``run``, which is timed, and ``parameters`` that get gradients beside q, k and v."""
 
     run: Callable[[], Tensor]
     parameters: Sequence[Tensor] = ()
@@ -263,7 +263,7 @@ METHODS: dict[str, Method] = {  # the most telling first
 
 
 class Prepared(NamedTuple):
-    """What the directions of a point share; ``before``: bytes in use before the method took any."""
+    """What the directions of a point share. ``before`` is how many bytes were in use before the method took any."""
 
     inputs: Inputs
     attention: Attention
@@ -438,7 +438,9 @@ def compile_all(pool: Pool, cases: Iterable[Case], end: float) -> None:
             case = replace(case, length=min(case.length, 1024), batch=1)
         return case
 
-    pool.map(compile_one, dict.fromkeys(compiles(case) for case in cases if METHODS[case.method].compiled))
+    wanted = dict.fromkeys(compiles(case) for case in cases if METHODS[case.method].compiled)
+    for _ in pool.each(compile_one, wanted):
+        pass
 
 
 def run_case(worker: Worker, case: Case, end: float) -> Row | None:
@@ -599,12 +601,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     numbers: dict[str, Any] = dict(type=command.count, nargs="+", metavar="N")
     add("--lengths", "tokens in a sequence, the most telling first, as in all lists", **numbers)
     add("--long", f"lengths for {OURS} alone, 8 heads of 64, causal", type=command.count, nargs="*", metavar="N")
-    add("--tokens", "in a batch, at least one sequence", type=command.count, metavar="N")
+    add("--tokens", "tokens in a batch, which has at least one sequence", type=command.count, metavar="N")
     add("--hidden", "heads times head dimension", type=command.count, metavar="N")
     add("--head-dims", "head dimensions", **numbers)
-    add("--masks", "causal or full", nargs="+", choices=("causal", "full"), metavar="MASK")
+    add("--masks", "masks, causal or full", nargs="+", choices=("causal", "full"), metavar="MASK")
     add("--kv-groups", "query heads to a key head", **numbers)
-    add("--dtype", "of q, k and v", choices=("bfloat16", "float16", "float32"))
+    add("--dtype", "dtype of q, k and v", choices=("bfloat16", "float16", "float32"))
     add("--jobs", "processes that compile beforehand", type=command.at_least(0), metavar="N")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), metavar="DIRECTION",
                         help=f"of {', '.join(DIRECTIONS)} (all)")  # fmt: skip

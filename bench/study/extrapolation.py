@@ -19,22 +19,16 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-# Before torch is loaded: threads that wait by spinning make a busy machine several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import torch
-
-import logpe
 from bench import command
-from bench.command import at_least, count, positive
-from bench.common import device_name
-from bench.study import corpus, findings, tasks, training
+from bench.command import at_least, count
+from bench.study import corpus, findings, runner, tasks
 from bench.study import protocol as study
 from bench.study.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
+from bench.study.tables import Runs
 
 QUICK = ["rope", "alibi", "log-bias", "log-bias-rope"]
 CPU = ["rope", "rope-yarn", "alibi", "kerple", "log-bias", "log-bias-rope"]
@@ -70,23 +64,16 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """What is left out is taken from BUDGETS, by --quick and the device."""
+    """Return the parser; what is left out is taken from BUDGETS, by --quick and the device."""
     options = "\n".join(f"  +{name:<56}{what}" for name, what in OPTIONS.items())
     listed = "\n".join(f"  {name:<57}{task.summary}" for name, task in tasks.TASKS.items())
-    p = command.new_parser(
-        "bench extrapolation",
-        __doc__,
+    epilog = (
         f"encodings: {', '.join(name for name in ENCODINGS if '+' not in name)};\n"
         f"options of an encoding, as in log-bias+gain+power=0.5:4:\n{options}\n"
-        f"tasks:\n{listed}\n"
-        f"corpora:\n  stdlib: the standard library beside the interpreter; nothing to download\n"
-        f"  linux, linux-docs: C source, or Documentation, of the folder linux-source-* here or in /usr/src\n"
-        f"{corpus.LINUX_HELP}  any folder of text",
+        f"tasks:\n{listed}\n{corpus.HELP}"
     )
-
-    default = command.default_of(BUDGETS)
+    p, default = runner.new_parser("extrapolation", __doc__, epilog, BUDGETS)
     p.add_argument("--quick", action="store_true", help="a small budget for one table and one picture")
-    p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare, see below {default('encodings')}")
     p.add_argument(
         "--tasks", nargs="*", choices=tasks.TASKS, metavar="NAME", help=f"retrieval, see below {default('tasks')}"
     )
@@ -96,7 +83,6 @@ def parser() -> argparse.ArgumentParser:
         "--reach", type=count, default=32, metavar="N", help="test at 1, 2, 4, ... N times that (default 32)"
     )
     p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or at these lengths, in bytes")
-    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}; tasks take a share of it")
     p.add_argument("--batch", type=count, metavar="N", help="windows per step (default: --batch-bytes)")
     p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
     p.add_argument("--windows", type=count, metavar="N", help=f"of held-out text {default('windows')}")
@@ -104,19 +90,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--target", type=count, metavar="N", help=f"bytes scored with growing context {default('target')}")
     p.add_argument("--samples", type=count, metavar="N", help=f"questions per length and depth {default('samples')}")
     p.add_argument("--depths", type=count, metavar="N", help=f"how many, from 0 to 1 {default('depths')}")
-    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
-    for name, what in (("dim", "width of the model"), ("layers", "of the model"), ("heads", "of a layer")):
-        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} {default(name)}")
-    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"at its highest {default('learning_rate')}")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
-    p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
-    command.add_run_options(p)
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """ "2/8" -> (2, 8); None: the rank of torchrun, or all. Raises ValueError."""
+    """Return (2, 8) for "2/8"; for None the rank of torchrun, or all. Raises ValueError."""
     if text is None:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index, _, count = text.partition("/")
@@ -126,21 +106,19 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 
 def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> study.Settings:
-    """Of the models trained at one length."""
+    """Return the settings of the models that are trained at one length."""
     doublings = range(max(1, args.reach).bit_length())
     lengths = tuple(sorted(set(args.lengths or [train_length << k for k in doublings])))
-    target = min(args.target, lengths[0] // 2) if args.quick else min(args.target, lengths[-1] // 2)
     return study.Settings(
+        **runner.machine(args),
         corpus=text.digest,
-        device=device_name(command.parse_device(args.device)),
-        versions={"torch": torch.__version__, "logpe": logpe.__version__},
         shape=shape,
         train_length=train_length,
         lengths=lengths,
         steps=args.steps,
         batch=args.batch or max(1, args.batch_bytes // train_length),
         windows=args.windows,
-        target=target,
+        target=min(args.target, lengths[0 if args.quick else -1] // 2),
         samples=args.samples,
         depths=tuple(round(i / max(1, args.depths - 1), 4) for i in range(args.depths)),
         learning_rate=args.learning_rate,
@@ -148,79 +126,54 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     )
 
 
+def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Settings) -> runner.Study:
+    """Return what is measured with these settings, and what is shown of the encodings that were asked for."""
+    reading = study.Text(text, settings)
+    jobs: dict[str, study.Job] = {"text": reading}
+    jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
+    source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
+
+    def chosen(runs: Runs) -> tuple[Runs, list[str]]:
+        runs = {name: runs[name] for name in args.encodings if name in runs}
+        measured = {job for seeds in runs.values() for jobs in seeds.values() for job in jobs}
+        return runs, [task for task in tasks.TASKS if task in measured]
+
+    def table(runs: Runs) -> str:
+        runs, shown = chosen(runs)
+        if args.quick:
+            return findings.table(runs, settings, shown)
+        return findings.tables(runs, settings, shown, args.baseline)
+
+    def draw(path: Path, everything: Runs) -> list[Path]:
+        runs, shown = chosen(everything)
+        note = findings.caption(everything, len(reading.windows), source, settings)
+        if args.quick:
+            findings.figure(path.with_name(f"{path.name}.png"), runs, settings, shown, note)
+            return [path.with_name(f"{path.name}.png")]
+        findings.write_csv(path.with_name(f"{path.name}.csv"), everything, settings)
+        return [path.with_name(f"{path.name}.csv"), *findings.report(path, runs, settings, shown, note)]
+
+    name = f"{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}"
+    return runner.Study(
+        name="extrapolation-quick" if args.quick else f"extrapolation-{name}",
+        settings=settings,
+        about={"corpus": {**text.describe(), "windows": len(reading.windows)}},
+        plan=[({name: study.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
+        table=table,
+        draw=draw,
+        shard=parse_shard(args.shard),
+    )
+
+
 @command.program("bench extrapolation")
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
-    """The command; returns its exit status."""
-    args = parser().parse_args(arguments)
-    deadline = command.deadline(args.minutes)
-    device, shard = command.parse_device(args.device), parse_shard(args.shard)
-    command.fill_in(args, BUDGETS["quick" if args.quick else "cpu" if device.type == "cpu" else "cuda"])
-    if args.fresh and shard[1] > 1:
+    """Run the command; return its exit status."""
+    args = runner.parse(parser(), arguments, BUDGETS)
+    if parse_shard(args.shard)[1] > 1 and args.fresh:
         raise ValueError("--fresh is for one process alone: others would lose what they measured")
     shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm)
     for name in args.encodings:
         Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
     text = corpus.load(args.corpus)
-    studies = []
-    for train_length in args.train_length:
-        settings = settings_of(args, text, train_length, shape)
-        jobs: dict[str, study.Job] = {"text": (reading := study.Text(text, settings))}
-        jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
-        studies.append((settings, jobs, reading))
-    stamp = command.stamp()
-    stop: KeyboardInterrupt | None = None
-    found = []
-    for settings, jobs, reading in studies:
-        about = command.about(
-            "bench extrapolation",
-            arguments,
-            settings,
-            stamp,
-            corpus={**text.describe(), "windows": len(reading.windows)},
-        )
-        name = "extrapolation-quick"
-        if not args.quick:
-            source = "-".join(text.name.split())
-            name = f"extrapolation-{device.type}-{source}-{settings.train_length}"
-        results = training.Results(training.results_path(args.out, name, settings.key), about, args.fresh)
-        found.append((results, settings, reading))
-        try:
-            stages = {name: study.stage(job, settings, device) for name, job in jobs.items()}
-            training.measure(results, stages, args.encodings, args.seeds, deadline, stamp, shard)
-        except KeyboardInterrupt as error:
-            stop = error
-            break
-    if shard[0] == 0:  # the others would write the same
-        source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
-        for results, settings, reading in found:
-            show(results, settings, findings.caption(results.runs, reading, source, settings), args)
-    return command.stopped(stop) if stop else 0
-
-
-def show(results: training.Results, settings: study.Settings, caption: str, args: argparse.Namespace) -> None:
-    """Prints the tables, and draws the pictures where matplotlib is installed: of the encodings that were asked for."""
-    runs = {name: results.runs[name] for name in args.encodings if name in results.runs}
-    shown = [task for task in tasks.TASKS if any(task in run for seeds in runs.values() for run in seeds.values())]
-    if args.quick:
-        print("\n" + findings.table(runs, settings, shown))
-    else:
-        print("\n" + findings.tables(runs, settings, shown, args.baseline))
-    if not results.path.exists():
-        return
-    print(f"\nMeasured in {findings.seconds(runs) / 60:.1f} minutes: {results.path}")
-    try:
-        if args.quick:
-            picture = results.path.with_suffix(".png")
-            findings.figure(picture, runs, settings, shown, caption)
-            print(picture)
-        else:
-            findings.write_csv(results.path.with_suffix(".csv"), results.runs, settings)
-            print(results.path.with_suffix(".csv"))
-            print(*findings.report(results.path, runs, settings, shown, caption), sep="\n")
-    except ImportError:
-        print("No figure: matplotlib is not installed.")
-
-
-if __name__ == "__main__":
-    torch.set_flush_denormal(True)
-    sys.exit(main())
+    studies = [study_of(args, text, settings_of(args, text, length, shape)) for length in args.train_length]
+    return runner.run("extrapolation", args, studies)

@@ -41,7 +41,7 @@ class Encoding:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of its LogPosition, beside the preset."""
+        """Keywords of its LogPosition, beside the preset."""
         return dict(
             query_gain=self.query_gain,
             learnable=self.learnable,
@@ -51,7 +51,7 @@ class Encoding:
         )
 
     def start(self, position: LogPosition) -> None:
-        """Give it the values to start from."""
+        """Give the position the values to start from."""
         heads = position.num_heads
         values = {"power": torch.empty(heads).uniform_(1e-2, 2.0)} if self.kerple else {}
         for part, first, last in self.initial:
@@ -87,7 +87,10 @@ OPTIONS = {
 
 
 def encoding(name: str, train_length: int) -> Encoding:
-    """`log-bias+gain+power=0.5:4`: one of ENCODINGS, and OPTIONS that change it. Raises ValueError."""
+    """Return what a name such as ``log-bias+gain+power=0.5:4`` says: one of ENCODINGS, changed by OPTIONS.
+
+    Raises ValueError for a name that says nothing, or what cannot be.
+    """
     base, *options = name.split("+")
     if base not in ENCODINGS:
         raise ValueError(f"encoding must be one of {', '.join(n for n in ENCODINGS if '+' not in n)}, got {base!r}")
@@ -128,31 +131,8 @@ def encoding(name: str, train_length: int) -> Encoding:
     return found
 
 
-def layer_encoding(name: str) -> Encoding:
-    """An encoding that torch's own layers can have, see replace_attention. Raises ValueError."""
-    found = encoding(name, 1)
-    added = found.rotary is not None and "rotary" not in PRESET_PARTS[found.preset]
-    if found.yarn or found.gain_on_bias or added:
-        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
-    return found
-
-
-def replace_attention(model: nn.Module, encoding: Encoding) -> None:
-    """Give the attention of torch's layers the position of a layer_encoding; its sinusoid is for the model."""
-    logpe.replace_attention(
-        model,
-        encoding.preset,
-        share_position=encoding.shared,
-        qk_norm=encoding.qk_norm,
-        position_options=encoding.options,
-    )
-    for module in model.modules():
-        if isinstance(module, LogPosition):
-            encoding.start(module)
-
-
 def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., 2023): RoPE's angles per position for `length`, and the factor on the scores.
+    """Return RoPE's angles per position for ``length``, and the factor on the scores, by YaRN (Peng et al., 2023).
 
     With s = length / trained, planes that turn less than once in `trained` positions turn s times more slowly, those
     that turn more than 32 times as before, the others something between; the scores grow by (1 + 0.1 ln s)^2.
@@ -183,7 +163,7 @@ class Attention(language_model.Attention):
         self.register_buffer("theta", theta, persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
+        """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
         if self.cache is not None:
             scale = self.values(self.cache.capacity)[1]
             return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale)
@@ -195,7 +175,7 @@ class Attention(language_model.Attention):
         return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
 
     def new_cache(self, batch_size: int, capacity: int, **options: Any) -> logpe.KVCache:
-        """For texts of `capacity` bytes at the most; YaRN turns the keys as if every text had so many.
+        """Return a cache for texts of ``capacity`` bytes at the most; YaRN turns keys as if every text had so many.
 
         Raises ValueError for a gain on the whole logit.
         """
@@ -206,7 +186,7 @@ class Attention(language_model.Attention):
         return logpe.KVCache(batch_size, heads, capacity, head_dim, self.values(capacity)[0], **options)
 
     def values(self, length: int) -> tuple[PositionValues, float]:
-        """The position in a text of this length, and the scale of the scores."""
+        """Return the position in a text of this length, and the scale of the scores."""
         values, scale = self.position(), (self.qkv.in_features // self.heads) ** -0.5
         if self.theta is not None:
             values = values._replace(theta=self.theta, rotary_scale=math.inf)
@@ -216,7 +196,7 @@ class Attention(language_model.Attention):
         return values, scale
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Output, and weights (B, H, Nq, N) in float32, of queries that stand at `start` and after it."""
+        """Return output, and weights float32 (B, H, Nq, N), of queries that stand at ``start`` and after it."""
         values, scale = self.values(k.shape[2])
         i = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
         j = torch.arange(k.shape[2], device=q.device)
@@ -245,7 +225,7 @@ class Model(LanguageModel):
         self.sinusoid = None if scale is None else logpe.LogSinusoid(shape.dim, scale)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 (B, N) -> (B, N, dim)."""
+        """Return what enters the first block, (B, N, dim), from tokens int64 (B, N)."""
         x = super().embed(tokens)
         if self.sinusoid is None:
             return x
@@ -257,12 +237,12 @@ class Model(LanguageModel):
 
     @property
     def attentions(self) -> list[Attention]:
-        """Of every layer, from the first."""
+        """The attention of every layer, from the first."""
         return [module for module in self.modules() if isinstance(module, Attention)]
 
     @contextmanager
     def decoding(self, batch_size: int, capacity: int, **options: Any) -> Iterator[None]:
-        """Within it the model is called with the next tokens of texts whose keys and values it keeps.
+        """Keep keys and values: within this context the model is called with the next tokens of its texts.
 
         Args:
             batch_size: texts.
@@ -279,3 +259,14 @@ class Model(LanguageModel):
         finally:
             for attention in self.attentions:
                 attention.cache = None
+
+
+def learned_positions(model: nn.Module) -> list[dict[str, list[float]]]:
+    """Return power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
+    modules = (module for module in model.modules() if isinstance(module, LogPosition))
+    values = [{part: getattr(module, part) for part in LEARNABLE_PARTS} for module in modules]
+    found = [
+        {part: [round(x, 5) for x in value.tolist()] for part, value in parts.items() if value is not None}
+        for parts in values
+    ]
+    return [parts for parts in found if parts]

@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import logpe
-from bench.study import corpus, tasks, training
+from bench.study import corpus, runner, tasks
 from bench.study.model import Attention, Model, Shape, encoding
-from bench.study.training import Advance, Stage, fit
+from bench.study.runner import Advance, Stage
 from logpe.lm.text import Sampler, document_windows
-from logpe.position import LEARNABLE_PARTS
 
-FORMAT = 1  # raise it when a change here makes earlier results incomparable
 ENTROPY_WINDOWS, ENTROPY_QUERIES = 8, 16
 
 
-@dataclass(frozen=True)
-class Settings(training.Settings):
-    """Of this comparison."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(runner.Settings):
+    """All that the numbers of the extrapolation study depend on."""
 
     corpus: str  # sha256
-    device: str
-    versions: dict[str, str]
     shape: Shape
     train_length: int  # bytes
     lengths: tuple[int, ...]  # of context, bytes
-    steps: int
-    batch: int
     windows: int  # of held-out text
     target: int  # bytes scored at the end of each
     samples: int  # retrieval questions per length and depth
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     whole_windows: int = 0  # so many of the windows are also read whole, and their attention is looked at
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.1
-    format: int = FORMAT
 
     def content(self) -> dict[str, Any]:
-        """What names them."""
+        """Return what the key is made of."""
         content = super().content()
         if not self.whole_windows:  # as before it existed, so that older results keep their names
             del content["whole_windows"]
@@ -58,12 +46,12 @@ class Settings(training.Settings):
 
 
 def largest_divisor(n: int, limit: int) -> int:
-    """Of n, at most `limit` and at least 1."""
+    """Return the largest divisor of n that is at most ``limit``; 1 where ``limit`` is less."""
     return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
 
 
 def position_bins(length: int) -> list[int]:
-    """First positions of bins that grow with the position: 0, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    """Return the first positions of bins that grow with the position: 0, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     starts = {0, 1} | {n << k for k in range(length.bit_length()) for n in (2, 3)}
     return sorted(n for n in starts if n < length)
 
@@ -89,11 +77,11 @@ class Text:
         self.whole = self.windows[: settings.whole_windows, -self.longest - 1 :]
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A batch to train on."""
+        """Return a batch to train on, int64 (batch, train_length + 1)."""
         return self.sampler(self.settings.batch, generator)
 
     def pieces(self, length: int) -> dict[str, int]:
-        """Bytes that are scored at once, by reading."""
+        """Return how many bytes are scored at once, by reading."""
         target = self.settings.target
         found = {"text": largest_divisor(target, length // 2)}
         if self.settings.whole_windows and length == self.settings.train_length:
@@ -101,7 +89,7 @@ class Text:
         return found
 
     def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
-        """Named sets of sequences (count, length + 1), each with the number of last bytes to score."""
+        """Yield named sets of sequences (count, length + 1), each with the number of last bytes to score."""
         end = self.windows.shape[1]
         for name, piece in self.pieces(length).items():
             ends = range(end - self.settings.target + piece, end + 1, piece)
@@ -111,12 +99,12 @@ class Text:
             yield "whole", self.whole.unfold(1, length + 1, length).flatten(0, 1), length
 
     def sequences(self, length: int) -> int:
-        """How many there are in all questions."""
+        """Return how many sequences there are in all questions."""
         targets = sum(self.settings.target // piece for piece in self.pieces(length).values())
         return len(self.windows) * targets + len(self.whole) * (self.longest // length)
 
     def summary(self, losses: dict[str, Tensor], hits: dict[str, Tensor]) -> dict[str, Any]:
-        """What to record, from losses in nats and hits, both (sequences, bytes scored)."""
+        """Return what to record, from losses in nats and hits, both (sequences, bytes scored)."""
         bits = {name: loss / math.log(2) for name, loss in losses.items()}
         text = bits["text"].view(len(self.windows), -1).mean(dim=1)
         found = {"bits_per_byte": round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
@@ -140,7 +128,7 @@ class Retrieval:
         self.steps = max(1, round(task.steps * settings.steps))
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A batch to train on, of about as many bytes as text has."""
+        """Return a batch to train on, of about as many bytes as one of text."""
         longest = self.settings.train_length
         shortest = min(16, longest)
         if self.task.mostly_short:
@@ -150,18 +138,18 @@ class Retrieval:
         return self.task.draw(generator, 2 * self.settings.batch, length, None)
 
     def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
-        """As Text.questions: a set of prompts per depth, the same for every encoding."""
+        """Yield as Text.questions does: a set of prompts per depth, the same for every encoding."""
         for depth in self.settings.depths:
             generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * length + round(100 * depth))
             prompts = self.task.draw(generator, self.settings.samples, length, depth)
             yield f"{depth:g}", prompts, self.task.answer
 
     def sequences(self, length: int) -> int:
-        """As Text.sequences."""
+        """Return how many prompts there are in all questions."""
         return self.settings.samples * len(self.settings.depths)
 
     def summary(self, losses: dict[str, Tensor], hits: dict[str, Tensor]) -> dict[str, Any]:
-        """As Text.summary; a question counts if the whole answer is right."""
+        """Return as Text.summary does; a question counts if the whole answer is right."""
         depths = {depth: round(hit.all(dim=1).float().mean().item(), 4) for depth, hit in hits.items()}
         return {"accuracy": round(fmean(depths.values()), 4), "per_depth": depths}
 
@@ -170,67 +158,51 @@ Job = Text | Retrieval
 
 
 def work(sequences: int, length: int) -> int:
-    """Units of work to read some sequences once; attention costs as much as the rest at about 1,500 bytes."""
+    """Return the work of reading sequences once; attention costs as much as the rest at about 1,500 bytes."""
     return sequences * length * (1500 + length)
 
 
-def training_work(settings: Settings) -> int:
-    """Of one step; backward costs twice the forward pass."""
-    return 3 * work(settings.batch, settings.train_length)
+def byte_loss(
+    model: Model, draw: Callable[[torch.Generator], Tensor], seed: int, answer: int | None = None
+) -> runner.BatchLoss:
+    """Return the loss of predicting bytes, for runner.fit.
 
-
-def scoring_work(job: Job, length: int) -> int:
-    """Of all questions of one length."""
-    return work(job.sequences(length), length)
-
-
-def train(model: Model, job: Job, seed: int, settings: Settings, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-    """Trains to the end, from the checkpoint if there is one, and leaves one behind, also when it is interrupted."""
+    Args:
+        draw: a batch int64 (B, N + 1), from a generator.
+        answer: predict so many last bytes alone; None: all but the first.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator()
-    share = training_work(settings)
 
-    def batch_loss(step: int) -> tuple[Tensor, Callable[[], list[float]]]:
-        tokens = job.draw(generator.manual_seed(1_000_003 * seed + step)).to(device)
-        logits = predict(model, tokens, job.answer)
+    def batch_loss(step: int) -> tuple[Tensor, Callable[[], dict[str, float]]]:
+        tokens = draw(generator.manual_seed(1_000_003 * seed + step)).to(device)
+        logits = predict(model, tokens, answer)
         target = tokens[:, -logits.shape[1] :]
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        return loss, lambda: [loss.item(), (logits.argmax(dim=-1) == target).all(dim=1).float().mean().item()]
 
-    seconds, kept = fit(
-        model,
-        batch_loss,
-        job.steps,
-        settings.learning_rate,
-        settings.weight_decay,
-        checkpoint,
-        lambda n: advance(n * share),
-    )
-    losses, right = zip(*kept, strict=True)
-    found = {
-        "steps": job.steps,
-        "bits_at_the_end": round(fmean(losses) / math.log(2), 4),  # mean of the last tenth
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds,
-    }
-    if job.answer is not None:
-        found["accuracy_at_the_end"] = round(fmean(right), 4)
-    return found
+        def numbers() -> dict[str, float]:
+            bits = {"bits_at_the_end": loss.item() / math.log(2)}
+            if answer is None:
+                return bits
+            right = (logits.argmax(dim=-1) == target).all(dim=1)
+            return {**bits, "accuracy_at_the_end": right.float().mean().item()}
+
+        return loss, numbers
+
+    return batch_loss
 
 
 def predict(model: Model, tokens: Tensor, last: int | None) -> Tensor:
-    """Logits, float32, of the last few of `tokens` (all but the first where None) from what comes before each."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
+    """Return logits, float32, of the last few of ``tokens`` (None: all but the first) from what comes before each."""
+    with runner.autocast(tokens.device):
         return model(tokens[:, :-1], last).float()
 
 
 @torch.inference_mode()
 def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> dict[str, Any]:
-    """The job's summary at one context length."""
+    """Return the job's summary at one context length."""
     device = next(model.parameters()).device
     together = max(1, (8192 if device.type == "cpu" else 262144) // length)  # sequences in one forward pass
-    model.eval()
-    start = time.perf_counter()
     losses, hits = {}, {}
     for name, tokens, last in job.questions(length, seed):
         loss, hit = [], []
@@ -244,12 +216,12 @@ def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> d
     if isinstance(job, Text) and len(job.whole):
         texts = job.whole[:ENTROPY_WINDOWS, -length - 1 :].to(device)
         found["entropy"] = [[round(h, 4) for h in layer] for layer in attention_entropy(model, texts)]
-    return {**found, "seconds": round(time.perf_counter() - start, 2)}
+    return found
 
 
 @torch.inference_mode()
 def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
-    """By layer and head, in nats: how widely the last queries of texts (B, N + 1) spread their attention; a mean."""
+    """Return how widely the last queries of texts (B, N + 1) spread their attention: nats, by layer and head."""
     found = []
 
     def look(attention: Attention, args: tuple[Tensor, ...]) -> None:
@@ -268,31 +240,14 @@ def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
     return found
 
 
-def learned_positions(model: nn.Module) -> list[dict[str, list[float]]]:
-    """power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
-    modules = (module for module in model.modules() if isinstance(module, logpe.LogPosition))
-    values = [{part: getattr(module, part) for part in LEARNABLE_PARTS} for module in modules]
-    found = [
-        {part: [round(x, 5) for x in value.tolist()] for part, value in parts.items() if value is not None}
-        for parts in values
-    ]
-    return [parts for parts in found if parts]
-
-
-# --- the study: what is to be measured -------------------------------------------------------------------------------
-
-
 def stage(job: Job, settings: Settings, device: torch.device) -> Stage:
-    """A job, trained and then scored at every length."""
-
-    def trained(model: Model, seed: int, checkpoint: Path, advance: Advance) -> dict[str, Any]:
-        found = train(model, job, seed, settings, checkpoint, advance)
-        return {**found, "positions": learned_positions(model)}
-
+    """Return a job's stage: training, then the scores at every length."""
     return Stage(
+        settings,
         build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
-        train=trained,
+        loss=lambda model, seed: byte_loss(model, job.draw, seed, job.answer),
         score=lambda model, test, seed, advance: score(model, job, int(test), seed, advance),
-        training_work=job.steps * training_work(settings),
-        tests={str(length): scoring_work(job, length) for length in settings.lengths},
+        step_work=3 * work(settings.batch, settings.train_length),  # backward costs twice the forward pass
+        steps=job.steps,
+        tests={str(length): work(job.sequences(length), length) for length in settings.lengths},
     )

@@ -66,10 +66,10 @@ def weights_and_gradient(a, dp, delta, keep, dropout):
 
 
 class Sums(NamedTuple):
-    """Partial sums for the gradient of one parameter, [BLOCK_M, num_partials()] of each query."""
+    """Partial sums for the gradient of one parameter, [BLOCK_M, num_partials()]."""
 
-    g: Any  # sum_j g da/dparameter
-    p: Any  # sum_j P da/dparameter: what an error of delta adds to it
+    g: Any  # of g da/dparameter over keys
+    p: Any  # of P da/dparameter: what an error of 1 in delta adds
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
     learned: Sequence[bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of :func:`attention`, called with the same q, k, v and options and what it returned.
+    """Return the gradients of :func:`attention`, called with the same q, k, v and options and what it returned.
 
     dout like out; dlse like lse, or None for zero. learned: which of LEARNABLE_PARTS need a gradient.
     Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.

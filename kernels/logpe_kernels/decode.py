@@ -39,7 +39,7 @@ def decode_kernel(
     layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of rows that meet the same keys run resident by resident, for the sake of the L2 cache.
+    # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
     group_size, kv_heads = layer.group_size, layer.num_heads // layer.group_size
     num_tiles = tl.cdiv(num_queries * group_size, BLOCK_M)
     m0 = tl.program_id(0) % num_tiles * BLOCK_M
@@ -134,7 +134,7 @@ def merge_kernel(
 
 
 def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
-    """Rows (queries of the heads of a group) by keys.
+    """Return a configuration: rows, which are the queries of the heads of a group, by keys.
 
     Enough bytes on the way from memory, in tiles that fit everywhere: there is little else to tune. Half precision: at
     most 16 KiB of keys in a tile, as many of values, two of each on the way; float32 waits for its products.
@@ -148,12 +148,12 @@ def tiles(rows: int, block_d: int, itemsize: int, longest: int) -> Config:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of the GPU run resident by resident, at one to a multiprocessor."""
+    """Return how many programs run side by side, one on each multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def num_splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
-    """How many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
+    """Return how many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
     wanted = 2 * multiprocessors(device) // max(programs, 1)
     return max(1, min(wanted, cdiv(num_keys, MIN_TILES * block_n)))
 

@@ -73,7 +73,7 @@ def forward_kernel(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-    """Attention with a log position.
+    """Return attention with a log position.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
     float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are

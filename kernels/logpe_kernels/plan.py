@@ -35,14 +35,14 @@ _lock = threading.RLock()
 
 
 def call_key(tensors: Iterable[Tensor | None], *rest: Hashable) -> Hashable:
-    """Return what a plan is found by: the layouts of the tensors and the rest; None: it is not to be remembered."""
+    """Return what a plan is found by, the layouts of the tensors and the rest; None: it will not be remembered."""
     if not enabled:
         return None
     try:
         layouts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
     except RuntimeError:  # nested and sparse tensors have no shape or no strides
         return None
-    return *layouts, *configs.overrides.values(), *rest
+    return *layouts, *configs.overrides.items(), *rest
 
 
 def get(key: Hashable) -> Any:

@@ -22,22 +22,22 @@ class Sequences(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a layer gives to all of its calls. A kernel is compiled for each int: is it 1, is it a multiple of 16?"""
+    """The settings of a layer. Where one of the ints is 1, or a multiple of 16, Triton compiles a kernel for that."""
 
     scale: Any  # of the scores
     gain_length: Any  # n0 of the query gain
     num_heads: Any  # Hq
     group_size: Any  # Hq / Hkv
-    window_left: Any  # tokens before a query that it sees, and after it; None for all
-    window_right: Any
+    window_left: Any  # how many tokens before its own position a query sees; None for all
+    window_right: Any  # and after it
 
 
 class Dropout(NamedTuple):
-    """Dropout of weights; None stands in its place without one."""
+    """Dropout of weights. A call without it passes None."""
 
     seed: Any  # pointer, int64 (1,)
-    threshold: Any  # a weight survives if 32 random bits reach it
-    scale: Any  # of the weights that survive
+    threshold: Any  # a weight stays if its 32 random bits reach this
+    scale: Any  # of the weights that stay
 
 
 class Strides(NamedTuple):
@@ -115,7 +115,7 @@ def lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q):
 
 @triton.jit
 def load_lengths(sequences, b, i, window_left):
-    """Return n of the query gain for the queries at positions i: of the position alone, or one for the sequence."""
+    """Return n of the query gain for queries at positions i: the context length of the sequence, or else from i."""
     if sequences.context_lengths is not None:
         return tl.load(sequences.context_lengths + b) + tl.zeros_like(i)
     elif window_left is not None:
@@ -125,16 +125,18 @@ def load_lengths(sequences, b, i, window_left):
 
 
 class Resident(NamedTuple):
-    """The side of a tile that stays while a loop streams the tokens of the other side through."""
+    """The side of a tile that stays while a loop streams the other side."""
 
-    tokens: Any  # of the axis, [BLOCK]
-    positions: Any  # [BLOCK]
-    exist: Any  # and are seen by anybody; others are loaded as zeros, since 0 * NaN is NaN, [BLOCK]
-    first_visible: Any  # positions of the other side that a token meets; first > last where there are none, [BLOCK]
+    # [BLOCK]
+    tokens: Any
+    positions: Any
+    exist: Any  # whether they exist and are seen by anybody: others are loaded as zeros, since 0 * NaN is NaN
+    first_visible: Any  # first and last position that each meets on the other side; first > last if there is none
     last_visible: Any
-    first: Any  # of the positions
+    # First and last of the positions.
+    first: Any
     last: Any
-    # Tokens of the other side, all but the last multiples of its BLOCK: tiles in [full_begin, full_end) are visible in
+    # Tokens of the other side, multiples of its block but for the end: tiles in [full_begin, full_end) are visible in
     # full, the others in [begin, end) need a mask.
     begin: Any
     full_begin: Any
@@ -147,9 +149,10 @@ def resident(
     row, axis, other, before, after, ALWAYS_MASK: tl.constexpr, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr,
     rows_per_token=1,
 ):  # fmt: skip
-    """Return the Resident of BLOCK rows from ``row`` on: tokens of ``axis``, each in as many rows as rows_per_token.
+    """Return the Resident of BLOCK rows of ``axis`` from ``row`` on.
 
-    A token at p meets positions p - before to p + after of the other axis; None is unlimited.
+    A token fills rows_per_token rows. One at p meets positions p - before to p + after of the other axis; None is
+    unlimited.
     """
     tokens = (row + tl.arange(0, BLOCK)) // rows_per_token
     positions = axis.start + tokens
@@ -203,8 +206,9 @@ def far_tiles_pay(bits, sharpened, columns):
 
 @triton.jit
 def loop_bounds(TILES: tl.constexpr, resident, other, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the loop over one sort of tiles of the other side: x in range(start, stop, BLOCK), plus jump from gap on.
+    """Return (start, stop, gap, jump) of the loop over one sort of tiles.
 
+    The loop is x in range(start, stop, BLOCK); from gap on the tile begins at token x + jump, before it at x.
     SPLIT: whether there are far tiles, or all that are visible in full are FULL_TILES.
     """
     near_begin, near_end = resident.full_begin, resident.full_end
@@ -226,7 +230,7 @@ def loop_bounds(TILES: tl.constexpr, resident, other, SPLIT: tl.constexpr, BLOCK
 
 @triton.jit
 def past_gap(x, gap, jump, BLOCK: tl.constexpr):
-    """Return the token that x stands for in a loop of loop_bounds."""
+    """Return the token at which the tile of x begins, in a loop of loop_bounds."""
     return tl.multiple_of(tl.where(x >= gap, x + jump, x), BLOCK)
 
 
@@ -368,10 +372,8 @@ def tile_logits(qk, scale, shift, resident, column, origin, key_bias, head, TILE
     if key_bias is not None:
         a += key_bias * LOG2E
     if TILES == MASKED_TILES:
-        first, last = (
-            relative(resident.first_visible, origin)[:, None],
-            relative(resident.last_visible, origin)[:, None],
-        )
+        first = relative(resident.first_visible, origin)[:, None]
+        last = relative(resident.last_visible, origin)[:, None]
         a = tl.where((x >= first) & (x <= last), a, -float("inf"))
     return distance, score, a
 
@@ -402,7 +404,7 @@ def softmax_end(m_i, l_i):
 
 @triton.jit
 def dropout_keep(dropout, batch_head, i, j):
-    """Return which weights survive dropout; None without dropout.
+    """Return which weights stay; None without dropout.
 
     Philox on (j, i, batch_head): a function of positions, so chunks of keys agree.
     """

@@ -228,19 +228,10 @@ def compile_candidate(task: Task, config: Any) -> Resources | str:
         return one_line(error)
 
 
-def compare(
-    task: Task,
-    config: Any,
-    default: Any,
-    budget: float,
-    device: torch.device,
-    timer: Callable[[list[Launch], float], list[float]] | None = None,
-) -> Comparison | str:
+def compare(task: Task, config: Any, default: Any, budget: float, device: torch.device) -> Comparison | str:
     """Run a configuration and the default on the same inputs. Return the times, or why the configuration is out.
 
-    Args:
-        budget: milliseconds for the timing.
-        timer: replaces :func:`take_turns` in tests.
+    budget: milliseconds for the timing.
     """
     from logpe_kernels import configs
 
@@ -256,7 +247,7 @@ def compare(
         return f"wrong: {reason}"
     if not all(torch.equal(actual[name], again[name]) for name in actual):
         return "wrong: not the same result twice"
-    default_milliseconds, milliseconds = (timer or take_turns)(launches[:2], budget)
+    default_milliseconds, milliseconds = take_turns(launches[:2], budget)
     return Comparison(milliseconds, default_milliseconds)
 
 
@@ -334,9 +325,10 @@ class Gpu:
 
     def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
         """Return what each candidate takes, or why there is no such kernel."""
-        return self.compilers.map(
-            lambda worker, config: self._call(worker, compile_candidate, task, config), candidates
+        compiled = dict(
+            self.compilers.each(lambda w, config: self._call(w, compile_candidate, task, config), candidates)
         )
+        return [compiled[config] for config in candidates]
 
     def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
         """Return the times, or why the configuration is out."""

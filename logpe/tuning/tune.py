@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -90,18 +90,6 @@ def launchable(candidates: Iterable[Any], task: Task, target: str, shared: int) 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
-class Machine(Protocol):
-    """What compiles and measures for :func:`search`."""
-
-    def compile(self, task: Task, candidates: list[Any]) -> list[Resources | str]:
-        """Return what each candidate needs, or why there is no such kernel."""
-        ...
-
-    def compare(self, task: Task, config: Any, default: Any, budget: float) -> Comparison | str:
-        """Return the times, or why the configuration is out."""
-        ...
-
-
 def prune(compiled: dict[Any, Resources | str]) -> list[Any]:
     """Return the candidates that compiled and spill little; if all of them spill more, all that compiled."""
     usable = {config: needs for config, needs in compiled.items() if isinstance(needs, Resources)}
@@ -115,7 +103,7 @@ def fastest(measured: dict[Any, Comparison | str]) -> list[Any]:
 
 
 def search(
-    task: Task, device: torch.device, machine: Machine, show: Callable[[str], object] = lambda text: None
+    task: Task, device: torch.device, machine: Gpu, show: Callable[[str], object] = lambda text: None
 ) -> Entry | str:
     """Return the entry of a task, with 0 for its run; or why there is none: not one candidate could be measured."""
     from logpe_kernels import configs
@@ -206,7 +194,7 @@ def _unrotated(preset: str) -> str:
 
 def _key(kernel: str, traits: Traits) -> tuple[Any, ...]:
     """Return the key of the tasks that share an entry of a file."""
-    return kernel, *traits.kind, traits.log2_length
+    return kernel, *traits.form, traits.log2_length
 
 
 def versions() -> dict[str, str]:
@@ -232,7 +220,7 @@ def tune(
     tasks: list[Task],
     path: Path,
     device: torch.device,
-    machine: Machine,
+    machine: Gpu,
     *,
     command: str = "",
     again: bool = False,
