@@ -500,9 +500,15 @@ def test_console_and_tensorboard(
 
 
 def test_steps_on_the_picture_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = pytest.importorskip("matplotlib.figure")
     labels = []
-    monkeypatch.setattr(pyplot, "close", lambda drawing: labels.append(drawing.axes[0].get_xticklabels()))
+    save = figure.Figure.savefig
+
+    def noted(drawing: Any, *args: Any, **options: Any) -> None:
+        save(drawing, *args, **options)
+        labels.append(drawing.axes[0].get_xticklabels())
+
+    monkeypatch.setattr(figure.Figure, "savefig", noted)
     for steps in (1, 5, 11, 4000):
         found: list[dict[str, Any]] = [dict(step=n, loss=5 / n) for n in range(1, steps + 1)]
         found[-1]["evaluation"] = {"16": 3.0, "32": 2.5}

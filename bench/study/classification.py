@@ -11,9 +11,6 @@ one class are also joined end to end.
 
 That package holds 25,000 film reviews from IMDB, 8,530 sentences of others, and their labels. Or --data names a CSV
 file with the columns text and label, or a folder that has one folder of text files for each class.
-
-Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from
-there.
 """
 
 from __future__ import annotations
@@ -77,9 +74,9 @@ class Samples:
 
 def encode(documents: Sequence[corpus.Review], classes: Sequence[str], tokenizer: Any) -> Samples:
     """Return the documents as tokens; those that hold no word at all are left out."""
-    encoded = tokenizer.encode_batch([d.text for d in documents])
-    found = [(torch.tensor(e.ids), d.label) for e, d in zip(encoded, documents, strict=True) if e.ids]
-    return Samples([tokens for tokens, _ in found], torch.tensor([classes.index(label) for _, label in found]))
+    encoded = zip(tokenizer.encode_batch([d.text for d in documents]), documents, strict=True)
+    found = [(torch.tensor(e.ids), classes.index(d.label)) for e, d in encoded if e.ids]
+    return Samples([tokens for tokens, _ in found], torch.tensor([label for _, label in found]))
 
 
 def by_length(samples: Samples, first: int, most: int, fewest: int = 50) -> dict[str, Samples]:
@@ -114,12 +111,6 @@ def join(samples: Samples, length: int, most: int) -> Samples:
         by_class.append(joined)
     found = [pair for turn in zip(*by_class, strict=False) for pair in turn][:most]
     return Samples([tokens for tokens, _ in found], torch.tensor([label for _, label in found]))
-
-
-def predict(model: Classifier, tokens: Tensor) -> Tensor:
-    """Return log-probabilities, float32 (B, classes), of tokens (B, N)."""
-    with runner.autocast(tokens.device):
-        return model(tokens).float().log_softmax(dim=-1)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -183,7 +174,7 @@ def crop_loss(model: Classifier, task: Task, seed: int) -> runner.BatchLoss:
 
     def batch_loss(step: int) -> tuple[Tensor, Callable[[], dict[str, float]]]:
         tokens, labels = task.draw(generator.manual_seed(1_000_003 * seed + step))
-        found, labels = predict(model, tokens.to(device)), labels.to(device)
+        found, labels = model.predict(tokens.to(device)), labels.to(device)
         loss = F.nll_loss(found, labels)
 
         def numbers() -> dict[str, float]:
@@ -205,11 +196,10 @@ def classify(model: Classifier, documents: Sequence[Sequence[Tensor]], advance: 
     found: list[Tensor] = [torch.empty(0)] * len(flat)
     order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
     while order:
-        longest = len(flat[order[-1]])
-        count = max(1, together // longest)
+        count = max(1, together // len(flat[order[-1]]))
         chosen, order = order[-count:], order[:-count]
         batch = pad_sequence([flat[i] for i in chosen], batch_first=True, padding_value=PAD)
-        for i, row in zip(chosen, predict(model, batch.to(device)).cpu(), strict=True):
+        for i, row in zip(chosen, model.predict(batch.to(device)).cpu(), strict=True):
             found[i] = row
         advance(sum(work(1, len(flat[i])) for i in chosen))
     rows = torch.stack(found)
@@ -236,8 +226,8 @@ def stage(task: Task, device: torch.device) -> Stage:
     """Return the one stage: trained on crops, scored on every test."""
 
     def scoring(samples: Samples) -> int:
-        pieces = (piece for documents in task.readings(samples).values() for pieces in documents for piece in pieces)
-        return sum(work(1, len(piece)) for piece in pieces)
+        documents = (pieces for reading in task.readings(samples).values() for pieces in reading)
+        return sum(work(1, len(piece)) for pieces in documents for piece in pieces)
 
     settings = task.settings
     return Stage(
@@ -300,10 +290,8 @@ def difference_table(runs: Runs, baseline: str, train_length: int) -> str:
     def line(encoding: str, name: str, other: str, reading: str) -> None:
         cells = []
         for grouped in columns.values():
-            values: list[float] = []
-            for test in grouped:
-                here, there = (scored(runs, which, test) for which in (encoding, other))
-                values += [100 * d for d in difference(here, "whole", there, reading)]
+            pairs = [(scored(runs, encoding, test), scored(runs, other, test)) for test in grouped]
+            values = [100 * d for here, there in pairs for d in difference(here, "whole", there, reading)]
             cells.append(f"{fmean(values):+.1f} ± {tables.half_width(values):.1f}" if values else "-")
         lines.append([encoding, name, *cells])
 
@@ -334,14 +322,12 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
         for axis, (kind, names) in zip(axes, kinds.items(), strict=True):
             for encoding in tables.rows(runs):
                 look = style(encoding, tables.rows(runs))
-                points: dict[str, dict[float, list[float]]] = {"whole": {}, "cut": {}}
-                for test in names:
-                    for reading, found in points.items():
-                        if seeds := scored(runs, encoding, test):
-                            found[tests[test]["tokens"]] = [100 * record[reading] for record in seeds.values()]
-                curve(axis, points["whole"], **look)
+                seeds = {tests[test]["tokens"]: scored(runs, encoding, test).values() for test in names}
+                seeds = {n: scores for n, scores in seeds.items() if scores}
+                whole, cut = ({n: [100 * s[how] for s in seeds[n]] for n in seeds} for how in ("whole", "cut"))
+                curve(axis, whole, **look)
                 faint = look | dict(linestyle=(0, (2, 2)), linewidth=1.0, label=None, alpha=0.8)
-                axis.plot(list(points["cut"]), list(map(fmean, points["cut"].values())), **faint)
+                axis.plot(list(cut), list(map(fmean, cut.values())), **faint)
             places = [tests[test]["tokens"] for test in names]
             guesses = [100 * tests[test]["commonest_class"] for test in names]
             axis.plot(places, guesses, color="0.6", linestyle=":", linewidth=1, label="the commonest class")
@@ -353,8 +339,8 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
             f" trained at {settings.train_length:,}", (settings.train_length, 0.02), rotation=90, fontsize=8,
             xycoords=("data", "axes fraction"), va="bottom", ha="right", color="0.45",
         )  # fmt: skip
-        cut = f"cut to {settings.train_length}, same colours"
-        axes[0].plot([], [], color="0.4", linestyle=(0, (2, 2)), linewidth=1, label=cut)
+        faint = dict(color="0.4", linestyle=(0, (2, 2)), linewidth=1)
+        axes[0].plot([], [], label=f"cut to {settings.train_length}, same colours", **faint)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -366,16 +352,12 @@ def parser() -> argparse.ArgumentParser:
     p, default = runner.new_parser("classification", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
     p.add_argument("--train-length", type=count, default=128, metavar="N", help="words and marks (default %(default)s)")
-    p.add_argument(
-        "--reach", type=count, metavar="N", help=f"join documents to 2, 4, ... N times that {default('reach')}"
-    )
+    p.add_argument("--reach", type=count, metavar="N", help=f"join documents to N times that {default('reach')}")
     p.add_argument("--batch", type=count, metavar="N", help=f"crops per step {default('batch')}")
     p.add_argument("--documents", type=count, metavar="N", help=f"tested, of a range of lengths {default('documents')}")
     p.add_argument("--joined", type=count, metavar="N", help=f"tested, of each length {default('joined')}")
     p.add_argument("--vocabulary", type=count, metavar="N", help=f"words, the commonest {default('vocabulary')}")
-    p.add_argument(
-        "--word-dropout", type=share, default=0.1, metavar="F", help="hidden in training (default %(default)s)"
-    )
+    p.add_argument("--word-dropout", type=share, default=0.1, metavar="F", help="share hidden (default %(default)s)")
     return p
 
 
@@ -400,22 +382,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         legend = LEGEND.format(train=settings.train_length, guess=guess)
         return "\n\n".join([accuracy_table(runs), difference_table(runs, args.baseline, settings.train_length), legend])
 
-    def draw(path: Path, runs: Runs) -> list[Path]:
+    def draw(path: Path, runs: Runs) -> None:
         note = (
             f"Encoders, {tables.parameters(runs)}, trained on random crops of {settings.train_length} words from "
             f"{len(reviews.train):,} documents of {reviews.name}, {settings.steps:,} steps of {settings.batch}.\n"
             f"Lines: held-out documents read whole, mean of {len(next(iter(runs.values())))} seeds, bands from lowest "
             "to highest; joined: of one class, end to end."
         )
-        picture(path := path.with_name(f"{path.name}.png"), runs, settings, note)
-        return [path]
+        picture(path, runs, settings, note)
 
-    study = runner.Study(
-        name=f"classification-{args.device.type}",
-        settings=settings,
-        about={"corpus": reviews.describe()},
-        plan=[({JOB: stage(Task(reviews, settings), args.device)}, args.encodings)],
-        table=table,
-        draw=draw,
-    )
+    plan = [({JOB: stage(Task(reviews, settings), args.device)}, args.encodings)]
+    about = {"corpus": reviews.describe()}
+    study = runner.Study(f"classification-{args.device.type}", settings, about, plan, table, draw)
     return runner.run("classification", args, [study])

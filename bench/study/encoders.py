@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logpe
-from bench.study.model import Encoding, encoding
+from bench.study.model import Encoding, autocast, encoding
 from logpe.lm import model as language_model
 from logpe.lm.model import EMBEDDING_STD
 from logpe.position import PRESET_PARTS, LogPosition
@@ -81,6 +81,11 @@ class Classifier(nn.Module):
             x = x + EMBEDDING_STD * self.sinusoid(tokens.shape[1], device=x.device)
         x = self.encoder(x, src_key_padding_mask=hidden)
         return self.head(x.masked_fill(hidden[..., None], 0).sum(dim=1) / (~hidden).sum(dim=1, keepdim=True))
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Return log-probabilities, float32 (B, classes), of tokens (B, N)."""
+        with autocast(tokens.device):
+            return self(tokens).float().log_softmax(dim=-1)
 
 
 # --- the translator ---------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ retrieval tasks are trained short and asked long.
     python -m bench extrapolation --quick        minutes on two CPU cores
     python -m bench extrapolation                the study: hours on a GPU, or a smaller one on the CPU
 
-Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from
-there. On many GPUs one process each does its part of the same study:
+On many GPUs one process each does its part of the same study:
 
     CUDA_VISIBLE_DEVICES=3 python -m bench extrapolation --shard 3/8 --minutes 8.5
     torchrun --nproc-per-node 8 -m bench extrapolation
@@ -148,10 +147,10 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Sett
         runs, shown = chosen(everything)
         note = findings.caption(everything, len(reading.windows), source, settings)
         if args.quick:
-            findings.figure(path.with_name(f"{path.name}.png"), runs, settings, shown, note)
-            return [path.with_name(f"{path.name}.png")]
-        findings.write_csv(path.with_name(f"{path.name}.csv"), everything, settings)
-        return [path.with_name(f"{path.name}.csv"), *findings.report(path, runs, settings, shown, note)]
+            findings.figure(path, runs, settings, shown, note)
+            return [path]
+        findings.write_csv(path.with_suffix(".csv"), everything, settings)
+        return [path.with_suffix(".csv"), *findings.report(path, runs, settings, shown, note)]
 
     name = f"{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}"
     return runner.Study(

@@ -18,9 +18,6 @@ circles has fewer, and repeats itself.
 
     python -m bench generation                 the standard library; nothing to download
     python -m bench generation --corpus linux  the kernel's source; see below for how to get it
-
-Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from
-there.
 """
 
 from __future__ import annotations
@@ -291,9 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judge = Judge(texts, settings, args.device, args.out / ".cache" / f"{settings.key}-judge")
     source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
 
-    def draw(path: Path, runs: Runs) -> list[Path]:
-        picture(path := path.with_name(f"{path.name}.png"), runs, settings, caption(runs, settings, source))
-        return [path]
+    def draw(path: Path, runs: Runs) -> None:
+        picture(path, runs, settings, caption(runs, settings, source))
 
     generation = runner.Study(
         name=f"generation-{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}",

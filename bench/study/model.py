@@ -261,6 +261,11 @@ class Model(LanguageModel):
                 attention.cache = None
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Return autocast to bfloat16 on a GPU, and to nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def learned_positions(model: nn.Module) -> list[dict[str, list[float]]]:
     """Return power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
     modules = (module for module in model.modules() if isinstance(module, LogPosition))

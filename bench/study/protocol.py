@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.study import corpus, runner, tasks
-from bench.study.model import Attention, Model, Shape, encoding
+from bench.study.model import Attention, Model, Shape, autocast, encoding
 from bench.study.runner import Advance, Stage
 from logpe.lm.text import Sampler, document_windows
 
@@ -194,7 +194,7 @@ def byte_loss(
 
 def predict(model: Model, tokens: Tensor, last: int | None) -> Tensor:
     """Return logits, float32, of the last few of ``tokens`` (None: all but the first) from what comes before each."""
-    with runner.autocast(tokens.device):
+    with autocast(tokens.device):
         return model(tokens[:, :-1], last).float()
 
 

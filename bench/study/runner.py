@@ -35,6 +35,9 @@ from logpe.lm.loop import Stop, Training
 
 CHECKPOINT_SECONDS = 60.0
 
+RESUMES = """Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes
+on from there."""
+
 Advance = Callable[[int], None]  # counts finished work; raises KeyboardInterrupt when it is time to stop
 BatchLoss = Callable[[int], "tuple[Tensor, Callable[[], dict[str, float]]]"]
 
@@ -68,7 +71,7 @@ def new_parser(
     name: str, description: str | None, epilog: str, budgets: command.Budgets, baseline: bool = True
 ) -> tuple[argparse.ArgumentParser, Callable[[str], str]]:
     """Return a parser with the options of every study, and what tells the default of another option in its help."""
-    p = command.new_parser(f"bench {name}", description, epilog)
+    p = command.new_parser(f"bench {name}", f"{description}\n{RESUMES}", epilog)
     default = command.default_of(budgets)
     p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare, see below {default('encodings')}")
     p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
@@ -103,11 +106,6 @@ def machine(args: argparse.Namespace, *modules: ModuleType) -> dict[str, Any]:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return autocast to bfloat16 on a GPU, and to nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fit(
@@ -388,7 +386,7 @@ class Study:
     about: Mapping[str, Any]  # what the file says of the data
     plan: Sequence[tuple[Mapping[str, Stage], Sequence[str]]]  # stages by job, and the encodings that go through them
     table: Callable[[Runs], str]
-    draw: Callable[[Path, Runs], Sequence[Path]]  # files beside this path, which has no suffix; ImportError
+    draw: Callable[[Path, Runs], Sequence[Path] | None]  # the PNG file, or others beside it, which it returns
     shard: tuple[int, int] = field(default=(0, 1))
 
 
@@ -428,6 +426,7 @@ def show(study: Study, results: Results) -> None:
     print(f"\n{study.table(results.runs)}")
     print(f"\nMeasured in {tables.seconds(results.runs) / 60:.1f} minutes: {results.path}")
     try:
-        print(*study.draw(results.path.with_suffix(""), results.runs), sep="\n")
+        picture = results.path.with_suffix(".png")
+        print(*(study.draw(picture, results.runs) or [picture]), sep="\n")
     except ImportError:
         print("No picture: matplotlib is not installed (pip install -e '.[bench]').")

@@ -9,8 +9,7 @@ those, longer messages, and texts of so many lines that no training example was 
     python -m pip install --no-deps --target data/django Django==5.2.19
     python -m bench translation --data data/libreoffice data/django
 
---data takes any folders with catalogues, .mo or .po, in a folder named `de` or named `de` themselves. Every finished
-measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from there.
+--data takes any folders with catalogues, .mo or .po, in a folder named `de` or named `de` themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from bench.command import at_least, count, share
 from bench.plots import curve, panels, style
 from bench.study import corpus, runner, tables
 from bench.study.encoders import BEGIN, END, NEWLINE, PAD, Shape, Translator, translator_encoding
-from bench.study.model import ENCODINGS, OPTIONS
+from bench.study.model import ENCODINGS, OPTIONS, autocast
 from bench.study.runner import Advance
 from bench.study.tables import Runs
 from bench.study.vocabulary import Vocabulary
@@ -179,11 +178,10 @@ def line_loss(model: Translator, examples: Examples, seed: int) -> runner.BatchL
         torch.manual_seed(1_000_003 * seed + step)  # of the dropout
         source, target = zip(*examples(seed, step), strict=True)
         said, wanted = shifted(target, device)
-        with runner.autocast(device):
+        with autocast(device):
             logits = model(pad(source, device), said)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD, label_smoothing=LABEL_SMOOTHING
-        )
+        options: dict[str, Any] = dict(ignore_index=PAD, label_smoothing=LABEL_SMOOTHING)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), **options)
         return loss, lambda: {"loss_at_the_end": loss.item()}
 
     return batch_loss
@@ -222,7 +220,7 @@ def score(model: Translator, vocabulary: Vocabulary, texts: Sequence[Tokens], ad
         numbers = order[first : first + together]
         source, target = zip(*(texts[i] for i in numbers), strict=True)
         most = torch.tensor([3 * len(text) // 2 + 16 for text in source], device=device)
-        with runner.autocast(device):
+        with autocast(device):
             said |= dict(zip(numbers, model.translate(pad(source, device), most), strict=True))
             given, wanted = shifted(target, device)
             logits = model(pad(source, device), given)
@@ -345,9 +343,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=count, metavar="N", help=f"tokens of a side in training {default('limit')}")
     p.add_argument("--batch", type=count, metavar="N", help=f"examples per step {default('batch')}")
     p.add_argument("--tested", type=count, metavar="N", help=f"texts of a test, at most {default('tested')}")
-    p.add_argument(
-        "--vocabulary", type=at_least(512), metavar="N", help=f"tokens, 256 of them bytes {default('vocabulary')}"
-    )
+    p.add_argument("--vocabulary", type=at_least(512), metavar="N", help=f"tokens, with bytes {default('vocabulary')}")
     p.add_argument("--dropout", type=share, metavar="P", help=f"of residual branches {default('dropout')}")
     return p
 
@@ -392,16 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         legend = LEGEND.format(limit=settings.limit)
         return f"{examples(runs, list(tests))}\n\n{table(runs, list(tests), args.baseline)}\n{legend}"
 
-    def draw(path: Path, runs: Runs) -> list[Path]:
-        picture(path := path.with_name(f"{path.name}.png"), runs, list(tests), caption(runs, settings))
-        return [path]
+    def draw(path: Path, runs: Runs) -> None:
+        picture(path, runs, list(tests), caption(runs, settings))
 
-    study = runner.Study(
-        name=f"translation-{args.device.type}",
-        settings=settings,
-        about={"data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)}, "tests": sizes},
-        plan=[({JOB: stage}, args.encodings)],
-        table=report,
-        draw=draw,
-    )
+    about = {"data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)}, "tests": sizes}
+    plan = [({JOB: stage}, args.encodings)]
+    study = runner.Study(f"translation-{args.device.type}", settings, about, plan, report, draw)
     return runner.run("translation", args, [study])
