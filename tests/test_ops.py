@@ -77,9 +77,10 @@ def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> t
     captured: dict[str, list[Any]] = {}
 
     def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*arguments: Any, **known: Any) -> Any:
-            captured[name] = [y for x in arguments for y in (x if isinstance(x, Options) else [x])] + [backend]
-            return implementation(*arguments, **known)
+        def record(*arguments: Any) -> Any:  # the last may be a plan
+            given = [x for x in arguments if type(x).__name__ != "Plan"]
+            captured[name] = [y for x in given for y in (x if isinstance(x, Options) else [x])] + [backend]
+            return implementation(*arguments)
 
         return record
 
