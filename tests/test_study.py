@@ -473,24 +473,36 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
         assert status_of(extrapolation.main, [*command, *bad], TINY) == 2
 
 
-def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    draw, drawn = study.Text.draw, []
+@pytest.mark.parametrize("name", ["log-bias+shared", "alibi", "log-sinusoid", "log-invariant+rotary=0.5+gain"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])  # Ctrl-C, and as if the machine were gone
+def test_training_goes_on_to_the_same_weights(name, error, tmp_path, monkeypatch):
+    """Parameters that layers share, that do not learn, or that are not there at all."""
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0 if error is RuntimeError else 60.0)
+    asked, taken = settings(steps=6), []
 
-    def failing(self, generator):
-        drawn.append(1)
-        if len(drawn) == 3:
-            raise RuntimeError("as if the machine were gone")
-        return draw(self, generator)
+    def train(folder, calls):
+        """Stop at these calls, counted over all trials."""
+        model, count = Model(TINY, encoding(name, 32), seed=0), iter(calls)
+        stops = next(count, 0)
 
-    monkeypatch.setattr(study.Text, "draw", failing)
-    command = arguments(folder, tmp_path, *ENOUGH)
-    with pytest.raises(RuntimeError, match="machine"):
-        extrapolation.main(command, TINY)
-    assert extrapolation.main(command, TINY) == 0
-    assert len(drawn) == 3 + (4 - 2) + 3 * 4  # of four runs of text
-    (path,) = tmp_path.glob("*.json")
-    assert numbers(path) == numbers(whole[0])
+        def advance(work):
+            taken.append(work)
+            if len(taken) == stops:
+                raise error
+
+        loss = study.byte_loss(model, lambda generator: torch.randint(256, (2, 33), generator=generator), 0)
+        return model, runner.fit(model, loss, asked, 6, tmp_path / folder, advance)
+
+    expected, record = train("whole", [])
+    taken.clear()
+    for calls in ([3], [6]):
+        with pytest.raises(error):
+            train("stopped", calls)
+    model, again = train("stopped", [])
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+    assert all(torch.equal(x, expected.state_dict()[key]) for key, x in model.state_dict().items())
+    lost = [1, 1] if error is RuntimeError else [0, 0]  # steps after the last checkpoint
+    assert len(taken) == 3 + 6 + sum(lost)
 
 
 def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):

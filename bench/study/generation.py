@@ -116,9 +116,9 @@ def writer_stage(texts: Texts, settings: Settings, device: torch.device, judge: 
         window = None if test == "all" else settings.train_length - 1  # bytes before the one that looks
         before, prompts = texts.real(seed)[: settings.samples, : settings.context].split([lead, settings.prompt], dim=1)
         text = write(model, prompts, settings, window, seed, lambda n: advance(n * byte))
-        found = scored(judge.ready(), torch.cat([before, text], dim=1), texts.frequencies, settings)
+        scores = scored(judge.ready(), torch.cat([before, text], dim=1), texts.frequencies, settings)
         advance(judge.reading_work(settings.samples))
-        return found
+        return scores
 
     lead = settings.context - settings.prompt
     byte = 10 * study.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
@@ -141,15 +141,15 @@ def lines(runs: Runs) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     for name in [REAL, *(name for name in tables.rows(runs) if name != REAL)]:
         for reading in READINGS:
             records = tables.records({name: runs.get(name, {})})
-            if found := [record["lengths"][reading] for record in records if reading in record["lengths"]]:
-                yield name, reading, found
+            if scores := [record["lengths"][reading] for record in records if reading in record["lengths"]]:
+                yield name, reading, scores
 
 
 def table(runs: Runs, settings: Settings) -> str:
     """Return bits by position, then what else the last bin shows, as Markdown: means, and ± deviation over seeds."""
     bins = list(zip(settings.edges, settings.edges[1:], strict=False))
     others = ("repetition", "drift", "printable")
-    found = [["text", "reads", "seeds", *(f"{a:,}-{b:,}" for a, b in bins), "minus real", *others]]
+    rows = [["text", "reads", "seeds", *(f"{a:,}-{b:,}" for a, b in bins), "minus real", *others]]
     real = next(lines(runs))[2]
     goal = fmean(scored["bits"][-1] for scored in real)
     for name, reading, scores in lines(runs):
@@ -157,7 +157,7 @@ def table(runs: Runs, settings: Settings) -> str:
         bits = [tables.cell(column, ".3f", spread=column is columns[-1]) for column in columns]
         over = "" if name == REAL else f"{fmean(columns[-1]) - goal:+.3f}"
         last = [tables.cell([s[measure][-1] for s in scores], ".3f") for measure in others]
-        found.append([name, "" if name == REAL else reading, str(len(scores)), *bits, over, *last])
+        rows.append([name, "" if name == REAL else reading, str(len(scores)), *bits, over, *last])
     start, end = bins[-1]
     legend = f"""
 
@@ -174,18 +174,18 @@ Mean ± standard deviation over seeds, {settings.samples} texts each, {settings.
 change by {fmean(change):+.3f} ± {tables.half_width(change):.3f} (95% interval, {len(change)} texts).
 """
     notes = [f"{name}: {what.format(settings.train_length)}" for name, what in READINGS.items()]
-    return tables.markdown(found) + legend + check + ". ".join(notes) + "."
+    return tables.markdown(rows) + legend + check + ". ".join(notes) + "."
 
 
 def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Draw a row for each reading: bits, repetition and drift by position. Bands: the seeds."""
     centres = [math.sqrt(a * b) for a, b in zip(settings.edges, settings.edges[1:], strict=False)]
-    found = list(lines(runs))
+    everything = list(lines(runs))
     names = [name for name in tables.rows(runs) if name != REAL]
     places = [(reading, measure) for reading in READINGS for measure in MEASURES]
     with panels(path, len(places), note, columns=len(MEASURES), size=(4.5, 3.6), legend="right center") as axes:
         for axis, (reading, measure) in zip(axes, places, strict=True):
-            for name, how, scores in found:
+            for name, how, scores in everything:
                 if name != REAL and how != reading:
                     continue
                 look = dict(color="0.15", linestyle="--", linewidth=1.8, label="real text", zorder=5)

@@ -108,13 +108,13 @@ def judged_bits(judge: Model, texts: Tensor, settings: Settings) -> Tensor:
     """Return the bits of each byte of texts int64 (B, N), after ``context`` or more before it; (B, N - context)."""
     device = next(judge.parameters()).device
     judge.eval()
-    found = []
+    bits = []
     for start in range(settings.context, texts.shape[1], settings.piece):
         part = texts[:, start - settings.context : start + settings.piece].to(device)
         target = part[:, settings.context :]
         logits = study.predict(judge, part, target.shape[1])
-        found.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu() / math.log(2))
-    return torch.cat(found, dim=1)
+        bits.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu() / math.log(2))
+    return torch.cat(bits, dim=1)
 
 
 def repeated(texts: Tensor, n: int = GRAM, history: int = HISTORY) -> Tensor:
@@ -122,8 +122,8 @@ def repeated(texts: Tensor, n: int = GRAM, history: int = HISTORY) -> Tensor:
     grams = (texts.unfold(1, n, 1) << 8 * torch.arange(n)).sum(-1)  # a number for each
     grams, place = grams.sort(dim=1, stable=True)
     again = (grams.diff(dim=1) == 0) & (place.diff(dim=1) <= history)
-    found = torch.zeros_like(texts, dtype=torch.bool)
-    return found.scatter(1, place[:, 1:] + n - 1, again)
+    marks = torch.zeros_like(texts, dtype=torch.bool)
+    return marks.scatter(1, place[:, 1:] + n - 1, again)
 
 
 def drift(part: Tensor, frequencies: Tensor) -> float:
@@ -195,9 +195,9 @@ class Judge:
         """Return the stage in which the judge reads real text: that of each seed's prompts."""
 
         def score(model: Model, test: str, seed: int, advance: Advance) -> dict[str, Any]:
-            found = scored(model, self.texts.real(seed), self.texts.frequencies, self.settings)
+            scores = scored(model, self.texts.real(seed), self.texts.frequencies, self.settings)
             advance(self.reading_work(self.settings.real))
-            return found
+            return scores
 
         return Stage(
             self.settings,

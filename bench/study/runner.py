@@ -148,8 +148,8 @@ def fit(
     training = Training(model, optimizer, learning_rate, steps, checkpoint)
     seconds: float = 0.0
     recorded: list[dict[str, float]] = []
-    if (found := checkpoints.newest(checkpoint)) is not None:
-        folder, manifest = found
+    if (newest := checkpoints.newest(checkpoint)) is not None:
+        folder, manifest = newest
         training.restore(folder)
         seconds, recorded = manifest["seconds"], manifest["recorded"]
     start, saved = time.perf_counter() - seconds, time.monotonic()
