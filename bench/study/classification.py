@@ -349,15 +349,16 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
-    p, default = runner.new_parser("classification", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("classification", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
-    p.add_argument("--train-length", type=count, default=128, metavar="N", help="words and marks (default %(default)s)")
-    p.add_argument("--reach", type=count, metavar="N", help=f"join documents to N times that {default('reach')}")
-    p.add_argument("--batch", type=count, metavar="N", help=f"crops per step {default('batch')}")
-    p.add_argument("--documents", type=count, metavar="N", help=f"tested, of a range of lengths {default('documents')}")
-    p.add_argument("--joined", type=count, metavar="N", help=f"tested, of each length {default('joined')}")
-    p.add_argument("--vocabulary", type=count, metavar="N", help=f"words, the commonest {default('vocabulary')}")
-    p.add_argument("--word-dropout", type=share, default=0.1, metavar="F", help="share hidden (default %(default)s)")
+    add("train_length", count, "words and marks of a crop", 128)
+    add("reach", count, "join documents to 2, 4, ... N times that")
+    add("batch", count, "crops per step")
+    add("documents", count, "documents tested, of a range of lengths")
+    add("joined", count, "joined documents tested, of each length")
+    add("vocabulary", count, "words, the commonest ones")
+    add("word_dropout", share, "share of words that are hidden in training", 0.1, metavar="F")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     return p
 
 

@@ -71,25 +71,23 @@ def parser() -> argparse.ArgumentParser:
         f"options of an encoding, as in log-bias+gain+power=0.5:4:\n{options}\n"
         f"tasks:\n{listed}\n{corpus.HELP}"
     )
-    p, default = runner.new_parser("extrapolation", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("extrapolation", __doc__, epilog, BUDGETS)
     p.add_argument("--quick", action="store_true", help="a small budget for one table and one picture")
-    p.add_argument(
-        "--tasks", nargs="*", choices=tasks.TASKS, metavar="NAME", help=f"retrieval, see below {default('tasks')}"
-    )
-    p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=at_least(8), nargs="+", metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument(
-        "--reach", type=count, default=32, metavar="N", help="test at 1, 2, 4, ... N times that (default 32)"
-    )
-    p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or at these lengths, in bytes")
+    what = "retrieval, see below; each task trains for a share of --steps"
+    add("tasks", str, what, nargs="*", choices=tasks.TASKS, metavar="NAME")
+    add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
+    add("train_length", at_least(8), "bytes of a window to train on", nargs="+")
+    add("reach", count, "test at 1, 2, 4, ... N times that", 32)
+    p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or test at these lengths, in bytes")
     p.add_argument("--batch", type=count, metavar="N", help="windows per step (default: --batch-bytes)")
-    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--windows", type=count, metavar="N", help=f"of held-out text {default('windows')}")
-    p.add_argument("--whole", type=at_least(0), metavar="N", help=f"of these, read whole {default('whole')}")
-    p.add_argument("--target", type=count, metavar="N", help=f"bytes scored with growing context {default('target')}")
-    p.add_argument("--samples", type=count, metavar="N", help=f"questions per length and depth {default('samples')}")
-    p.add_argument("--depths", type=count, metavar="N", help=f"how many, from 0 to 1 {default('depths')}")
+    add("batch_bytes", count, "bytes of text per step")
+    add("windows", count, "windows of held-out text")
+    add("whole", at_least(0), "how many of them are also read whole")
+    add("target", count, "bytes scored with growing context")
+    add("samples", count, "questions per length and depth")
+    add("depths", count, "how many depths, from 0 to 1")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
 

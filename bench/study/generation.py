@@ -230,23 +230,20 @@ def caption(runs: Runs, settings: Settings, source: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = "encodings and their options: those of python -m bench extrapolation --help, but for logit-gain\n"
-    p, default = runner.new_parser("generation", __doc__, epilog + corpus.HELP, BUDGETS, baseline=False)
-    p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=at_least(8), metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument("--reach", type=count, default=32, metavar="N", help="write N times as much (default %(default)s)")
-    p.add_argument("--prompt", type=count, default=64, metavar="N", help="bytes of held-out text (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default %(default)s)")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this share (default %(default)s)")
-    p.add_argument("--samples", type=count, metavar="N", help=f"texts of each seed {default('samples')}")
-    p.add_argument("--real", type=count, metavar="N", help=f"real texts beside them {default('real')}")
-    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--judge", default="rope", metavar="NAME", help="the judge's encoding (default %(default)s)")
-    for name, what, least in (
-        ("length", "bytes of its windows", 8),
-        ("steps", "of its training", 1),
-        ("batch", "windows per step", 1),
-    ):
-        p.add_argument(f"--judge-{name}", type=at_least(least), metavar="N", help=f"{what} {default(f'judge_{name}')}")
+    p, add = runner.new_parser("generation", __doc__, epilog + corpus.HELP, BUDGETS)
+    add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
+    add("train_length", at_least(8), "bytes of a window to train on")
+    add("reach", count, "write N times as much", 32)
+    add("prompt", count, "bytes of held-out text that are continued", 64)
+    add("temperature", float, "temperature of the draws", 1.0, metavar="T")
+    add("top_p", float, "draw from this share of the probability", 1.0, metavar="P")
+    add("samples", count, "texts of each seed")
+    add("real", count, "real texts beside them")
+    add("batch_bytes", count, "bytes of text per step")
+    add("judge", str, "the judge's encoding", "rope", metavar="NAME")
+    add("judge_length", at_least(8), "bytes of its windows")
+    add("judge_steps", count, "steps of its training")
+    add("judge_batch", count, "windows per step")
     return p
 
 

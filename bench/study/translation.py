@@ -339,13 +339,14 @@ def caption(runs: Runs, settings: Settings) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
-    p, default = runner.new_parser("translation", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("translation", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
-    p.add_argument("--limit", type=count, metavar="N", help=f"tokens of a side in training {default('limit')}")
-    p.add_argument("--batch", type=count, metavar="N", help=f"examples per step {default('batch')}")
-    p.add_argument("--tested", type=count, metavar="N", help=f"texts of a test, at most {default('tested')}")
-    p.add_argument("--vocabulary", type=at_least(512), metavar="N", help=f"tokens, with bytes {default('vocabulary')}")
-    p.add_argument("--dropout", type=share, metavar="P", help=f"of residual branches {default('dropout')}")
+    add("limit", count, "tokens of a side in training, at most")
+    add("batch", count, "examples per step")
+    add("tested", count, "texts of a test, at most")
+    add("vocabulary", at_least(512), "tokens, 256 of them bytes")
+    add("dropout", share, "dropout of residual branches", metavar="P")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     return p
 
 
