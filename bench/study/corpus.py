@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
+import platform
 import re
 import struct
 import sysconfig
@@ -34,9 +35,18 @@ class Corpus:
 
     def describe(self) -> dict[str, object]:
         """Return name, digest and sizes, for the record."""
-        sides = {"train": self.train, "test": self.test}
-        sizes = {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
-        return {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES, **sizes}
+        about = {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES}
+        return {**about, **sizes(train=self.train, test=self.test)}
+
+    @property
+    def source(self) -> str:
+        """The name for a caption."""
+        return f"Python {platform.python_version()}'s standard library" if self.name == "stdlib" else self.name
+
+
+def sizes(**sides: list[Document]) -> dict[str, dict[str, int]]:
+    """Return how many documents and bytes there are on each side."""
+    return {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
 
 
 def standard_library() -> Iterator[Document]:

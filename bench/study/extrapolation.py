@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import command
 from bench.command import at_least, count
-from bench.study import corpus, findings, runner, tasks
-from bench.study import protocol as study
+from bench.study import corpus, findings, protocol, runner, tasks
 from bench.study.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 from bench.study.tables import Runs
 
@@ -102,11 +100,11 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> study.Settings:
+def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> protocol.Settings:
     """Return the settings of the models that are trained at one length."""
     doublings = range(max(1, args.reach).bit_length())
     lengths = tuple(sorted(set(args.lengths or [train_length << k for k in doublings])))
-    return study.Settings(
+    return protocol.Settings(
         **runner.machine(args),
         corpus=text.digest,
         shape=shape,
@@ -123,12 +121,11 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     )
 
 
-def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Settings) -> runner.Study:
+def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.Settings) -> runner.Study:
     """Return what is measured with these settings, and what is shown of the encodings that were asked for."""
-    reading = study.Text(text, settings)
-    jobs: dict[str, study.Job] = {"text": reading}
-    jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
-    source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
+    reading = protocol.Text(text, settings)
+    jobs: dict[str, protocol.Job] = {"text": reading}
+    jobs |= {name: protocol.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
 
     def chosen(runs: Runs) -> tuple[Runs, list[str]]:
         runs = {name: runs[name] for name in args.encodings if name in runs}
@@ -143,7 +140,7 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Sett
 
     def draw(path: Path, everything: Runs) -> list[Path]:
         runs, shown = chosen(everything)
-        note = findings.caption(everything, len(reading.windows), source, settings)
+        note = findings.caption(everything, len(reading.windows), text.source, settings)
         if args.quick:
             findings.figure(path, runs, settings, shown, note)
             return [path]
@@ -155,7 +152,7 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Sett
         name="extrapolation-quick" if args.quick else f"extrapolation-{name}",
         settings=settings,
         about={"corpus": {**text.describe(), "windows": len(reading.windows)}},
-        plan=[({name: study.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
+        plan=[({name: protocol.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
         table=table,
         draw=draw,
         shard=parse_shard(args.shard),

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -36,8 +35,7 @@ from torch import Tensor
 from bench import command
 from bench.command import at_least, count
 from bench.plots import curve, length_axis, panels, style
-from bench.study import corpus, runner, tables
-from bench.study import protocol as study
+from bench.study import corpus, protocol, runner, tables
 from bench.study.judge import GRAM, HISTORY, Judge, Settings, Texts, scored
 from bench.study.model import Attention, Model, Shape, encoding
 from bench.study.runner import Advance, Stage
@@ -121,14 +119,14 @@ def writer_stage(texts: Texts, settings: Settings, device: torch.device, judge: 
         return scores
 
     lead = settings.context - settings.prompt
-    byte = 10 * study.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
+    byte = 10 * protocol.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
     writing = byte * (settings.length - settings.prompt)
     return Stage(
         settings,
         build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
-        loss=lambda model, seed: study.byte_loss(model, lambda rng: texts.sampler(settings.batch, rng), seed),
+        loss=lambda model, seed: protocol.byte_loss(model, lambda rng: texts.sampler(settings.batch, rng), seed),
         score=score,
-        step_work=3 * study.work(settings.batch, settings.train_length),
+        step_work=3 * protocol.work(settings.batch, settings.train_length),
         tests=dict.fromkeys(READINGS, writing + judge.reading_work(settings.samples)),
     )
 
@@ -283,10 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(args, text)
     texts = Texts(text, settings, args.seeds)
     judge = Judge(texts, settings, args.device, args.out / ".cache" / f"{settings.key}-judge")
-    source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
 
     def draw(path: Path, runs: Runs) -> None:
-        picture(path, runs, settings, caption(runs, settings, source))
+        picture(path, runs, settings, caption(runs, settings, text.source))
 
     generation = runner.Study(
         name=f"generation-{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}",

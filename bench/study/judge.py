@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.study import corpus, runner
-from bench.study import protocol as study
+from bench.study import corpus, protocol, runner
 from bench.study.model import Model, Shape, encoding
 from bench.study.runner import Advance, Stage
 from logpe.lm.text import TEST_SHARE, Document, Sampler, document_windows
@@ -91,9 +90,7 @@ class Texts:
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes of the halves, and the number of windows, for the record."""
-        sides = {"writers": self.written, "judge": self.judged}
-        sizes = {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
-        return {**sizes, "windows": len(self.windows)}
+        return {**corpus.sizes(writers=self.written, judge=self.judged), "windows": len(self.windows)}
 
     def real(self, seed: int) -> Tensor:
         """Return what leads to a prompt, the prompt, and how it really goes on; (real, context - prompt + length)."""
@@ -112,7 +109,7 @@ def judged_bits(judge: Model, texts: Tensor, settings: Settings) -> Tensor:
     for start in range(settings.context, texts.shape[1], settings.piece):
         part = texts[:, start - settings.context : start + settings.piece].to(device)
         target = part[:, settings.context :]
-        logits = study.predict(judge, part, target.shape[1])
+        logits = protocol.predict(judge, part, target.shape[1])
         bits.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu() / math.log(2))
     return torch.cat(bits, dim=1)
 
@@ -176,7 +173,7 @@ class Judge:
 
     def loss(self, model: Model, seed: int = 0) -> runner.BatchLoss:
         """Return the loss of its batches, which depend on no seed."""
-        return study.byte_loss(model, lambda rng: self.texts.judge_sampler(self.settings.judge_batch, rng), 0)
+        return protocol.byte_loss(model, lambda rng: self.texts.judge_sampler(self.settings.judge_batch, rng), 0)
 
     def ready(self) -> Model:
         """Return the judge; where its checkpoint was lost since it read the real text, it is trained again."""
@@ -189,7 +186,7 @@ class Judge:
     def reading_work(self, texts: int) -> int:
         """Return the work of reading so many texts."""
         pieces = -(-(self.settings.length - self.settings.prompt) // self.settings.piece)
-        return study.work(texts * pieces, self.settings.judge_length)
+        return protocol.work(texts * pieces, self.settings.judge_length)
 
     def stage(self) -> Stage:
         """Return the stage in which the judge reads real text: that of each seed's prompts."""
@@ -204,7 +201,7 @@ class Judge:
             build=lambda name, seed: self.build(),
             loss=self.loss,
             score=score,
-            step_work=3 * study.work(self.settings.judge_batch, self.settings.judge_length),
+            step_work=3 * protocol.work(self.settings.judge_batch, self.settings.judge_length),
             steps=self.settings.judge_steps,
             tests={"all": self.reading_work(self.settings.real)},
             kept=self.folder,

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -396,7 +396,7 @@ class Study:
     plan: Sequence[tuple[Mapping[str, Stage], Sequence[str]]]  # stages by job, and the encodings that go through them
     table: Callable[[Runs], str]
     draw: Callable[[Path, Runs], Sequence[Path] | None]  # the PNG file, or others beside it, which it returns
-    shard: tuple[int, int] = field(default=(0, 1))
+    shard: tuple[int, int] = (0, 1)
 
 
 def run(program: str, args: argparse.Namespace, studies: Sequence[Study]) -> int:
