@@ -108,13 +108,17 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     if block_table is not None:
         block_table = checks.check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
-    elif pages != batch:  # one for each sequence where there is no block_table
+    elif pages != batch:
         raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
     if key_lengths is not None:
         key_lengths = checks.check_int_tensor("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    if key_mask is not None:
+        key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
+
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
+    first_key = key_start if key_starts is None else key_starts
     if query_start is None:
-        positional = left is not None or right is not None or _is_positional(values)
+        positional = _is_positional(values, left, right)
         if num_queries != num_keys and positional and (not is_causal or key_lengths is not None):
             raise ValueError(
                 f"query_start is required for {num_queries} queries and {num_keys} keys "
@@ -128,14 +132,9 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
-            ends = key_lengths if key_lengths is not None else num_keys
-            context_length = ends + (key_starts if key_starts is not None else key_start)
+            context_length = first_key + (num_keys if key_lengths is None else key_lengths)
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
-    if key_mask is not None:
-        key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
-    scale = checks.resolve_scale(scale, head_dim)
-    backend = _resolve_backend(backend, q)
-    dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, dropout_seed, q)
+
     options = Options(
         *values[:5],
         query_starts=query_starts,
@@ -149,9 +148,11 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         key_start=key_start,
         window_left=left,
         window_right=right,
+        max_seqlen_q=num_queries,
+        max_seqlen_k=num_keys,
         rotary_scale=values.rotary_scale,
         gain_length=values.gain_length,
-        scale=scale,
+        scale=checks.resolve_scale(scale, head_dim),
         dropout_p=dropout_p,
     )
     result = _attend(q, k, v, options, backend, key)
@@ -216,9 +217,11 @@ def log_attention_varlen(  # type: ignore[misc]
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
     _check_position(position, values, q, heads, head_dim)
     left, right = checks.resolve_window(window, is_causal)
+
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
+    first_key = key_start if key_starts is None else key_starts
     if query_start is None:
-        positional = left is not None or right is not None or _is_positional(values)
+        positional = _is_positional(values, left, right)
         if positional and not same_lengths and not is_causal:
             same_lengths = checks.readable(cu_seqlens_q, validate) and torch.equal(cu_seqlens_q, cu_seqlens_k)
             if not same_lengths:
@@ -228,18 +231,15 @@ def log_attention_varlen(  # type: ignore[misc]
                 )
         query_start, query_starts = key_start, key_starts
         if positional and not same_lengths:
-            first_key = key_start if key_starts is None else key_starts
             query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
     else:
         query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
-            context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
+            context_length = first_key + cu_seqlens_k.diff()
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
-    scale = checks.resolve_scale(scale, head_dim)
-    backend = _resolve_backend(backend, q)
-    dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, dropout_seed, q)
+
     options = Options(
         *values[:5],
         query_starts=query_starts,
@@ -256,7 +256,7 @@ def log_attention_varlen(  # type: ignore[misc]
         max_seqlen_k=max_seqlen_k,
         rotary_scale=values.rotary_scale,
         gain_length=values.gain_length,
-        scale=scale,
+        scale=checks.resolve_scale(scale, head_dim),
         dropout_p=dropout_p,
     )
     result = _attend(q, k, v, options, backend)
@@ -351,9 +351,16 @@ for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, key: Hashable = None
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call that was checked. key: that of its plan, by which later calls need no checks."""
+    """Choose a backend and run it on a call whose other arguments are checked.
+
+    Args:
+        key: the key by which later calls like this one, which need no checks, will find the plan.
+    """
+    backend = _resolve_backend(backend, q)
+    dropout_p, dropout_seed = checks.resolve_dropout(options.dropout_p, options.dropout_seed, q)
+    options = options._replace(dropout_p=dropout_p, dropout_seed=dropout_seed)
     if backend == "reference":
-        run = reference.attention if options.cu_seqlens_q is None else reference.attention_varlen
+        run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
         out, lse = run(q, k, v, options)[:2]
         return out, lse
     plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
@@ -361,6 +368,7 @@ def _attend(
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
+    """Return the name of the backend to run, and raise if it cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
@@ -397,7 +405,7 @@ def _key_of(
     scale: float | None,
     backend: str,
 ) -> Hashable:
-    """Return what the checks and the plan of a call follow from that has no other options than these.
+    """Return what the checks and the plan follow from of a call that has no other options than these.
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
@@ -416,6 +424,7 @@ def _key_of(
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return q, k and v in the dtype of autocast, if that is on."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
             checks.check_dense(name, x)
@@ -427,6 +436,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
+    """Check that a position and its values fit q."""
     if isinstance(position, LogPosition):
         if position.num_heads != heads:
             raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
@@ -435,5 +445,6 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
     checks.check_position_values(values, q, heads)
 
 
-def _is_positional(values: PositionValues) -> bool:
-    return any(x is not None for x in (values.power, values.rate, values.alpha, values.theta))
+def _is_positional(values: PositionValues, left: int | None, right: int | None) -> bool:
+    """Whether it matters where queries and keys stand."""
+    return left is not None or right is not None or any(x is not None for x in values[:5])

@@ -170,11 +170,11 @@ def test_padding_changes_nothing_and_order_matters_where_there_is_an_encoding(na
     torch.nn.init.normal_(model.head.weight)
     documents = [torch.randint(2, 400, (n,)) for n in (5, 40, 23)]
     with torch.no_grad():
-        alone = torch.cat([cl.predict(model, d[None]) for d in documents])
+        alone = torch.cat([model.predict(d[None]) for d in documents])
         padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=cl.PAD)
-        torch.testing.assert_close(cl.predict(model, padded), alone)
-        torch.testing.assert_close(cl.predict(model.train(), padded), alone)
-        shuffled = cl.predict(model, documents[1].flip(0)[None])
+        torch.testing.assert_close(model.predict(padded), alone)
+        torch.testing.assert_close(model.train().predict(padded), alone)
+        shuffled = model.predict(documents[1].flip(0)[None])
     # Distances do not tell a text from the same read backwards; where each word stands does not, without an encoding.
     blind = name.removesuffix("+gain") in ("none", "alibi", "kerple", "log-bias", "log-invariant")
     assert torch.allclose(shuffled, alone[1:2], atol=1e-5) == blind
@@ -187,7 +187,7 @@ def test_words_near_each_other_count_more_with_a_log_bias():
     for name, same in (("none", True), ("log-bias", False)):
         model = encoders.Classifier(TINY, 3, encoding(name, 16), seed=0).eval()
         torch.nn.init.normal_(model.head.weight)
-        assert torch.allclose(cl.predict(model, tokens), cl.predict(model, mixed), atol=1e-5) == same
+        assert torch.allclose(model.predict(tokens), model.predict(mixed), atol=1e-5) == same
 
 
 def test_encodings_start_from_the_same_weights():
@@ -201,11 +201,11 @@ def test_encodings_start_from_the_same_weights():
         "embedding.weight"], plain["embedding.weight"])  # fmt: skip
 
 
-class Oracle(torch.nn.Module):
+class Oracle(encoders.Classifier):
     """Log-odds of class 1: what the tokens but PAD sum up to, those above 50 counting against."""
 
     def __init__(self):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.read = []
 
@@ -239,7 +239,7 @@ def test_scoring_of_hand_made_documents(monkeypatch):
     assert max(len(piece) for pieces in windows for piece in pieces) <= 16
     answers = cl.classify(oracle, windows, done.append)
     for answer, pieces in zip(answers, windows, strict=True):
-        alone = torch.stack([cl.predict(oracle, piece[None])[0] for piece in pieces])
+        alone = torch.stack([oracle.predict(piece[None])[0] for piece in pieces])
         torch.testing.assert_close(answer, alone.mean(0))
 
 

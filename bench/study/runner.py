@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -34,6 +34,9 @@ from logpe.lm import checkpoint as checkpoints
 from logpe.lm.loop import Stop, Training
 
 CHECKPOINT_SECONDS = 60.0
+
+RESUMES = """Every finished measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes
+on from there."""
 
 Advance = Callable[[int], None]  # counts finished work; raises KeyboardInterrupt when it is time to stop
 BatchLoss = Callable[[int], "tuple[Tensor, Callable[[], dict[str, float]]]"]
@@ -65,21 +68,30 @@ class Settings:
 
 
 def new_parser(
-    name: str, description: str | None, epilog: str, budgets: command.Budgets, baseline: bool = True
-) -> tuple[argparse.ArgumentParser, Callable[[str], str]]:
-    """Return a parser with the options of every study, and what tells the default of another option in its help."""
-    p = command.new_parser(f"bench {name}", description, epilog)
-    default = command.default_of(budgets)
-    p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare, see below {default('encodings')}")
-    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
-    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}")
-    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"its peak {default('learning_rate')}")
-    for option, what in (("dim", "width of the model"), ("layers", "of the model"), ("heads", "of a layer")):
-        p.add_argument(f"--{option}", type=count, metavar="N", help=f"{what} {default(option)}")
-    if baseline:
-        p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
+    name: str, description: str | None, epilog: str, budgets: command.Budgets
+) -> tuple[argparse.ArgumentParser, Callable[..., None]]:
+    """Return a parser with the options of every study, and a function that adds another.
+
+    That takes the option's name, its type, what it is, its default where no budget has one, and more keywords of
+    ``add_argument``.
+    """
+    p = command.new_parser(f"bench {name}", f"{description}\n{RESUMES}", epilog)
+    of_budget = command.default_of(budgets)
+
+    def add(option: str, type_: Callable[[str], Any], what: str, default: Any = None, **more: Any) -> None:
+        shown = of_budget(option) if default is None else f"(default {default})"
+        more = {"metavar": "N", **more, "type": type_, "default": default, "help": f"{what} {shown}"}
+        p.add_argument("--" + option.replace("_", "-"), **more)
+
+    add("encodings", str, "which to compare, see below", nargs="+", metavar="NAME")
+    add("seeds", at_least(0), "one run with each", nargs="+")
+    add("steps", count, "steps of training")
+    add("learning_rate", positive, "the highest learning rate", metavar="R")
+    add("dim", count, "width of a model")
+    add("layers", count, "blocks of a model")
+    add("heads", count, "attention heads of a block")
     command.add_run_options(p)
-    return p, default
+    return p, add
 
 
 def parse(p: argparse.ArgumentParser, arguments: Sequence[str] | None, budgets: command.Budgets) -> argparse.Namespace:
@@ -103,11 +115,6 @@ def machine(args: argparse.Namespace, *modules: ModuleType) -> dict[str, Any]:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return autocast to bfloat16 on a GPU, and to nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fit(
@@ -150,8 +157,8 @@ def fit(
     training = Training(model, optimizer, learning_rate, steps, checkpoint)
     seconds: float = 0.0
     recorded: list[dict[str, float]] = []
-    if (found := checkpoints.newest(checkpoint)) is not None:
-        folder, manifest = found
+    if (newest := checkpoints.newest(checkpoint)) is not None:
+        folder, manifest = newest
         training.restore(folder)
         seconds, recorded = manifest["seconds"], manifest["recorded"]
     start, saved = time.perf_counter() - seconds, time.monotonic()
@@ -388,8 +395,8 @@ class Study:
     about: Mapping[str, Any]  # what the file says of the data
     plan: Sequence[tuple[Mapping[str, Stage], Sequence[str]]]  # stages by job, and the encodings that go through them
     table: Callable[[Runs], str]
-    draw: Callable[[Path, Runs], Sequence[Path]]  # files beside this path, which has no suffix; ImportError
-    shard: tuple[int, int] = field(default=(0, 1))
+    draw: Callable[[Path, Runs], Sequence[Path] | None]  # the PNG file, or others beside it, which it returns
+    shard: tuple[int, int] = (0, 1)
 
 
 def run(program: str, args: argparse.Namespace, studies: Sequence[Study]) -> int:
@@ -428,6 +435,7 @@ def show(study: Study, results: Results) -> None:
     print(f"\n{study.table(results.runs)}")
     print(f"\nMeasured in {tables.seconds(results.runs) / 60:.1f} minutes: {results.path}")
     try:
-        print(*study.draw(results.path.with_suffix(""), results.runs), sep="\n")
+        picture = results.path.with_suffix(".png")
+        print(*(study.draw(picture, results.runs) or [picture]), sep="\n")
     except ImportError:
         print("No picture: matplotlib is not installed (pip install -e '.[bench]').")

@@ -17,8 +17,11 @@ Draw = Callable[[torch.Generator, int, int, "float | None"], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """`draw(generator, batch, length, depth)` gives int64 (batch, length + answer): a prompt of `length` bytes, then
-    the answer. depth 0 hides it at the start, 1 right before the question, None anywhere."""
+    """A retrieval task.
+
+    draw: from a generator, a batch size, a length and a depth, int64 (batch, length + answer): a prompt of ``length``
+    bytes, then the answer. Depth 0 hides it at the start, 1 right before the question, None anywhere.
+    """
 
     draw: Draw
     answer: int  # bytes
@@ -29,12 +32,12 @@ class Task:
 
 
 def pick(symbols: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Symbols drawn at random, in a tensor of that shape."""
+    """Draw symbols at random, in a tensor of that shape."""
     return symbols[torch.randint(len(symbols), shape, generator=generator)]
 
 
 def hide(text: Tensor, start: Tensor, generator: torch.Generator) -> Tensor:
-    """Puts MARK and a digit into each row of text (batch, length) at start (batch,); -> the digits (batch, 1)."""
+    """Put MARK and a digit into each row of text (batch, length) at start (batch,); return the digits (batch, 1)."""
     rows = torch.arange(len(text))
     value = pick(DIGITS, (len(text),), generator)
     text[rows, start] = MARK
@@ -43,26 +46,26 @@ def hide(text: Tensor, start: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def place(first: int, last: int, batch: int, depth: float | None, generator: torch.Generator) -> Tensor:
-    """(batch,): a place from first to last, at random or as far along as depth says."""
+    """Return places from first to last, (batch,), at random or as far along as depth says."""
     if depth is None:
         return torch.randint(first, last + 1, (batch,), generator=generator)
     return torch.full((batch,), first + round(depth * (last - first)))
 
 
 def needle(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
-    """`kfwz=7qmx...?` -> `7`: the only digit in a text of letters. Order does not matter."""
+    """Ask, as in `kfwz=7qmx...?`, for the only digit in a text of letters (`7`). Order does not matter."""
     text = pick(LETTERS, (batch, length - 1), generator)
     value = hide(text, place(0, length - 3, batch, depth, generator), generator)
     return torch.cat([text, torch.full((batch, 1), QUERY), value], dim=1)
 
 
 def after(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
-    """`kf=wzqmx...?` -> `w`: the letter after the only mark. Nothing but its place tells it from the other letters."""
+    """Ask, as in `kf=wzqmx...?`, for the letter after the only mark (`w`). Only its place tells it from the others."""
     return _after_last_mark(1, generator, batch, length, depth)
 
 
 def recall(generator: torch.Generator, batch: int, length: int, depth: float | None = None) -> Tensor:
-    """`k=fwz=qmx...?` -> `q`: the letter after the last mark; half of the prompts have another mark before it.
+    """Ask, as in `k=fwz=qmx...?`, for the letter after the last mark (`q`); half of the prompts have another before it.
 
     It takes both senses of order: which letter comes next, and which mark comes last, however far apart.
     """

@@ -9,8 +9,7 @@ those, longer messages, and texts of so many lines that no training example was 
     python -m pip install --no-deps --target data/django Django==5.2.19
     python -m bench translation --data data/libreoffice data/django
 
---data takes any folders with catalogues, .mo or .po, in a folder named `de` or named `de` themselves. Every finished
-measurement is on disk at once: Ctrl-C or --minutes loses nothing, and the same command goes on from there.
+--data takes any folders with catalogues, .mo or .po, in a folder named `de` or named `de` themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from bench.command import at_least, count, share
 from bench.plots import curve, panels, style
 from bench.study import corpus, runner, tables
 from bench.study.encoders import BEGIN, END, NEWLINE, PAD, Shape, Translator, translator_encoding
-from bench.study.model import ENCODINGS, OPTIONS
+from bench.study.model import ENCODINGS, OPTIONS, autocast
 from bench.study.runner import Advance
 from bench.study.tables import Runs
 from bench.study.vocabulary import Vocabulary
@@ -179,11 +178,10 @@ def line_loss(model: Translator, examples: Examples, seed: int) -> runner.BatchL
         torch.manual_seed(1_000_003 * seed + step)  # of the dropout
         source, target = zip(*examples(seed, step), strict=True)
         said, wanted = shifted(target, device)
-        with runner.autocast(device):
+        with autocast(device):
             logits = model(pad(source, device), said)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD, label_smoothing=LABEL_SMOOTHING
-        )
+        options: dict[str, Any] = dict(ignore_index=PAD, label_smoothing=LABEL_SMOOTHING)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), **options)
         return loss, lambda: {"loss_at_the_end": loss.item()}
 
     return batch_loss
@@ -222,7 +220,7 @@ def score(model: Translator, vocabulary: Vocabulary, texts: Sequence[Tokens], ad
         numbers = order[first : first + together]
         source, target = zip(*(texts[i] for i in numbers), strict=True)
         most = torch.tensor([3 * len(text) // 2 + 16 for text in source], device=device)
-        with runner.autocast(device):
+        with autocast(device):
             said |= dict(zip(numbers, model.translate(pad(source, device), most), strict=True))
             given, wanted = shifted(target, device)
             logits = model(pad(source, device), given)
@@ -256,7 +254,7 @@ of texts with as many lines as the reference."""
 def values(runs: Runs, name: str, test: str, measure: str) -> dict[str, float]:
     """Return a measure by seed, where it is measured."""
     tests = {seed: jobs[JOB]["lengths"] for seed, jobs in runs.get(name, {}).items()}
-    return {seed: found[test][measure] for seed, found in tests.items() if test in found}
+    return {seed: scores[test][measure] for seed, scores in tests.items() if test in scores}
 
 
 def measured(runs: Runs, tests: Sequence[str]) -> list[str]:
@@ -269,8 +267,8 @@ def table(runs: Runs, tests: Sequence[str], baseline: str) -> str:
     lines = [["measure", "encoding", *tests]]
     for measure, (form, label) in MEASURES.items():
         for name in measured(runs, tests):
-            found = [list(values(runs, name, test, measure).values()) for test in tests]
-            lines.append([label, name, *(tables.cell(some, form) for some in found)])
+            columns = [list(values(runs, name, test, measure).values()) for test in tests]
+            lines.append([label, name, *(tables.cell(some, form) for some in columns)])
     for name in measured(runs, tests):
         cells = []
         for test in tests:
@@ -300,7 +298,7 @@ def picture(path: Path, runs: Runs, tests: Sequence[str], note: str) -> None:
         for axis, (shown, measure, label) in zip(axes, drawn, strict=True):
             for name in names:
                 points = {i: list(values(runs, name, test, measure).values()) for i, test in enumerate(shown)}
-                curve(axis, {i: found for i, found in points.items() if found}, **style(name, names))
+                curve(axis, {i: values for i, values in points.items() if values}, **style(name, names))
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1, zorder=0)  # the training length
             axis.set_xticks(range(len(shown)), [test.replace(", ", "\n") for test in shown])
             axis.set_xlabel("lines, and tokens of a text")
@@ -318,7 +316,8 @@ def examples(runs: Runs, tests: Sequence[str]) -> str:
         shown = {name: scores[test]["examples"] for name, scores in first.items() if test in scores}
         for i, (source, reference, _) in enumerate(next(iter(shown.values()), [])[:2]):
             lines.append(f"\n{test}")
-            said = {"English": source, "reference": reference} | {name: found[i][2] for name, found in shown.items()}
+            said = {"English": source, "reference": reference}
+            said |= {name: translations[i][2] for name, translations in shown.items()}
             lines += [f"  {who:<16}{text.replace(chr(10), ' | ')}" for who, text in said.items()]
     return "\n".join(lines)
 
@@ -340,15 +339,14 @@ def caption(runs: Runs, settings: Settings) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
-    p, default = runner.new_parser("translation", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("translation", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
-    p.add_argument("--limit", type=count, metavar="N", help=f"tokens of a side in training {default('limit')}")
-    p.add_argument("--batch", type=count, metavar="N", help=f"examples per step {default('batch')}")
-    p.add_argument("--tested", type=count, metavar="N", help=f"texts of a test, at most {default('tested')}")
-    p.add_argument(
-        "--vocabulary", type=at_least(512), metavar="N", help=f"tokens, 256 of them bytes {default('vocabulary')}"
-    )
-    p.add_argument("--dropout", type=share, metavar="P", help=f"of residual branches {default('dropout')}")
+    add("limit", count, "tokens of a side in training, at most")
+    add("batch", count, "examples per step")
+    add("tested", count, "texts of a test, at most")
+    add("vocabulary", at_least(512), "tokens, 256 of them bytes")
+    add("dropout", share, "dropout of residual branches", metavar="P")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     return p
 
 
@@ -392,16 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         legend = LEGEND.format(limit=settings.limit)
         return f"{examples(runs, list(tests))}\n\n{table(runs, list(tests), args.baseline)}\n{legend}"
 
-    def draw(path: Path, runs: Runs) -> list[Path]:
-        picture(path := path.with_name(f"{path.name}.png"), runs, list(tests), caption(runs, settings))
-        return [path]
+    def draw(path: Path, runs: Runs) -> None:
+        picture(path, runs, list(tests), caption(runs, settings))
 
-    study = runner.Study(
-        name=f"translation-{args.device.type}",
-        settings=settings,
-        about={"data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)}, "tests": sizes},
-        plan=[({JOB: stage}, args.encodings)],
-        table=report,
-        draw=draw,
-    )
+    about = {"data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)}, "tests": sizes}
+    plan = [({JOB: stage}, args.encodings)]
+    study = runner.Study(f"translation-{args.device.type}", settings, about, plan, report, draw)
     return runner.run("translation", args, [study])

@@ -17,7 +17,7 @@ MANIFEST = "checkpoint.json"
 
 
 def save(root: Path, step: int, write: Callable[[Path], object], about: dict[str, Any], keep: int) -> Path:
-    """A new checkpoint, after which all but the ``keep`` newest go.
+    """Write a new checkpoint, after which all but the ``keep`` newest go.
 
     Args:
         root: folder of the checkpoints.
@@ -57,7 +57,7 @@ def tidy(root: Path, keep: int) -> None:
 
 
 def newest(root: Path, aside: bool = True) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint and its manifest; None where there is none.
+    """Return the newest good checkpoint and its manifest; None where there is none.
 
     A warning names the file at fault of a damaged one, which is renamed to ``step-....damaged`` unless ``aside`` is
     False: where the folder is another program's.
@@ -76,7 +76,7 @@ def newest(root: Path, aside: bool = True) -> tuple[Path, dict[str, Any]] | None
 
 
 def damaged(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = dict(manifest["files"]).items()
@@ -94,13 +94,13 @@ def damaged(path: Path) -> str | None:
 
 
 def _list(root: Path) -> list[Path]:
-    """The newest first."""
+    """Return the checkpoints, the newest first."""
     steps = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _remove(path: Path) -> None:
-    """In one moment: half a checkpoint never stands under a checkpoint's name."""
+    """Remove a checkpoint in one moment: half of one never stands under a checkpoint's name."""
     trash = path.with_name(f".{path.name}.old.tmp")
     os.rename(path, trash)
     shutil.rmtree(trash)

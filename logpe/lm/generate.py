@@ -27,11 +27,11 @@ class ByteTokenizer:
     """Text as its bytes, for models of 256 tokens that come without a tokenizer."""
 
     def encode(self, text: bytes) -> list[int]:
-        """The bytes of ``text``."""
+        """Return the bytes of ``text``."""
         return list(text)
 
     def decode(self, tokens: Iterable[int], **_: Any) -> str:
-        """Text of the bytes; those that are no UTF-8 show as U+FFFD."""
+        """Return the text of the bytes; those that are no UTF-8 show as U+FFFD."""
         return bytes(int(token) for token in tokens).decode(errors="replace")
 
 
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Load, generate and print; returns the exit status. Raises ValueError, OSError for what is wrong."""
+    """Load, generate and print; return the exit status. Raises ValueError, OSError for what is wrong."""
     for name in ("max_new_tokens", "top_k"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _prompt(argument: str | None, as_bytes: bool) -> Any:
-    """The prompt as text, or as its bytes, which may end inside a character."""
+    """Return the prompt as text, or as its bytes, which may end inside a character."""
     if argument is None or argument == "-":
         if sys.stdin is None or (sys.stdin.isatty() and argument is None):
             raise ValueError("--prompt must be given, or a text on standard input")

@@ -51,16 +51,16 @@ class Attention(nn.Module):
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
 
     def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, dim) -> q (B, H, last or N, D), k and v (B, H, N, D)."""
+        """Return q (B, H, last or N, D), k and v (B, H, N, D) of x (B, N, dim)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.query_norm(q if last is None else q[:, :, -last:]), self.key_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, last or N, D), k and v (B, H, N, D) -> as q."""
+        """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
         return log_attention(q, k, v, self.position, is_causal=True)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """x (B, N, dim) -> (B, last or N, dim)."""
+        """Return (B, last or N, dim), of x (B, N, dim); ``last``: of so many positions at the end alone."""
         return self.out(self.attend(*self.project(x, last)).transpose(1, 2).flatten(2))
 
 
@@ -74,7 +74,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) -> (..., dim)."""
+        """Return the MLP of x, (..., dim)."""
         gate, value = self.up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * value)
 
@@ -88,14 +88,14 @@ class Block(nn.Module):
         self.attention, self.mlp = attention, MLP(dim)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """x (B, N, dim) -> (B, last or N, dim)."""
+        """Return (B, last or N, dim), of x (B, N, dim); ``last``: of so many positions at the end alone."""
         attended = self.attention(self.attention_norm(x), last)
         x = x[:, -attended.shape[1] :] + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
 class LanguageModel(nn.Module):
-    """Tokens to logits of the next token, embeddings tied.
+    """A decoder-only transformer, from tokens to logits of the next token, embeddings tied.
 
     Args:
         shape: its size.
@@ -132,11 +132,11 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 (B, N) -> (B, N, dim)."""
+        """Return the embeddings (B, N, dim) of tokens int64 (B, N)."""
         return self.embedding(tokens) * self.embedding.embedding_dim**0.5
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
-        """tokens int64 (B, N) -> logits (B, N, vocabulary), or of the last few positions alone."""
+        """Return logits (B, N, vocabulary) of tokens int64 (B, N), or those of the ``last`` few positions alone."""
         x = self.embed(tokens)
         for index, block in enumerate(self.blocks):
             x = block(x, last if index == len(self.blocks) - 1 else None)

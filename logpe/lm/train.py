@@ -69,20 +69,20 @@ class Settings:
         None, "c of positions c log(1 + n / c), inf is ordinary RoPE", shown="preset's"
     )
     rotary_fraction: float | None = _option(None, "share of a head that is rotated", shown="preset's")
-    rotary_base: float | None = _option(None, "of the rotary frequencies", shown="preset's")
+    rotary_base: float | None = _option(None, "base of the rotary frequencies", shown="preset's")
     gain_length: float = _option(512.0, "n0 of the query gain, in tokens")
     dim: int = _option(256, "width of the model")
-    layers: int = _option(6, "its depth")
+    layers: int = _option(6, "blocks of the model")
     heads: int = _option(4, "attention heads of a layer")
     qk_norm: bool = _option(False, "normalise queries and keys, as log-invariant assumes")
     length: int = _option(512, "tokens of a window to train on")
     batch: int = _option(32, "windows of a step, over all processes")
-    steps: int = _option(2000, "how many")
+    steps: int = _option(2000, "optimiser steps in all")
     warmup: int = _option(100, "steps in which the learning rate rises")
     learning_rate: float = _option(2e-3, "its peak; a cosine brings it to a tenth")
-    weight_decay: float = _option(0.1, "of all but the position parameters")
-    clip: float = _option(1.0, "largest norm of the gradient")
-    seed: int = _option(0, "of the weights and of the order of the text")
+    weight_decay: float = _option(0.1, "AdamW's, of all but the position parameters")
+    clip: float = _option(1.0, "largest norm of the gradient, which is clipped")
+    seed: int = _option(0, "for the weights and the order of the text")
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "length", "batch", "steps"):
@@ -99,11 +99,11 @@ class Settings:
             raise ValueError(f"--clip must be positive, got {self.clip}")
 
     def position(self) -> dict[str, Any]:
-        """LogPosition's keywords."""
+        """Return LogPosition's keywords."""
         return {name: value for name in POSITION if (value := getattr(self, name)) is not None}
 
     def model(self, vocabulary: int) -> LanguageModel:
-        """As it is before the first step. Raises ValueError."""
+        """Return the model as it is before the first step. Raises ValueError for what cannot be built."""
         shape = Shape(self.dim, self.layers, self.heads, self.qk_norm, vocabulary)
         return LanguageModel(shape, self.position(), self.seed)
 
@@ -149,7 +149,7 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Of each value, over the processes."""
+        """Return the sum of each value over the processes."""
         if not self.parallel:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -157,7 +157,7 @@ class World:
         return total.tolist()
 
     def once(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returned, or the OSError, ValueError or Busy that it raised, in the first process, for all."""
+        """Run ``work`` in the first process; in all, return its result, or raise its OSError, ValueError or Busy."""
         answer: list[Any] = [None, None]
         if self.first:
             try:
@@ -171,7 +171,7 @@ class World:
         return answer[0]
 
     def wrap(self, model: nn.Module, fsdp: bool) -> nn.Module:
-        """The model for many processes. All parameters are float32: autocast lowers the precision, not the sharding."""
+        """Return the model for many processes. Its parameters stay float32: autocast lowers precision, not sharding."""
         if fsdp:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -191,7 +191,7 @@ class World:
 
 
 class Metrics:
-    """A JSON object per line and step, appended at once.
+    """The file of metrics: a JSON object per line and step, appended at once.
 
     Args:
         path: the file.
@@ -212,7 +212,7 @@ class Metrics:
             self.writer = SummaryWriter(str(board), purge_step=steps + 1)
 
     def append(self, record: dict[str, Any], tokens: int) -> None:
-        """Safe from the end of the process, though not yet of the machine. ``tokens``: of a step."""
+        """Append a record of a step with so many tokens; it survives the process, though not yet the machine."""
         with files.naming(self.path):
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
@@ -224,18 +224,18 @@ class Metrics:
                 self.writer.add_scalar(name, value, record["step"])
 
     def sync(self) -> None:
-        """Safe from the end of the machine too: before a checkpoint, which must not know more than this file."""
+        """Make all survive the machine too: before a checkpoint, which must not know more than this file."""
         with files.naming(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """End the files."""
+        """Close the files."""
         self.file.close()
         if self.writer is not None:
             self.writer.close()
 
     def read(self, say: Callable[[str], object] | None = None) -> list[dict[str, Any]]:
-        """All records; a process that was killed may have left half a line at the end, which does not count."""
+        """Return all records, without half a line at the end, which a process that was killed may have left."""
         records, lines = [], self.path.read_bytes().splitlines() if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -253,7 +253,7 @@ class Metrics:
 
 
 def predict(model: nn.Module, tokens: Tensor, half: bool, last: int | None = None) -> Tensor:
-    """Losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1), each given those before."""
+    """Return losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1)."""
     # The cache would keep copies of sharded weights.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         if isinstance(unwrapped(model), LanguageModel):
@@ -266,7 +266,7 @@ def predict(model: nn.Module, tokens: Tensor, half: bool, last: int | None = Non
 def gradients(
     model: nn.Module, windows: text.Windows, settings: Settings, step: int, options: Any, world: World
 ) -> float:
-    """Adds up the gradients of a step; returns the mean loss of this process's windows, in nats."""
+    """Add up the gradients of a step; return the mean loss of this process's windows, in nats."""
     share = settings.batch // (world.size * options.accumulate)  # windows of one pass in one process
     total = 0.0
     for turn in range(options.accumulate):
@@ -289,9 +289,9 @@ def gradients(
 def evaluate(
     model: nn.Module, windows: Tensor, lengths: list[int], target: int, half: bool, world: World
 ) -> dict[str, float]:
-    """Nats per token of the last ``target`` tokens of each window, by how many tokens the model reads."""
+    """Return nats per token of the last ``target`` tokens of each window, by how many tokens the model reads."""
     model.eval()
-    found = {}
+    scores = {}
     # As many windows in each process, as sharded models want: some are read twice, and counted once.
     mine = torch.arange(world.rank, math.ceil(len(windows) / world.size) * world.size, world.size)
     for length in lengths:
@@ -301,9 +301,9 @@ def evaluate(
             tokens = windows[numbers % len(windows), -length - 1 :].to(world.device)
             losses = predict(model, tokens, half, target).cpu().double().mean(dim=1)
             total += losses[numbers < len(windows)].sum().item()
-        found[str(length)] = world.sum(total)[0] / len(windows)
+        scores[str(length)] = world.sum(total)[0] / len(windows)
     model.train()
-    return found
+    return scores
 
 
 def train(settings: Settings, options: argparse.Namespace, world: World, say: Callable[[str], object]) -> int:
@@ -448,24 +448,24 @@ def export(
     say: Callable[[str], object],
 ) -> None:
     """Write the folder for Transformers and the picture, from the newest checkpoint and the metrics."""
-    found = checkpoint.newest(checkpoints)
-    assert found is not None
+    newest = checkpoint.newest(checkpoints)
+    assert newest is not None
     assert metrics is not None
     out = options.out / "transformers"
-    model = language_model.load_model(found[0])
+    model = language_model.load_model(newest[0])
     if isinstance(model, LanguageModel):
         language_model.save_pretrained(model, out, 0 if options.tokenizer is None else vocabulary - 1)
     else:
         out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
-            files.write_whole(out / name, functools.partial(shutil.copyfile, found[0] / name))
+            files.write_whole(out / name, functools.partial(shutil.copyfile, newest[0] / name))
     if options.tokenizer is not None:
         files.write_whole(out / "tokenizer.json", functools.partial(shutil.copyfile, options.tokenizer))
     plot(options.out / "loss.png", metrics.read(), settings, say)
 
 
 def _not_finite(loss: float, norm: float, scores: dict[str, float], model: nn.Module, world: World) -> str | None:
-    """What a step left that is no number, the same answer in all processes; ``scores`` are held-out losses."""
+    """Return what is not finite after a step, the same in all processes, or None; ``scores`` are held-out losses."""
     values = {"the loss": loss, "the norm of the gradient": norm}
     values |= {f"the held-out loss at {n}": score for n, score in scores.items()}
     for name, value in values.items():
@@ -487,7 +487,7 @@ def find_start(
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             raise ValueError("--tensorboard needs the library tensorboard: pip install tensorboard") from None
-    found = None if options.fresh else checkpoint.newest(checkpoints)
+    newest = None if options.fresh else checkpoint.newest(checkpoints)
     if not options.fresh:
         checkpoint.tidy(checkpoints, options.keep)
     try:
@@ -498,15 +498,15 @@ def find_start(
     def prepare() -> None:
         given: dict[str, Any] = {}
         if options.init_from is not None:
-            given = _vocabulary(options.init_from if found is None else found[0], options.tokenizer)
+            given = _vocabulary(options.init_from if newest is None else newest[0], options.tokenizer)
         text.write_tokens(
             data, options.text, options.tokenizer, options.split, options.column, out=options.out, say=say, **given
         )
 
-    if found is None:
+    if newest is None:
         prepare()
         return None
-    folder, manifest = found
+    folder, manifest = newest
     advice = "name another --out, or give --fresh to start anew"
     now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": options.given}
     try:
@@ -558,14 +558,13 @@ def _names(paths: list[Path]) -> str:
 
 
 def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Callable[[str], object]) -> None:
-    """Left: loss by step. Right: loss of held-out text by context, once there is one."""
+    """Draw, left, loss by step; right, loss of held-out text by context, once there is one."""
     try:
         import matplotlib
+        from matplotlib import figure, ticker
     except ImportError:
         say(f"{path.name} is left out: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
 
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     smooth: list[float] = []
@@ -574,10 +573,9 @@ def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Cal
         weight = 1 + weight * 29 / 30
         smooth.append(loss if not smooth else smooth[-1] + (loss - smooth[-1]) / weight)
     scored = [(r["step"], r["evaluation"]) for r in records if "evaluation" in r]
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        drawing, axes = pyplot.subplots(
-            1, 2 if scored else 1, figsize=(9.2 if scored else 4.6, 3.7), layout="constrained", squeeze=False
-        )
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        drawing = figure.Figure(figsize=(9.2 if scored else 4.6, 3.7), layout="constrained")
+        axes = drawing.subplots(1, 2 if scored else 1, squeeze=False)
         left, right = axes[0, 0], axes[0, -1]
         left.plot(steps, losses, color="#009E73", alpha=0.3, linewidth=0.8)
         left.plot(steps, smooth, "o-" if len(steps) == 1 else "-", markersize=3, color="#009E73", label="training")
@@ -602,14 +600,13 @@ def plot(path: Path, records: list[dict[str, Any]], settings: Settings, say: Cal
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
         files.write_whole(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
-        pyplot.close(drawing)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def add_parser(commands: Any) -> None:
-    """Adds this command to what ``ArgumentParser.add_subparsers`` returned."""
+    """Add this command to ``commands``, what ``ArgumentParser.add_subparsers`` returned."""
     p = commands.add_parser(
         "train",
         help="train a language model on a text",
@@ -638,8 +635,8 @@ def add_parser(commands: Any) -> None:
         if isinstance(entry.default, bool):
             more["action"] = argparse.BooleanOptionalAction
         else:
-            kind = float if entry.default is None else type(entry.default)
-            more |= dict(type=kind, metavar=None if "choices" in more else "N")
+            number = float if entry.default is None else type(entry.default)
+            more |= dict(type=number, metavar=None if "choices" in more else "N")
         model.add_argument(_flag(entry.name), default=entry.default, **more)
     machine = p.add_argument_group("the machine")
     machine.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
@@ -667,7 +664,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command; returns its exit status. Raises as ``train`` does."""
+    """Run the command; return its exit status. Raises as ``train`` does."""
     try:
         import safetensors  # noqa: F401
     except ImportError:
