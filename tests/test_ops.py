@@ -661,3 +661,20 @@ def test_gradients_accumulate_over_two_uses(backend: str) -> None:
     (together,) = torch.autograd.grad(loss[0] + loss[1], position.raw_rate)
     torch.testing.assert_close(together, separate[0] + separate[1])
     assert not math.isnan(float(together.sum()))
+
+
+@pytest.mark.skipif(not ops.interpreting(), reason="the kernels are compiled here")
+@pytest.mark.parametrize(("triton_version", "numpy_version", "refused"),
+                         [("3.6.0", "2.4.1", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.1", False)])  # fmt: skip
+def test_versions_whose_interpreter_fails_are_refused(
+    triton_version: str, numpy_version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    ops._why_no_triton.cache_clear()
+    try:
+        reason = ops.why_not_triton(torch.device("cpu"))
+    finally:
+        ops._why_no_triton.cache_clear()
+    assert (reason is not None) == refused
+    assert reason is None or "works with NumPy below 2.4, and this is 2.4.1" in reason
