@@ -410,6 +410,15 @@ def choose(kernel: str, traits: Traits) -> Choice:
     return Choice(config, TABLE, f"for {target}{why}")
 
 
+_CACHED = target_of, name_of, shared_memory, _table, entry, files, choose
+
+
+def forget() -> None:
+    """Forget what was read of devices and files."""
+    for function in _CACHED:
+        function.cache_clear()
+
+
 overrides: dict[str, Any] = {}  # what :func:`override` sets, by kernel
 
 

@@ -72,8 +72,9 @@ def count() -> int:
 
 
 def clear() -> None:
-    """Forget all plans."""
+    """Forget all plans, and what was read of devices and of files of configurations."""
     _plans.clear()
+    configs.forget()
 
 
 def cdiv(a: int, b: int) -> int:
