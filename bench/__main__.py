@@ -22,7 +22,7 @@ PROGRAMS = {
 
 
 def usage() -> str:
-    """The names of the programs, each with the first line of its documentation, which is read without importing it."""
+    """Return the names of the programs, each with the first line of its documentation. Imports none of them."""
     lines = ["usage: python -m bench PROGRAM ...        (python -m bench PROGRAM --help says more)", ""]
     for name, folder in PROGRAMS.items():
         source = (Path(__file__).parent / folder / f"{name}.py").read_text()

@@ -144,14 +144,18 @@ def stamp() -> dict[str, Any]:
     return {"commit": commit(), "threads": torch.get_num_threads()}
 
 
+def command_line(program: str, arguments: Sequence[str] | None) -> str:
+    """Return the command that runs a program, such as ``bench decode``. arguments None: those of the process."""
+    return shlex.join(["python", "-m", *program.split(), *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def about(
     program: str, arguments: Sequence[str] | None, settings: Any, stamp: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
     """Return the head of a file of results. arguments: of the program; None for those of the process."""
-    command = ["python", "-m", program, *(sys.argv[1:] if arguments is None else arguments)]
     return {
         "key": settings.key,
-        "command": shlex.join(command),
+        "command": command_line(program, arguments),
         **stamp,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": platform.python_version(),

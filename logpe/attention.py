@@ -16,8 +16,6 @@ from logpe.position import LogPosition, Position, values_of
 from logpe.reference import PositionValues
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
-MOST_KNOWN = 1024  # kinds of calls
-_TENSORS = ("power", "rate", "sharpness", "alpha", "theta")  # the first fields of PositionValues
 
 
 @overload
@@ -96,14 +94,13 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     q, k, v = _autocast(q, k, v)
     values = values_of(position, q)
     left, right = checks.resolve_window(window, is_causal)
-    kind = None
+    key = None
     plain = query_start is key_lengths is key_mask is block_table is context_length is None
-    if plain and type(dropout_p) in (float, int) and dropout_p == 0:
-        given = _given(values)
-        kind = _kind_of(q, k, v, position, values, given, is_causal, key_start, (left, right), scale, backend)
-        if kind is not None and (known := _known.get(kind)):
-            options, same = known
-            result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
+    if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
+        key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
+        if key is not None and (plan := ops.plans().get(key)) is not None:
+            options = Options._make((*values[:5], *plan.options[5:]))
+            result = ops.run(q, k, v, options, "triton", plan)
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
     dropout_p = checks.check_number("dropout_p", dropout_p)
@@ -111,13 +108,17 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     if block_table is not None:
         block_table = checks.check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
-    elif pages != batch:  # one for each sequence where there is no block_table
+    elif pages != batch:
         raise ValueError(f"k must have the batch size of q, {batch}, got {pages}")
     if key_lengths is not None:
         key_lengths = checks.check_int_tensor("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
+    if key_mask is not None:
+        key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
+
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
+    first_key = key_start if key_starts is None else key_starts
     if query_start is None:
-        positional = left is not None or right is not None or _is_positional(values)
+        positional = _is_positional(values, left, right)
         if num_queries != num_keys and positional and (not is_causal or key_lengths is not None):
             raise ValueError(
                 f"query_start is required for {num_queries} queries and {num_keys} keys "
@@ -131,35 +132,30 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
-            ends = key_lengths if key_lengths is not None else num_keys
-            context_length = ends + (key_starts if key_starts is not None else key_start)
+            context_length = first_key + (num_keys if key_lengths is None else key_lengths)
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
-    if key_mask is not None:
-        key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
-    tensors = {
-        "query_starts": query_starts,
-        "key_starts": key_starts,
-        "key_lengths": key_lengths,
-        "key_bias": key_mask,
-        "context_lengths": context_lengths,
-        "block_table": block_table,
-        "dropout_seed": dropout_seed,
-    }
-    scalars = {
-        "query_start": query_start,
-        "key_start": key_start,
-        "window_left": left,
-        "window_right": right,
-        "max_seqlen_q": num_queries,
-        "max_seqlen_k": num_keys,
-        "scale": checks.resolve_scale(scale, head_dim),
-        "dropout_p": dropout_p,
-    }
-    if kind is not None and context_lengths is None:
-        options, same = _remember(kind, scalars, values)
-        result = ops.run(q, k, v, Options._make((*values[:5], *options[5:])), "triton", same)
-    else:
-        result = _attend(q, k, v, values, tensors, scalars, backend)
+
+    options = Options(
+        *values[:5],
+        query_starts=query_starts,
+        key_starts=key_starts,
+        key_lengths=key_lengths,
+        key_bias=key_mask,
+        context_lengths=context_lengths,
+        block_table=block_table,
+        dropout_seed=dropout_seed,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        max_seqlen_q=num_queries,
+        max_seqlen_k=num_keys,
+        rotary_scale=values.rotary_scale,
+        gain_length=values.gain_length,
+        scale=checks.resolve_scale(scale, head_dim),
+        dropout_p=dropout_p,
+    )
+    result = _attend(q, k, v, options, backend, key)
     return result if return_lse else result[0]
 
 
@@ -221,9 +217,11 @@ def log_attention_varlen(  # type: ignore[misc]
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
     _check_position(position, values, q, heads, head_dim)
     left, right = checks.resolve_window(window, is_causal)
+
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
+    first_key = key_start if key_starts is None else key_starts
     if query_start is None:
-        positional = left is not None or right is not None or _is_positional(values)
+        positional = _is_positional(values, left, right)
         if positional and not same_lengths and not is_causal:
             same_lengths = checks.readable(cu_seqlens_q, validate) and torch.equal(cu_seqlens_q, cu_seqlens_k)
             if not same_lengths:
@@ -233,34 +231,35 @@ def log_attention_varlen(  # type: ignore[misc]
                 )
         query_start, query_starts = key_start, key_starts
         if positional and not same_lengths:
-            first_key = key_start if key_starts is None else key_starts
             query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
     else:
         query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
     context_lengths = None
     if values.alpha is not None and (context_length is not None or not is_causal):
         if context_length is None:
-            context_length = cu_seqlens_k.diff() + (key_start if key_starts is None else key_starts)
+            context_length = first_key + cu_seqlens_k.diff()
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
-    tensors = {
-        "query_starts": query_starts,
-        "key_starts": key_starts,
-        "context_lengths": context_lengths,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "dropout_seed": dropout_seed,
-    }
-    scalars = {
-        "query_start": query_start,
-        "key_start": key_start,
-        "window_left": left,
-        "window_right": right,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "scale": checks.resolve_scale(scale, head_dim),
-        "dropout_p": dropout_p,
-    }
-    result = _attend(q, k, v, values, tensors, scalars, backend)
+
+    options = Options(
+        *values[:5],
+        query_starts=query_starts,
+        key_starts=key_starts,
+        context_lengths=context_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        dropout_seed=dropout_seed,
+        query_start=query_start,
+        key_start=key_start,
+        window_left=left,
+        window_right=right,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        rotary_scale=values.rotary_scale,
+        gain_length=values.gain_length,
+        scale=checks.resolve_scale(scale, head_dim),
+        dropout_p=dropout_p,
+    )
+    result = _attend(q, k, v, options, backend)
     return result if return_lse else result[0]
 
 
@@ -350,34 +349,26 @@ for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    values: PositionValues,
-    tensors: dict[str, Tensor | None],
-    scalars: dict[str, Any],
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, key: Hashable = None
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend on a call whose positions are resolved; tensors and scalars are fields of Options."""
+    """Choose a backend and run it on a call whose other arguments are checked.
+
+    Args:
+        key: the key by which later calls like this one, which need no checks, will find the plan.
+    """
     backend = _resolve_backend(backend, q)
-    dropout_p, dropout_seed = checks.resolve_dropout(scalars["dropout_p"], tensors["dropout_seed"], q)
-    scalars["dropout_p"], tensors["dropout_seed"] = dropout_p, dropout_seed
-    given: dict[str, Any] = {name: x for name, x in tensors.items() if x is not None}
-    scalars["rotary_scale"], scalars["gain_length"] = values.rotary_scale, values.gain_length
-    options = Options(**(_given(values) | given | scalars))
-    if backend != "reference":
-        return ops.attention(q, k, v, options, backend)
-    run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
-    out, lse = run(q, k, v, options)[:2]
-    return out, lse
-
-
-def _given(values: PositionValues) -> dict[str, Tensor]:
-    """The tensors of a position by name."""
-    return {name: x for name in _TENSORS if (x := getattr(values, name)) is not None}
+    dropout_p, dropout_seed = checks.resolve_dropout(options.dropout_p, options.dropout_seed, q)
+    options = options._replace(dropout_p=dropout_p, dropout_seed=dropout_seed)
+    if backend == "reference":
+        run = reference.attention_varlen if options.cu_seqlens_q is not None else reference.attention
+        out, lse = run(q, k, v, options)[:2]
+        return out, lse
+    plan = None if key is None else ops.plans().find(key, lambda: ops.plans().Plan(q, k, v, options))
+    return ops.attention(q, k, v, options, backend, plan)
 
 
 def _resolve_backend(backend: str, q: Tensor) -> str:
+    """Return the name of the backend to run, and raise if it cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
@@ -401,56 +392,39 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
 
 # --- calls like an earlier one --------------------------------------------------------------------------------
 
-#: The options of calls that passed all checks, without tensors, and an object that stands for their layout; by kind.
-_known: dict[Hashable, tuple[Options, object]] = {}
 
-
-def _kind_of(
+def _key_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     position: Position,
     values: PositionValues,
-    given: dict[str, Tensor],
     is_causal: bool,
     key_start: int | Tensor,
     window: tuple[int | None, int | None],
     scale: float | None,
     backend: str,
 ) -> Hashable:
-    """What the checks and the scalars of a call follow from that has no other options than these.
+    """Return what the checks and the plan follow from of a call that has no other options than these.
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *given.values()):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *values[:5]):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
-    try:
-        return (
-            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-            v.shape, v.stride(), v.dtype, v.device, is_causal, key_start, window, scale,
-            *given, *[(x.shape, x.dtype, x.device) for x in given.values()],
-            values.theta is not None and values.theta.requires_grad,
-            values.rotary_scale, values.gain_length,
-            (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
-        )  # fmt: skip
-    except RuntimeError:  # nested and sparse tensors have no shape or no strides; the checks refuse them by name
-        return None
-
-
-def _remember(kind: Hashable, scalars: dict[str, Any], values: PositionValues) -> tuple[Options, object]:
-    rest = dict(rotary_scale=values.rotary_scale, gain_length=values.gain_length, dropout_p=0.0)
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
-    _known[kind] = known = Options(**(scalars | rest)), object()
-    return known
+    return ops.plans().call_key(
+        (q, k, v, *values[:5]), "log_attention", is_causal, key_start, window, scale, *values[5:],
+        values.theta is not None and values.theta.requires_grad,
+        (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
+    )  # fmt: skip
 
 
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return q, k and v in the dtype of autocast, if that is on."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
             checks.check_dense(name, x)
@@ -462,6 +436,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
+    """Check that a position and its values fit q."""
     if isinstance(position, LogPosition):
         if position.num_heads != heads:
             raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
@@ -470,5 +445,6 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
     checks.check_position_values(values, q, heads)
 
 
-def _is_positional(values: PositionValues) -> bool:
-    return any(x is not None for x in (values.power, values.rate, values.alpha, values.theta))
+def _is_positional(values: PositionValues, left: int | None, right: int | None) -> bool:
+    """Whether it matters where queries and keys stand."""
+    return left is not None or right is not None or any(x is not None for x in values[:5])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
+from logpe import eager
 from logpe.reference import PositionValues, bounded, device_of_angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -118,7 +119,7 @@ def check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
 
 def check_tensors(num_dims: int, **tensors: Tensor) -> list[torch.Size]:
     """Check q, k and v, or a single tensor, and return their shapes."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if eager.tracing():
         raise RuntimeError(
             "attention with log positions cannot be traced by torch.jit.trace, which would keep the lengths of the "
             "example: use torch.export or torch.compile"
@@ -249,7 +250,7 @@ def resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[f
 
 def readable(x: Tensor, validate: bool) -> bool:
     """Whether to look at the values of ``x``: on a GPU only on demand, for reading waits; in a trace there are none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or eager.transforming() or isinstance(x, FakeTensor):
         return False
     return x.device.type != "meta" and (validate or x.device.type == "cpu")
 

@@ -1,14 +1,14 @@
 """How long one step takes: the clock of the tuner and of the speed benches.
 
-On a GPU, ``triton.testing.do_bench`` is the first choice: it clears the L2 cache before each repeat and reads CUDA
-events. It cannot
+On a GPU, ``triton.testing.do_bench`` comes first: it clears the L2 cache before each repeat, and reads CUDA events.
+``bench decode`` uses it. It cannot do what the tuner and ``bench throughput`` need:
 
-* time two kernels in turns, so that both meet the same clocks of the GPU (the tuner);
-* leave out what has to come before each repeat, such as the forward pass of a backward pass: retain_graph, which would
-  do, is refused by graphs that torch.compile made (``bench throughput``);
-* hide the time of a host that is slower than the GPU, and bound repeats that take seconds each (again throughput).
+* The tuner times two kernels in turns, so that both meet the same clocks of the GPU.
+* A backward pass needs a new forward pass before each repeat, which is not timed. (Graphs that torch.compile made
+  refuse retain_graph.)
+* Where the host is slower than the GPU, its time must not count; and repeats that take seconds must be few.
 
-These use :func:`between_events` and :func:`time_once`, which treat the cache and the events as do_bench does.
+:func:`between_events` and :func:`time_once` serve these. They treat the cache and the events as do_bench does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HEAD_START = 2_000_000  # clock cycles, a millisecond: long enough for the host 
 
 
 class Repeats(NamedTuple):
-    """How often a step is repeated.
+    """How often a step is repeated: for ``seconds``, but ``at_least`` and ``at_most`` so many times.
 
-    For ``seconds``, but ``at_least`` and ``at_most`` so often; never beyond ``longest`` seconds, once it was timed.
-    The first ``warm_up`` seconds of repeats do not count.
+    No repeat begins that would end after ``longest`` seconds, but for the first. Those of the first ``warm_up`` seconds
+    do not count.
     """
 
     seconds: float

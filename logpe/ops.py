@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
 import torch
 from logpe_kernels.options import NUM_LEARNABLE, NUM_TENSORS, Options
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from logpe import reference
+from logpe import eager, reference
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a functional transform
 _NO_TRANSFORM = (
     "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
     'they work with backend="reference", and in LogAttention with need_weights=True'
@@ -46,9 +44,14 @@ def interpreting() -> bool:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on ``device``; None if they can."""
+    """Return why the Triton kernels cannot run on ``device``; None if they can."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the Triton kernels need a GPU, and the tensors are on {device} (TRITON_INTERPRET=1 interprets them)"
+    return _why_no_triton()
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -69,56 +72,45 @@ def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any
     return attention, attention_backward
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    """Run the operator.
+@functools.cache
+def plans() -> ModuleType:
+    """Return logpe_kernels.plan, with which triton comes."""
+    from logpe_kernels import plan
 
-    In plain eager execution its implementation is called without the dispatcher: the way of so many arguments into
-    C++ and back, twice, takes longer than all the rest of a call's host time.
+    return plan
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, plan: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Run the operator. plan: the kernels' plan of such a call, where it is known.
+
+    In plain eager execution its implementation is called without the dispatcher, see :mod:`logpe.eager`.
     """
     if not q.is_meta and direct(q, k, v, *options[:NUM_TENSORS]):
-        return run(q, k, v, options, backend)
+        return run(q, k, v, options, backend, plan)
     return torch.ops.logpe.attention(q, k, v, *options, backend)
 
 
-def direct(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether these, which are on one device, are no subclasses or lazy views, and nobody wants to see operators."""
-    if _observed() or type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
-        return False
-    for x in tensors:
-        if x is not None and type(x) not in _PLAIN:
-            return False
-    return not (_wrapped(q) or _wrapped(k) or _wrapped(v) or q.is_neg() or k.is_neg() or v.is_neg())
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors, which are on one device, may go past the dispatcher."""
+    return not eager.observed() and eager.plain(*tensors)
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
-) -> tuple[Tensor, Tensor]:
-    """Run the operator on what is :func:`direct`. For ``kind`` see logpe_kernels' Problem."""
+def run(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, plan: Any) -> tuple[Tensor, Tensor]:
+    """Run the operator on what is :func:`direct`."""
     if not torch.is_grad_enabled():
-        return _run(q, k, v, options, backend, kind)
-    return _apply(q, k, v, options, backend, kind, _run, *options[:NUM_LEARNABLE])
+        return _run(q, k, v, options, backend, plan)
+    return _apply(q, k, v, options, backend, plan, _run, *options[:NUM_LEARNABLE])
 
 
-def _observed() -> bool:
-    """Whether somebody wants to see operators: compiler, tracer, functional transform, dispatch mode, forward AD."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
-) -> tuple[Tensor, Tensor]:
+def _run(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, plan: Any = None) -> tuple[Tensor, Tensor]:
     forward, _ = _implementation(backend)
-    known = {} if kind is None else dict(kind=kind)
+    rest = () if plan is None else (plan,)
     if _is_elsewhere(q):
         with torch.cuda.device_of(q):
-            return forward(q, k, v, options, **known)
-    return forward(q, k, v, options, **known)
+            return forward(q, k, v, options, *rest)
+    return forward(q, k, v, options, *rest)
 
 
 def _is_elsewhere(q: Tensor) -> bool:
@@ -130,15 +122,10 @@ def _refuse_batch(*inputs: Any) -> NoReturn:
     raise RuntimeError(_NO_TRANSFORM)
 
 
-def _check_transforms() -> None:
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_NO_TRANSFORM)
-
-
 def _below_autograd(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, kind: Hashable = None
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, plan: None
 ) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
+    with eager.below_autograd():
         return torch.ops.logpe.attention(q, k, v, *options, backend)
 
 
@@ -148,7 +135,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_transforms()
+    if eager.transforming():
+        raise RuntimeError(_NO_TRANSFORM)
     *values, backend = rest
     options = Options(*values)
     return _Attention.apply(q, k, v, options, backend, None, _below_autograd, *options[:NUM_LEARNABLE])
@@ -166,9 +154,8 @@ def _backward(
 
 
 def rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_scale: float) -> Tensor:
-    """The operator; the eager definition where it has none of its own: other devices, torch.func."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if transformed or x.device.type not in ("cpu", "cuda", "meta"):
+    """Run the operator, or the eager definition where there is none: on other devices, under torch.func."""
+    if eager.transforming() or x.device.type not in ("cpu", "cuda", "meta"):
         return _rotate_eagerly(x, theta, starts, start, rotary_scale)
     return torch.ops.logpe.rotate(x, theta, starts, start, rotary_scale, False)
 
@@ -212,7 +199,7 @@ def _backward_fake(
 
 
 class _Attention(torch.autograd.Function):
-    """What is learned comes twice: as arguments, of which autograd knows, and among the tensors."""
+    """Attention under autograd. What is learned comes twice: as arguments, which autograd sees, and in the options."""
 
     @staticmethod
     def forward(
@@ -222,11 +209,11 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         options: Options,
         backend: str,
-        kind: Hashable,
+        plan: Any,
         run: Callable[..., tuple[Tensor, Tensor]],
         *learned: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v, options, backend, kind)
+        out, lse = run(q, k, v, options, backend, plan)
         ctx.save_for_backward(q, k, v, out, lse, *options[:NUM_TENSORS])
         ctx.rest = options[NUM_TENSORS:], backend
         ctx.set_materialize_grads(False)
@@ -250,8 +237,7 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, *gradients
 
 
-# Function.apply without its questions after functional transforms, which take 2 us: direct() has asked.
-_apply = super(torch.autograd.Function, _Attention).apply
+_apply = eager.apply_of(_Attention)
 
 
 class _Rotate(torch.autograd.Function):
@@ -259,7 +245,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, theta: Tensor, starts: Tensor | None, *scalars: Any) -> Tensor:
         ctx.save_for_backward(theta, starts)
         *ctx.scalars, ctx.inverse = scalars
-        with torch._C._AutoDispatchBelowAutograd():
+        with eager.below_autograd():
             return torch.ops.logpe.rotate(x, theta, starts, *scalars)
 
     @staticmethod
@@ -271,7 +257,7 @@ class _Rotate(torch.autograd.Function):
 class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with eager.below_autograd():
             return torch.ops.logpe.attention_backward(*inputs)
 
     @staticmethod

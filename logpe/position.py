@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from logpe_kernels.options import LEARNABLE_PARTS
 from torch import Tensor, nn
 
+from logpe import eager
 from logpe.checks import check_dense, check_number, plain_bool, plain_float, plain_int, plain_value
 from logpe.reference import PositionValues, device_of_angles, inverse_frequencies, log_map
 
@@ -281,7 +282,7 @@ class LogPosition(nn.Module):
         if not (
             type(theta) is not Tensor  # a fake tensor
             or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
+            or eager.transforming()
             or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         ):
             self._theta = theta
@@ -454,7 +455,7 @@ class LogSinusoid(nn.Module):
             if positions < 0:
                 raise ValueError(f"positions must be a length of at least 0, got {positions}")
             positions = torch.arange(positions, device=device)
-        elif not torch.compiler.is_compiling() and positions.dim() == 0 and torch._C._get_tracing_state() is not None:
+        elif positions.dim() == 0 and eager.tracing():
             raise RuntimeError(
                 "positions must be a tensor of at least one dimension under torch.jit.trace, which makes tensors of "
                 "lengths: pass torch.arange(length), or use torch.export or torch.compile"

@@ -272,13 +272,19 @@ def test_roofline_beside_none() -> None:
     none, bias = row_of("none", loop_of(1, 4, 9)), row_of("log-bias", loop_of(2, 7, 20), loop_of(3, 7, 21))
     assert none.clocks == dict(matrix=0.125, special=1 / 16, fp32=4 / 128, issue=9 / 128)
     assert bias.clocks == dict(matrix=0.125, special=2 / 16, fp32=7 / 128, issue=20 / 128)
-    table = report.costs([bias, none, dataclasses.replace(none, preset="log-rotary")]).splitlines()
+    yardstick = row_of("yardstick", loop_of(1, 4, 8))
+    assert yardstick.budget is None  # it is not ours
+    table = report.costs([bias, yardstick, none, dataclasses.replace(none, preset="log-rotary")]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert [line[4:6] for line in cells[2:]] == [
         ["none, log-rotary", "128x64 num_warps=8 num_stages=2 TMA"],
         ["log-bias", "128x64 num_warps=8 num_stages=2 TMA"],
+        ["yardstick", "128x64 num_warps=8 num_stages=2 TMA"],
     ]
-    assert [line[-3:] for line in cells[2:]] == [["matrix", "0.2891", "1.00"], ["issue", "0.4609", "1.25"]]
+    assert [line[-4:] for line in cells[2:4]] == [
+        ["matrix", "0.2891", "1.00", f"{9 / 8:.2f}"],
+        ["issue", "0.4609", "1.25", "2.50"],
+    ]
     assert "special" not in row_of("none", loop_of(1, 4, 9), target="gfx942").clocks
     assert "matrix" not in row_of("none", loop_of(1, 4, 9), dtype="float32").clocks
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from logpe.worker import Failed, Worker
 
 pytest.importorskip("triton")
 
-from logpe_kernels import decode
+from logpe_kernels import decode, plan
 from logpe_kernels.configs import Config
 from logpe_kernels.options import Options
 from test_kernels import FEATURES, build
@@ -36,20 +37,22 @@ PRESETS = [dict(preset=preset, query_gain=gain) for preset in logpe.PRESETS for 
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every call comes here however short, in tiles of 16 keys and 3 splits; what was launched."""
     seen: list[Any] = []
     launch = decode.decode
 
-    def record(problem: Any, *tensors: Tensor) -> None:
-        seen.append(problem)
-        launch(problem, *tensors)
+    def record(*arguments: Any) -> None:
+        seen.append(arguments)
+        launch(*arguments)
 
+    plan.clear()
     monkeypatch.setattr(decode, "decode", record)
-    monkeypatch.setattr(decode, "serves", lambda problem: problem.dropout is None)
+    monkeypatch.setattr(decode, "serves", lambda plan, options: options.dropout_p == 0)
     monkeypatch.setattr(decode, "tiles", lambda *sizes: Config(16, 16, 4, 1))
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 3)
-    return seen
+    yield seen
+    plan.clear()
 
 
 def paged(call: Call, page_size: int = 16, spare: int = 3) -> Call:
@@ -265,7 +268,7 @@ def test_hidden_keys_take_no_time(
 
 def test_few_queries_over_many_keys_come_here(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     seen = []
-    monkeypatch.setattr(decode, "decode", lambda problem, v, out, lse: seen.append(problem) or out.zero_())
+    monkeypatch.setattr(decode, "decode", lambda q, k, v, out, *rest: seen.append(q) or out.zero_())
 
     def comes(**sizes: Any) -> bool:
         seen.clear()

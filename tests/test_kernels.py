@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 hypothesis = pytest.importorskip("hypothesis")
 
 import logpe_kernels  # noqa: E402
+import logpe_kernels.plan as plan_kernels  # noqa: E402
 import logpe_kernels.position as position_kernels  # noqa: E402
-import logpe_kernels.problem as problem_kernels  # noqa: E402
 import logpe_kernels.tile as tile_kernels  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -546,8 +546,8 @@ def test_descriptors(window: dict[str, Any], dtype: torch.dtype, device: torch.d
 def test_descriptors_are_used(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not for keys that are the same for all heads (a step of 0), nor for rows that begin between 16 bytes."""
     made: list[Any] = []
-    real = problem_kernels.TensorDescriptor
-    monkeypatch.setattr(problem_kernels, "TensorDescriptor", lambda *x: made.append(x) or real(*x))
+    real = plan_kernels.TensorDescriptor
+    monkeypatch.setattr(plan_kernels, "TensorDescriptor", lambda *x: made.append(x) or real(*x))
     call = make_call(1, 2, 1, 40, 40, 16, dtype=torch.float16, device=device)
     with configs.override(Config(16, 32, 4, 1, TMA=True)):
         check(call)

@@ -10,8 +10,11 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -21,9 +24,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import triton.language as tl
-from logpe_kernels import configs, problem
+from logpe_kernels import configs, plan
 from logpe_kernels.forward import attention as launch_attention
-from logpe_kernels.launch import MOST_KEPT, _kept, launch
+from logpe_kernels.launch import dtypes
+from logpe_kernels.launch import launch as launch_in
 from logpe_kernels.options import Options
 from triton import knobs
 from triton.runtime import JITFunction, driver
@@ -68,16 +72,28 @@ def gpu() -> Iterator[Driver]:
     before = driver._active
     gpu = Driver()
     driver.set_active(gpu)
-    _kept.clear()
+    plan.clear()
     yield gpu
     driver.set_active(before)
-    _kept.clear()
+    plan.clear()
 
 
 @pytest.fixture
 def kernel() -> JITFunction:
     """A new one: it has compiled nothing."""
     return JITFunction(add, do_not_specialize=["length"])
+
+
+@pytest.fixture
+def launch() -> Callable[..., None]:
+    """Launches as the calls of one layout do, where what is compiled for is told apart by all but the addresses."""
+    kernels: dict[Any, Any] = {}
+
+    def launch(kernel: Any, grid: int, tensors: Any, numbers: Any, constants: Any) -> None:
+        variant = dtypes(tensors), numbers, *constants.values()
+        launch_in(kernel, grid, tensors, numbers, constants, kernels, variant)
+
+    return launch
 
 
 def asked() -> Any:
@@ -147,7 +163,7 @@ def test_without_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
-def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, gpu: Driver) -> None:
+def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, launch: Any, gpu: Driver) -> None:
     """In any order of calls; the second time on, Triton is not asked about tensors that start as torch's do."""
     calls = [vary(**changed) for changed in ALIGNED + MISALIGNED]
     expected = []
@@ -165,12 +181,12 @@ def test_the_kernel_is_the_one_that_triton_launches(kernel: JITFunction, gpu: Dr
     assert not gpu.launches
 
 
-def test_an_empty_grid_launches_nothing(kernel: JITFunction, gpu: Driver) -> None:
+def test_an_empty_grid_launches_nothing(kernel: JITFunction, launch: Any, gpu: Driver) -> None:
     launch(kernel, 0, *vary())
     assert not gpu.launches
 
 
-def test_each_device_has_its_own(kernel: JITFunction, gpu: Driver) -> None:
+def test_each_device_has_its_own(kernel: JITFunction, launch: Any, gpu: Driver) -> None:
     """And the stream is asked for in each launch."""
     for number, stream in ((0, 10), (1, 11), (0, 12), (1, 13)):
         with (
@@ -183,7 +199,7 @@ def test_each_device_has_its_own(kernel: JITFunction, gpu: Driver) -> None:
         assert gpu.launches.pop()[2] == stream
 
 
-def test_two_kernels_with_the_same_arguments(gpu: Driver) -> None:
+def test_two_kernels_with_the_same_arguments(launch: Any, gpu: Driver) -> None:
     def double(x, y, pair, strides, count, length, scale, BLOCK: tl.constexpr):
         tl.store(y + tl.arange(0, BLOCK), 2.0)
 
@@ -195,7 +211,7 @@ def test_two_kernels_with_the_same_arguments(gpu: Driver) -> None:
     assert launched[0] == launched[2] != launched[1] == launched[3]
 
 
-def test_descriptors(gpu: Driver) -> None:
+def test_descriptors(launch: Any, gpu: Driver) -> None:
     """Another dtype or block is another kernel, another length is not."""
 
     def copy(x, y, BLOCK: tl.constexpr):
@@ -224,7 +240,7 @@ def test_descriptors(gpu: Driver) -> None:
         gpu.launches.clear()
 
 
-def test_hooks_hear_of_every_launch(kernel: JITFunction, gpu: Driver) -> None:
+def test_hooks_hear_of_every_launch(kernel: JITFunction, launch: Any, gpu: Driver) -> None:
     """A profiler's, who may come when the kernel is already kept."""
     launch(kernel, 1, *vary())
     hook = mock.Mock()
@@ -245,17 +261,12 @@ def test_what_is_no_kernel_of_triton_is_called_each_time(gpu: Driver) -> None:
     """The interpreter's, and those that record launches."""
     kernel = mock.MagicMock()
     tensors, numbers, constants = vary()
+    kernels: dict[Any, Any] = {}
     for _ in range(2):
-        launch(kernel, 3, tensors, numbers, constants)
+        launch_in(kernel, 3, tensors, numbers, constants, kernels)
+    assert not kernels
     assert kernel.__getitem__.call_args_list == [mock.call((3,))] * 2
     kernel[(3,)].assert_called_with(*tensors, *numbers, **constants)
-    assert not _kept
-
-
-def test_lengths_do_not_fill_the_memory(kernel: JITFunction, gpu: Driver) -> None:
-    for length in range(MOST_KEPT + 10):
-        launch(kernel, 1, *vary(length=length))
-    assert 0 < len(_kept) <= MOST_KEPT
 
 
 # --- calls of log_attention, of which each repeats an earlier one --------------------------------------------------
@@ -354,13 +365,7 @@ def repeated(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """log_attention launches kernels with tensors that lie on the CPU."""
     monkeypatch.setattr(configs, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(ops, "why_not_triton", lambda device: None)
-    forget()
     return gpu
-
-
-def forget() -> None:
-    for memory in (attention._known, problem._sizes, _kept):
-        memory.clear()
 
 
 def in_any_order(driver: Driver, calls: list[Callable[[], Any]], same: int) -> None:
@@ -373,7 +378,7 @@ def in_any_order(driver: Driver, calls: list[Callable[[], Any]], same: int) -> N
 
     expected = []
     for i in range(len(calls)):
-        forget()
+        plan.clear()
         expected.append(launched(i))
         assert expected[i]
     assert len({str(x) for x in expected}) == len(calls) - same
@@ -382,16 +387,19 @@ def in_any_order(driver: Driver, calls: list[Callable[[], Any]], same: int) -> N
             assert launched(i) == expected[i], i
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_calls_in_any_order_launch_what_each_alone_launches(
-    known: bool, repeated: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever is remembered of one call is nothing to another that differs in anything.
+def remember(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let log_attention know calls again, or the kernels' launchers alone, or nobody."""
+    if by == "launchers":
+        monkeypatch.setattr(attention, "_key_of", lambda *arguments: None)
+    monkeypatch.setattr(plan, "enabled", by != "nobody")
 
-    ``known``: log_attention knows calls again; else the kernels' launcher alone.
-    """
-    if not known:
-        monkeypatch.setattr(attention, "_kind_of", lambda *arguments: None)
+
+@pytest.mark.parametrize("by", ["log_attention", "launchers", "nobody"])
+def test_calls_in_any_order_launch_what_each_alone_launches(
+    by: str, repeated: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is remembered of one call is nothing to another that differs in anything."""
+    remember(by, monkeypatch)
 
     def call(arguments: Any, options: Any) -> None:
         q = arguments[0]
@@ -401,6 +409,44 @@ def test_calls_in_any_order_launch_what_each_alone_launches(
 
     calls = [functools.partial(call, *dense(**changed)) for changed in CALLS]
     in_any_order(repeated, calls, same=1)  # window=8 is (8, 0) where causal
+
+
+BACKWARD: list[dict[str, Any]] = [
+    {},
+    dict(dout=transposed),
+    dict(dout=lambda x: x.mT.contiguous().mT),
+    dict(dout=shifted),
+    dict(q=transposed),
+    dict(v=first_half, k=first_half),
+    dict(lse=True),
+    dict(lse=transposed),
+    dict(frozen=("power",)),
+    dict(frozen=("rate",)),
+    dict(frozen=("power", "rate")),
+    dict(preset=None),
+    dict(preset="log-rotary-bias"),
+    dict(position=dict(query_gain=True)),
+    dict(dtype=torch.bfloat16),
+    dict(window=8),
+    dict(dropout_p=0.5, dropout_seed=torch.tensor([1])),
+]
+
+
+def test_backward_passes_in_any_order_launch_what_each_alone_launches(repeated: Driver) -> None:
+    """Those of calls that share a plan, too: other gradients come in, or are wanted."""
+
+    def call(dout: Any = None, lse: Any = None, frozen: tuple[str, ...] = (), **changed: Any) -> None:
+        arguments, options = dense(**changed)
+        for name in frozen:
+            getattr(arguments[3], f"raw_{name}").requires_grad_(False)
+        out, row = log_attention(*arguments, **options, return_lse=True)
+        gradients = [torch.ones_like(out) if dout is None else dout(torch.ones_like(out))]
+        if lse is not None:
+            gradients.append(torch.ones_like(row) if lse is True else lse(torch.ones_like(row)[..., None])[..., 0])
+        torch.autograd.backward([out, row][: len(gradients)], gradients)
+
+    # The gradient of an output is made contiguous where its last dimension is not, and so is that of lse.
+    in_any_order(repeated, [functools.partial(call, **changed) for changed in BACKWARD], same=2)
 
 
 FLOAT64 = torch.float64
@@ -462,14 +508,13 @@ def test_the_launcher_tells_tensors_of_any_layout_and_dtype_apart(repeated: Driv
     in_any_order(repeated, calls_of, same=1)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("by", ["log_attention", "launchers"])
 @pytest.mark.parametrize("preset", ["log-bias", "log-rotary-bias"])
-def test_another_length_asks_triton_no_more(
-    preset: str, known: bool, repeated: Driver, monkeypatch: pytest.MonkeyPatch
+def test_another_length_compiles_nothing(
+    preset: str, by: str, repeated: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward, backward and decode: nothing is compiled for a length, nor looked up."""
-    if not known:
-        monkeypatch.setattr(attention, "_kind_of", lambda *arguments: None)
+    """Forward, backward and decode. Triton is asked once about each kernel of a new length, and then no more."""
+    remember(by, monkeypatch)
 
     def call(length: int, num_queries: int | None = None) -> None:
         (q, k, v, position), options = dense(
@@ -478,18 +523,28 @@ def test_another_length_asks_triton_no_more(
         out = log_attention(q, k, v, position, query_start=length // 3, **options)
         out.backward(torch.ones_like(out))
 
-    for length in (200, 1024, 1):
-        call(length)
-    call(2000, num_queries=1)
-    with asked() as run:
+    def calls() -> None:
         for length in (333, 16, 4096, 17, 2048, 1001):
             call(length)
         for length in (513, 4096):
             call(length, num_queries=1)
-    assert [x.args[0].fn.__name__ for x in run.call_args_list] == []
+
+    for length in (200, 1024, 1):
+        call(length)
+    call(2000, num_queries=1)
+    compiled = mock.Mock(return_value=None)
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", compiled)
+    with asked() as run:
+        calls()
+    compiled.assert_not_called()
+    launches = [(x.args[0].fn.__name__, str(x.args[1:]), str(x.kwargs)) for x in run.call_args_list]
+    assert len(launches) == len(set(launches)) > 0
+    with asked() as run:
+        calls()
+    run.assert_not_called()
 
 
-def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
+def test_calls_of_one_layout_ask_no_more(repeated: Driver) -> None:
     """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
     arguments, options = dense()
     log_attention(*arguments, **options)
@@ -500,11 +555,45 @@ def test_calls_of_one_kind_ask_no_more(repeated: Driver) -> None:
             q.requires_grad_(gradients)
             log_attention(q + 1, k, v, position, **options)
     run.assert_not_called()
-    assert len(attention._known) == len(problem._sizes) == 1
+    assert plan.count() == 1
 
 
-def test_a_changing_position_is_no_new_kind(repeated: Driver) -> None:
-    """As in decoding with a cache of one size: neither memory grows, nor is Triton asked."""
+def test_without_plans_every_call_is_checked_and_asks(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "enabled", False)
+    arguments, options = dense(preset="log-rotary-bias")
+    checked = mock.patch.object(checks, "check_tensors", side_effect=checks.check_tensors)
+    for _ in range(2):
+        with checked as check, asked() as run:
+            log_attention(*arguments, **options)
+        assert check.call_count == 1
+        assert run.call_count == 3  # the rotations, and the forward kernel
+    assert plan.count() == 0
+
+
+def test_the_environment_switches_plans_off() -> None:
+    assert plan.call_key((None,), 1) == (None, 1)
+    code = "from logpe_kernels import plan; print(plan.call_key((None,), 1))"
+    environment = os.environ | dict(LOGPE_PLAN="0")
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "None\n"
+
+
+def test_other_tiles_are_another_plan(repeated: Driver) -> None:
+    tiles = configs.Config(64, 32, 4, 2)
+    calls: list[Callable[[], Any]] = []
+    for kernels in ((), ("forward",), ("backward_dq",), ("backward_dkdv",)):
+
+        def call(kernels: tuple[str, ...] = kernels) -> None:
+            arguments, options = dense()
+            with configs.override(**dict.fromkeys(kernels, tiles)):
+                out = log_attention(*arguments, **options)
+                out.backward(torch.ones_like(out))
+
+        calls.append(call)
+    in_any_order(repeated, calls, same=0)
+
+
+def test_a_changing_position_is_no_new_layout(repeated: Driver) -> None:
+    """As in decoding with a cache of one size: the memory does not grow, nor is Triton asked."""
     arguments, options = dense((1, HEADS, 1, HEAD_DIM), num_keys=1024)
     lengths = torch.tensor([1])
     with torch.no_grad():
@@ -513,19 +602,47 @@ def test_a_changing_position_is_no_new_kind(repeated: Driver) -> None:
             for n in range(1, 20):
                 log_attention(*arguments, **options, query_start=n, key_lengths=lengths + n)
     run.assert_not_called()
-    assert len(problem._sizes) == 1
-    assert not attention._known
+    assert plan.count() == 1
 
 
-def test_kinds_of_calls_do_not_fill_the_memory(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "MOST_KNOWN", 3)
-    monkeypatch.setattr(problem, "MOST_KINDS", 5)
+def test_layouts_do_not_fill_the_memory(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MOST_PLANS", 5)
     for num_keys in range(32, 44):
         (q, k, v, position), options = dense(num_keys=num_keys)
         log_attention(q, k, v, position, **options)
         log_attention(q, k, v, position, **options, query_start=0)
-    assert 0 < len(attention._known) <= 3
-    assert 0 < len(problem._sizes) <= 5
+        assert 0 < plan.count() <= 5
+
+
+def test_threads_that_call_at_once_share_the_plan(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several layouts, made once each while other threads clear the memory, fill it and read it."""
+    made: list[Any] = []
+    make = plan.Plan.__init__
+
+    def slowly(*arguments: Any) -> None:
+        made.append(arguments[1].shape)
+        time.sleep(0.01)
+        make(*arguments)
+
+    monkeypatch.setattr(plan.Plan, "__init__", slowly)
+    calls = [dense((1, HEADS, length, HEAD_DIM), num_keys=length) for length in (32, 64, 96)]
+    together = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        together.wait()
+        for i in range(6):
+            arguments, options = calls[(number + i) % len(calls)]
+            with torch.no_grad():
+                log_attention(*arguments, **options)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(made) == plan.count() == len(calls)
+    assert len(repeated.launches) == 8 * 6
+    by_grid: dict[Any, set[str]] = {}
+    for launched in described(repeated.launches):
+        by_grid.setdefault(launched[2][0][1], set()).add(str(launched))
+    assert [len(x) for x in by_grid.values()] == [1] * len(calls)  # whichever thread launched, it launched the same
 
 
 def test_what_is_remembered_holds_no_tensor(repeated: Driver) -> None:

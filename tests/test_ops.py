@@ -28,6 +28,7 @@ from logpe import (
     LogPosition,
     LogSinusoid,
     PositionValues,
+    eager,
     log_attention,
     log_attention_varlen,
     merge_partials,
@@ -76,9 +77,10 @@ def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> t
     captured: dict[str, list[Any]] = {}
 
     def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*arguments: Any, **known: Any) -> Any:
-            captured[name] = [y for x in arguments for y in (x if isinstance(x, Options) else [x])] + [backend]
-            return implementation(*arguments, **known)
+        def record(*arguments: Any) -> Any:  # the last may be a plan
+            given = [x for x in arguments if type(x).__name__ != "Plan"]
+            captured[name] = [y for x in given for y in (x if isinstance(x, Options) else [x])] + [backend]
+            return implementation(*arguments)
 
         return record
 
@@ -150,12 +152,64 @@ def test_meta_tensors_give_shapes() -> None:
 
 @pytest.mark.parametrize("form", ["plain", "gqa", "dense", "packed"])
 def test_eager_calls_equal_the_operator(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager calls go past the dispatcher, observed ones through it: the same bits, gradients included."""
+    """Eager calls go past the dispatcher, others through it, and all where torch has no such doors: the same bits."""
     call = everything(form)
+    assert ops.direct(call.q)
     direct = run(call, "blocked")
-    monkeypatch.setattr(ops, "_observed", lambda: True)
+    monkeypatch.setattr(eager, "known", False)
+    assert not ops.direct(call.q)
     through = run(call, "blocked")
     assert all(torch.equal(x, through[name]) for name, x in direct.items())
+
+
+def test_the_private_doors_agree_with_what_goes_on() -> None:
+    assert eager.known
+    assert not eager.observed()
+    assert not eager.transforming()
+    assert not eager.tracing()
+    x = torch.randn(3, requires_grad=True)
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((eager.observed(), eager.transforming(), eager.tracing(), eager.plain(x)))
+        return x * 2
+
+    torch.func.vmap(look)(x)
+    assert seen.pop() == (True, True, False, False)
+    torch.jit.trace(look, (x,), check_trace=False)
+    assert seen.pop() == (True, False, True, True)
+    with FlopCounterMode(display=False):
+        look(x)
+    assert seen.pop() == (True, False, False, True)
+    with forward_ad.dual_level():
+        look(x)
+    assert seen.pop() == (True, False, False, True)
+
+    left_over: list[Tensor] = []
+    torch.func.vmap(lambda x: left_over.append(x) or x)(x)
+    negative = torch.complex(x, x).detach().conj().imag
+    assert negative.is_neg()
+    others = left_over[0], negative, nn.parameter.UninitializedParameter()
+    assert eager.plain(x, None, nn.Parameter(x))
+    assert not any(eager.plain(x, y) for y in others)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * 2, None
+
+
+def test_the_direct_apply_is_apply() -> None:
+    for apply in (Double.apply, eager.apply_of(Double)):
+        x = torch.randn(3, requires_grad=True)
+        out = apply(x, 2.0)
+        assert torch.equal(out, x * 2)
+        assert torch.equal(*torch.autograd.grad(out.sum(), x), torch.full_like(x, 2.0))
 
 
 def test_whoever_observes_sees_the_operator() -> None:

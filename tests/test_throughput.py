@@ -492,7 +492,7 @@ def test_the_picture_has_a_panel_for_each_setting(tmp_path, monkeypatch):
     assert len(axes) == 2 * 5
     assert all(axis.get_xscale() == "log" for axis in axes)
     assert "D = 64, causal, 32 heads" in axes[0].get_title()
-    assert [axis.get_ylabel() for axis in axes[2:5]] == ["TFLOP/s", "milliseconds", "MiB beyond the inputs"]
+    assert [axis.get_ylabel() for axis in axes[2:5]] == ["TFLOP/s", "milliseconds", "peak MiB beyond the inputs"]
     legend = {text.get_text() for text in picture.legends[0].get_texts()}
     assert legend == set(METHODS) - {"sdpa"}
     lines = {line.get_color() for line in axes[0].lines}

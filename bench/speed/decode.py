@@ -235,7 +235,7 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
     settings = runner.by_setting(rows)
     markers = {"log-bias": "o", "log-bias-paged": "s", "none": "v", "flex": "^", "sdpa": "D", "copy": ""}
     lines = {"log-bias-paged": "--", "copy": ":"}
-    with plots.panels(path, 2 * len(settings), caption, columns=2, size=(5.4, 3.8), legend="lower center") as axes:
+    with plots.panels(path, 2 * len(settings), caption, columns=2, size=(5.4, 3.8), legend="upper center") as axes:
         for some, speed, share in zip(settings, axes[::2], axes[1::2], strict=True):
             for name, marker in markers.items():
                 colour = "black" if name == "copy" else plots.COLOURS[name.removesuffix("-paged")]

@@ -73,13 +73,14 @@ class NoDevice(Driver):
 @contextlib.contextmanager
 def no_device() -> Iterator[None]:
     """Let log_attention take its path for a GPU with tensors that lie on the CPU, up to the launch."""
-    from logpe_kernels import configs
+    from logpe_kernels import configs, plan
     from triton.runtime import driver
 
     def target(device: torch.device) -> str:
         return "sm_90"
 
     def forget() -> None:
+        plan.clear()
         for function in vars(configs).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -116,6 +117,7 @@ def without_launch() -> Iterator[None]:
 def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict[str, tuple[Call, Any]]:
     """Return calls, each with the context that it is timed in: first the ladder, then what it is compared with."""
     from logpe_kernels.forward import attention
+    from logpe_kernels.plan import plan_of
 
     q, k, v = (
         torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -124,15 +126,15 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
     position = logpe.LogPosition(heads, head_dim, "log-bias", device=device)
     values = position()
     options = Options(**values._asdict(), window_right=0, scale=head_dim**-0.5)
-    kind = object()  # as log_attention has for a call like an earlier one
+    plan = plan_of(q, k, v, options)  # which log_attention has for a call like an earlier one
     # A CPU kernel takes its time in the call: as little of it as there can be.
     x, y, z = (t if device.type == "cuda" else t[:, :1, :1].detach().requires_grad_() for t in (q, k, v))
 
     def kernels() -> Any:
-        return attention(q, k, v, options, kind)
+        return attention(q, k, v, options, plan)
 
     def differentiable() -> Any:
-        return ops.run(q, k, v, options, "triton", kind)
+        return ops.run(q, k, v, options, "triton", plan)
 
     def operator() -> Any:
         return torch.ops.logpe.attention(q, k, v, *options, "triton")
@@ -151,7 +153,7 @@ def ladder(device: torch.device, length: int, heads: int, head_dim: int) -> dict
 
     here = contextlib.nullcontext
     steps: dict[str, tuple[Call, Any]] = {
-        "launcher: problem, outputs, tile sizes": (kernels, without_triton),
+        "launcher: plan, outputs, tile sizes": (kernels, without_triton),
         "+ the compiled kernel found": (kernels, without_launch),
         "+ the launch": (kernels, here),
         "+ autograd": (differentiable, here),

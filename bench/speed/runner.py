@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -148,7 +146,7 @@ def circumstances(program: str, arguments: Sequence[str] | None, machine: dict[s
         commit=commit(),
         load=load_averages(),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        command=shlex.join(["python", "-m", "bench", program, *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command.command_line(f"bench {program}", arguments),
     )
 
 

@@ -110,11 +110,6 @@ REPEATS = {
 LIMIT = {"cpu": 3600.0, "cuda": 180.0}  # seconds that a point may take, compilation included
 
 
-def device_type(name: str) -> str:
-    """Return "cuda" for cuda:1."""
-    return name.split(":")[0]
-
-
 # --- the methods: each prepares what is not timed, and returns what is -----------------------------------------------
 
 
@@ -353,7 +348,7 @@ def _measure(case: Case, timed: bool) -> Row:
         forget()
         return {}
     _forget_peak(case)
-    seconds = REPEATS[device_type(case.device)].take(lambda: clock.time_once(step(), case.on_gpu))
+    seconds = REPEATS["cuda" if case.on_gpu else "cpu"].take(lambda: clock.time_once(step(), case.on_gpu))
     highest = _peak(case)
     memory = max(0, highest - prepared.before) if highest else None
     return clock.quantiles([1e3 * time for time in seconds]) | dict(memory=memory)
@@ -517,8 +512,9 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
         return False
     directions = [direction for direction in DIRECTIONS if any(case.direction == direction for case in rows)]
     columns: list[tuple[str, str, Callable[[Case, Row], float]]] = [(name, "TFLOP/s", tflops) for name in directions]
-    columns.append((directions[-1], "milliseconds", lambda case, row: row["p50"]))  # of the direction that does most
-    columns.append((directions[-1], "MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
+    most = directions[-1]  # the direction that does most
+    columns.append((most, "milliseconds", lambda case, row: row["p50"]))
+    columns.append((most, "peak MiB beyond the inputs", lambda case, row: (row["memory"] or math.nan) / 2**20))
     panels = itertools.product(settings, columns)
     count = len(settings) * len(columns)
     with plots.panels(path, count, caption, columns=len(columns), size=(3.4, 2.9), legend="upper center") as axes:
@@ -536,7 +532,11 @@ def figure(path: Path, rows: Rows, caption: str) -> bool:
             if label == "TFLOP/s":
                 axis.set_ylim(bottom=0)
             else:
-                axis.set_yscale("log")
+                axis.set_yscale("log", base=2)
+                low, high = map(math.log2, axis.get_ylim())
+                bottom = math.floor(low)  # whole powers of two, at least two of them: others have no label
+                axis.set_ylim(2.0**bottom, 2.0 ** max(bottom + 1, math.ceil(high)))
+                axis.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
             plots.length_axis(axis, sorted({case.length for case in some}), "tokens in a sequence", short=True)
     return True
 
@@ -616,14 +616,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    type_ = device_type(options.device)
-    if type_ not in DEFAULTS:
+    device = options.device.split(":")[0]
+    if device not in DEFAULTS:
         parser.error(f"--device must be cpu or cuda, got {options.device}")
-    command.fill_in(options, DEFAULTS[type_])
-    available = [name for name, method in METHODS.items() if type_ in method.devices]
+    command.fill_in(options, DEFAULTS[device])
+    available = [name for name, method in METHODS.items() if device in method.devices]
     options.methods = options.methods or available
     if foreign := [name for name in options.methods if name not in available]:
-        parser.error(f"--methods {' '.join(foreign)} cannot run on {type_}; there are {' '.join(available)}")
+        parser.error(f"--methods {' '.join(foreign)} cannot run on {device}; there are {' '.join(available)}")
     for head_dim, group in itertools.product(options.head_dims, options.kv_groups):
         if options.hidden % (head_dim * group):
             parser.error(f"--hidden {options.hidden} is no multiple of head dimension {head_dim} times group {group}")

@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from . import configs, tile
-from .launch import launch
-from .options import Options
+from . import tile
+from .launch import dtypes, launch
+from .options import NUM_LEARNABLE, Options
+from .plan import RUNTIME_INTEGERS, cdiv, new_output, plan_of
 from .position import (
     ALPHA,
     LOG2E,
@@ -40,7 +41,7 @@ from .position import (
     query_gain,
     sharpening,
 )
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
+from .rotation import turn_keys, turn_queries, turned
 
 
 @triton.constexpr_function
@@ -258,42 +259,41 @@ def attention_backward(
     dout like out; dlse like lse, or None for zero. learned: which of LEARNABLE_PARTS need a gradient.
     Returns dq, dk, dv, dpower, drate, dsharpness, dalpha; those absent or not learned are None.
     """
-    problem = Problem(q, k, v, options)
-    sizes = problem.sizes
-    if problem.block_table is not None:
+    if options.block_table is not None:
         raise ValueError("there is no gradient through a block_table")
-    dq, dk, dv = (new_output(x, sizes.packed) for x in (q, k, v))
+    plan = plan_of(q, k, v, options)
+    dq, dk, dv = (new_output(x, plan.packed) for x in (q, k, v))
+    q, k = turned(q, k, options, plan)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
-    gain = torch.empty_like(lse) if problem.parameters.alpha is not None else None
-    config = configs.lookup("backward_dq", sizes.traits)
-    programs = sizes.batch * cdiv(sizes.num_queries, config.BLOCK_M)  # of one head
+    gain = torch.empty_like(lse) if options.alpha is not None else None
+    shared, numbers = plan.shared(options), plan.numbers(options)
+
+    config, constants = plan.tiles("backward_dq")
+    programs = plan.batch * cdiv(plan.num_queries, config.BLOCK_M)  # of one head
     partials = [
-        lse.new_empty((sizes.heads, programs)) if parameter is not None and want else None
-        for parameter, want in zip(problem.parameters, learned, strict=True)
+        lse.new_empty((plan.heads, programs)) if parameter is not None and want else None
+        for parameter, want in zip(options[:NUM_LEARNABLE], learned, strict=True)
     ]
+    k_tma, v_tma = plan.descriptors(config, config.BLOCK_N, k, v)
+    strides = plan.strides_of(q=q, k=k, v=v, out=out, dout=dout, dq=dq)
+    tensors = q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, Parameters(*partials)
     launch(
-        dq_kernel, sizes.heads * programs,
-        (
-            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_N, problem.k, v), out, lse, dlse,
-            delta, gain, dout, dq, Parameters(*partials), *problem.tensors,
-        ),
-        (problem.strides(out=out, dout=dout, dq=dq), *problem.numbers),
-        constants(sizes.head_dim, config),
+        dq_kernel, plan.heads * programs, (*tensors, *shared), (strides, *numbers), constants,
+        plan.kernels, (dtypes(tensors), strides),
     )  # fmt: skip
-    config = configs.lookup("backward_dkdv", sizes.traits)
+
+    config, constants = plan.tiles("backward_dkdv")
+    q_tma, dout_tma = plan.descriptors(config, config.BLOCK_M, q, dout)
+    strides = plan.strides_of(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv)
+    kept = q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv
     launch(
-        dkdv_kernel, sizes.batch * sizes.kv_heads * cdiv(sizes.num_keys, config.BLOCK_N),
-        (
-            problem.q, problem.k, v, *problem.descriptors(config, config.BLOCK_M, problem.q, dout), lse, delta, gain,
-            dout, dk, dv, *problem.tensors,
-        ),
-        (problem.strides(dout=dout, dk=dk, dv=dv), *problem.numbers),
-        constants(sizes.head_dim, config),
+        dkdv_kernel, plan.batch * plan.kv_heads * cdiv(plan.num_keys, config.BLOCK_N), (*kept, *shared),
+        (strides, *numbers), constants, plan.kernels, (dtypes(kept), strides),
     )  # fmt: skip
-    if problem.theta is not None:
-        problem.rotate_queries(dq, dq, inverse=True)
-        problem.rotate_keys(dk, dk, inverse=True)
+    if options.theta is not None:
+        turn_queries(dq, dq, options, plan, inverse=True)
+        turn_keys(dk, dk, options, plan, inverse=True)
     return dq, dk, dv, *(None if partial is None else partial.sum(1) for partial in partials)

@@ -7,8 +7,8 @@
 3. the shipped table configs/default.json, by target: what is right everywhere, measured or not.
 
 Of the entries in a file that fit (same kernel, dtype size, head_dim, parts and mask) the nearest in length is taken.
-A file that is damaged or of another device is not used, with a warning. Nothing is measured on the way, and each kind
-of call is looked up once.
+A file that is damaged or of another device is not used, with a warning. Nothing is measured on the way, and a
+configuration is looked up once for calls that have their traits in common.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Config(NamedTuple):
     TMA: bool = False  # full tiles come through tensor descriptors: sm_90 and later
 
     def launch(self) -> dict[str, Any]:
-        """The keywords of a launch; with TMA the kernel is given descriptors."""
+        """Return the keywords of a launch. TMA is none of them: with it the kernel is given descriptors."""
         return {name: value for name, value in self._asdict().items() if name != "TMA"}
 
 
 def text_of(config: Any) -> str:
-    """For people: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2; a flag that is off is left out."""
+    """Return a line for people: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2; a flag that is off is left out."""
     return " ".join(f"{name}={value}" for name, value in config._asdict().items() if value is not False)
 
 
@@ -79,7 +79,7 @@ class Traits(NamedTuple):
 
     @property
     def parts(self) -> list[str]:
-        """Those of PARTS that are there."""
+        """Return those of PARTS that are there."""
         return [part for part in PARTS if getattr(self, part)]
 
     @property
@@ -93,20 +93,20 @@ class Traits(NamedTuple):
         return self.sharpness or self.alpha or self.key_bias or self.ragged
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """Calls of one kind may share a measurement, at whatever length."""
+    def form(self) -> tuple[Any, ...]:
+        """Return what calls that share a measurement have in common: all but the device and the length."""
         return self.itemsize, padded(self.head_dim), self.ragged, tuple(self.parts), self.causal
 
 
 def log2_length(num_queries: int, num_keys: int) -> int:
-    """The field of Traits: bits of the longer one, so that 2049 to 4096 are 12."""
+    """Return the field of Traits, the bits of the longer length: 12 for 2049 to 4096."""
     return (max(num_queries, num_keys, 1) - 1).bit_length()
 
 
 def traits(
     device: torch.device, itemsize: int, head_dim: int, parts: Iterable[str], causal: bool, length: int
 ) -> Traits:
-    """The traits of self-attention over ``length`` tokens, where the parts are known by name."""
+    """Return the traits of self-attention over ``length`` tokens, where the parts are known by name."""
     present = dict.fromkeys(parts, True)
     return Traits(device, itemsize, head_dim, **present, causal=causal, log2_length=log2_length(length, length))
 
@@ -124,7 +124,7 @@ class Choice(NamedTuple):
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """sm_90, gfx942, ... of a GPU; "cpu" where the kernels are interpreted."""
+    """Return the target of a GPU, sm_90, gfx942, ...; "cpu" where the kernels are interpreted."""
     if device.type != "cuda":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)
@@ -134,19 +134,19 @@ def target_of(device: torch.device) -> str:
 
 
 def has_tma(target: str) -> bool:
-    """Whether it has tensor descriptors: sm_90 and later."""
+    """Whether a target has tensor descriptors: sm_90 and later."""
     return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 
 
 @functools.cache
 def name_of(device: torch.device) -> str | None:
-    """The name by which a GPU's files are found; None for anything else."""
+    """Return the name by which a GPU's files are found; None for anything else."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use; 0 if unknown."""
+    """Return the bytes of shared memory that one program may use; 0 if unknown."""
     if device.type != "cuda":
         return 0
     properties = torch.cuda.get_device_properties(device)
@@ -167,7 +167,7 @@ def _table() -> dict[str, Any]:
 
 @functools.cache
 def entry(device: torch.device) -> tuple[str, str]:
-    """Which entry of the table serves a device, and why."""
+    """Return which entry of the table serves a device, and why."""
     target = target_of(device)
     if target == "cpu":
         return target, "the interpreter uses one small tile"
@@ -182,7 +182,7 @@ def entry(device: torch.device) -> tuple[str, str]:
 
 
 def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool = False) -> Any:
-    """The shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
+    """Return the shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
 
     An entry is one configuration, or a light and a heavy one; heavy are calls with a sharpness, a query gain, a
     key bias, or a head_dim that is no power of two.
@@ -196,7 +196,7 @@ def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool 
 
 
 def padded(head_dim: int) -> int:
-    """BLOCK_D: head_dim rounded up to a power of two."""
+    """Return BLOCK_D: head_dim rounded up to a power of two."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
@@ -206,7 +206,7 @@ FORMAT = 1
 
 
 class Entry(NamedTuple):
-    """The fastest configuration found for one kind of call, and how it was found.
+    """The fastest configuration found for calls that have their traits in common, and how it was found.
 
     parts: of PARTS. length: of queries and keys. milliseconds: of ``config``; default: the shipped one that it was
     compared with. tried: [configuration, milliseconds or the reason why there are none]. run: index into Tuned.runs.
@@ -229,7 +229,7 @@ class Entry(NamedTuple):
     run: int
 
     def traits(self, device: torch.device) -> Traits:
-        """Of the call that was measured."""
+        """Return the traits of the call that was measured."""
         return traits(device, self.itemsize, self.head_dim, self.parts, self.causal, self.length)
 
 
@@ -243,19 +243,19 @@ class Tuned(NamedTuple):
 
 
 def user_folder() -> Path:
-    """$LOGPE_CONFIG_DIR, or logpe in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
+    """Return $LOGPE_CONFIG_DIR, or logpe in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
     if folder := os.environ.get("LOGPE_CONFIG_DIR"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "logpe")
 
 
 def file_name(device_name: str) -> str:
-    """NVIDIA-H100-80GB-HBM3.json."""
+    """Return the name of a device's file, such as NVIDIA-H100-80GB-HBM3.json."""
     return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-") + ".json"
 
 
 def read(path: Path, device: torch.device) -> Tuned:
-    """The file, checked to be one for ``device``.
+    """Return what the file holds, checked to be for ``device``.
 
     Raises OSError where it cannot be read, and ValueError, which says why, where it cannot be used.
     """
@@ -296,7 +296,7 @@ def write(path: Path, tuned: Tuned) -> None:
 
 
 def make_config(kernel: str, value: Any) -> Any:
-    """A configuration as JSON has it: a list of the leading fields, or an object; ValueError if it is neither."""
+    """Return a configuration that JSON has as a list of the leading fields or as an object; else raise ValueError."""
     model = KERNELS[kernel]
     try:
         return type(model)(**value) if isinstance(value, dict) else type(model)(*value)
@@ -313,7 +313,7 @@ def check_values(kernel: str, config: Any) -> None:
 
 
 def cannot_launch(kernel: str, config: Any, itemsize: int, head_dim: int, target: str, shared: int) -> str | None:
-    """Why a target with so many bytes of shared memory (0: unknown) surely cannot; None if it may be able to."""
+    """Return why a target with so many bytes of shared memory (0: unknown) surely cannot; None if it may."""
     if getattr(config, "TMA", False) and not has_tma(target):
         return f"TMA needs sm_90 or later, this is {target}"
     # At the least: the two tiles that the loop streams, but for the stage which the products read from registers.
@@ -379,7 +379,7 @@ class Files(NamedTuple):
 
 @functools.cache
 def files(device: torch.device) -> Files:
-    """The user's and the shipped file of measurements for a device, where there are any. Warns of refused ones."""
+    """Return the user's and the shipped file of measurements for a device, if there are any; warn of refused ones."""
     result = Files({}, {})
     name = name_of(device)
     for folder in (user_folder(), SHIPPED) if name else ():
@@ -396,10 +396,10 @@ def files(device: torch.device) -> Files:
 
 @functools.cache
 def choose(kernel: str, traits: Traits) -> Choice:
-    """The configuration of ``kernel`` (one of KERNELS) for such a call, and where it comes from."""
+    """Return the configuration of ``kernel`` (one of KERNELS) for such a call, and where it comes from."""
     used = files(traits.device).used
     for path, tuned in used.items():
-        fitting = [x for x in tuned.entries if x.kernel == kernel and x.traits(traits.device).kind == traits.kind]
+        fitting = [x for x in tuned.entries if x.kernel == kernel and x.traits(traits.device).form == traits.form]
         if fitting:
             nearest = min(fitting, key=lambda x: (abs(math.log2(x.length) - traits.log2_length), -x.length))
             why = f"measured at {nearest.length} tokens, the nearest of {len(fitting)}"
@@ -410,14 +410,12 @@ def choose(kernel: str, traits: Traits) -> Choice:
     return Choice(config, TABLE, f"for {target}{why}")
 
 
-_override: dict[str, Any] = {}
+overrides: dict[str, Any] = {}  # what :func:`override` sets, by kernel
 
 
 def lookup(kernel: str, traits: Traits) -> Any:
-    """The configuration of ``kernel`` (one of KERNELS) for a call: a cached :func:`choose`."""
-    if _override and kernel in _override:
-        return _override[kernel]
-    return choose(kernel, traits).config
+    """Return the configuration of ``kernel`` (one of KERNELS) for a call."""
+    return overrides[kernel] if kernel in overrides else choose(kernel, traits).config
 
 
 @contextlib.contextmanager
@@ -430,10 +428,10 @@ def override(*configs: Any, **by_kernel: Any) -> Iterator[None]:
         by_kernel |= {kernel: configs[0] for kernel, model in KERNELS.items() if type(model) is type(configs[0])}
     else:
         by_kernel |= dict(zip(KERNELS, configs, strict=False))
-    before = dict(_override)
-    _override.update(by_kernel)
+    before = dict(overrides)
+    overrides.update(by_kernel)
     try:
         yield
     finally:
-        _override.clear()
-        _override.update(before)
+        overrides.clear()
+        overrides.update(before)

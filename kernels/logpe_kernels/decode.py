@@ -13,6 +13,7 @@ The launcher decides from sizes alone and waits for nothing: a CUDA graph may ho
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +23,9 @@ from torch import Tensor
 from . import tile
 from .configs import Config, padded
 from .launch import launch
+from .options import Options
+from .plan import RUNTIME_INTEGERS, Plan, cdiv, constants
 from .position import LN2, LOG2E, Parameters, query_gain
-from .problem import RUNTIME_INTEGERS, Problem, constants
 
 MAX_QUERIES = 64  # of a sequence: with more of them the forward kernel's larger tiles are the better use of the keys
 MIN_KEYS = 512  # with fewer of them there is nothing to split
@@ -153,42 +155,43 @@ def multiprocessors(device: torch.device) -> int:
 def num_splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
     """Return how many programs share the keys of one tile of rows: two for each multiprocessor, all in one wave."""
     wanted = 2 * multiprocessors(device) // max(programs, 1)
-    return max(1, min(wanted, triton.cdiv(num_keys, MIN_TILES * block_n)))
+    return max(1, min(wanted, cdiv(num_keys, MIN_TILES * block_n)))
 
 
-def serves(problem: Problem) -> bool:
+def serves(plan: Plan, options: Options) -> bool:
     """Whether a call comes here: it has pages, or so few queries that the forward kernel would run half empty."""
-    if problem.block_table is not None:
+    if options.block_table is not None:
         return True
-    sizes = problem.sizes
-    if sizes.num_queries > MAX_QUERIES or sizes.num_keys < MIN_KEYS or problem.dropout is not None:
+    if plan.num_queries > MAX_QUERIES or plan.num_keys < MIN_KEYS or options.dropout_p > 0:
         return False
-    rows = sizes.num_queries * sizes.heads // sizes.kv_heads
-    return rows <= MAX_QUERIES or sizes.batch * sizes.heads < multiprocessors(problem.q.device)
+    rows = plan.num_queries * plan.heads // plan.kv_heads
+    return rows <= MAX_QUERIES or plan.batch * plan.heads < multiprocessors(plan.traits.device)
 
 
-def decode(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options, plan: Plan) -> None:
     """Fill in out and lse as the forward kernel would; see there for their shapes."""
-    sizes = problem.sizes
-    block_d, rows = padded(sizes.head_dim), sizes.num_queries * sizes.heads // sizes.kv_heads
-    page_size = 2**30 if problem.block_table is None else problem.k.shape[2]
-    config = tiles(rows, block_d, v.element_size(), page_size)
-    programs = sizes.batch * sizes.kv_heads * triton.cdiv(rows, config.BLOCK_M)
-    splits = num_splits(programs, sizes.num_keys, config.BLOCK_N, v.device)
+    rows, block_d = plan.num_queries * plan.heads // plan.kv_heads, padded(plan.head_dim)
+    page_size = 2**30 if options.block_table is None else k.shape[2]
+
+    def deal() -> tuple[int, int, dict[str, Any]]:
+        config = tiles(rows, block_d, v.element_size(), page_size)
+        programs = plan.batch * plan.kv_heads * cdiv(rows, config.BLOCK_M)
+        splits = num_splits(programs, plan.num_keys, config.BLOCK_N, v.device)
+        return programs, splits, constants(plan.head_dim, config)
+
+    programs, splits, constexprs = plan.once("decode", deal)
     if programs == 0:
         return
-    shape = (sizes.batch * sizes.heads * sizes.num_queries, splits)
+    shape = (plan.batch * plan.heads * plan.num_queries, splits)
     partial_lse = v.new_empty(shape, dtype=torch.float32)
-    partial = v.new_empty((*shape, sizes.head_dim), dtype=torch.float32)
+    partial = v.new_empty((*shape, plan.head_dim), dtype=torch.float32)
+    parameters, sequences, _ = plan.shared(options)
     launch(
-        decode_kernel, programs * splits,
-        (problem.q, problem.k, v, partial, partial_lse, problem.block_table, problem.parameters, problem.sequences),
-        (sizes.strides, v.shape[0], page_size, splits, *problem.numbers), constants(sizes.head_dim, config),
-        (sizes.compiled_kind, page_size),
+        decode_kernel, programs * splits, (q, k, v, partial, partial_lse, options.block_table, parameters, sequences),
+        (plan.strides, v.shape[0], page_size, splits, *plan.numbers(options)), constexprs, plan.kernels,
     )  # fmt: skip
+    constexprs = dict(HEAD_DIM=plan.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
     launch(
-        merge_kernel, shape[0], (partial, partial_lse, out, lse, problem.sequences.cu_seqlens_q),
-        (sizes.strides, sizes.heads, sizes.num_queries, sizes.total_queries, splits),
-        dict(HEAD_DIM=sizes.head_dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True),
-        sizes.compiled_kind,
+        merge_kernel, shape[0], (partial, partial_lse, out, lse, sequences.cu_seqlens_q),
+        (plan.strides, plan.heads, plan.num_queries, plan.total_queries, splits), constexprs, plan.kernels,
     )  # fmt: skip

@@ -1,17 +1,16 @@
 """The forward kernel and its launcher: one program per tile of queries, an online softmax over tiles of keys."""
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, decode, tile
+from . import decode, tile
 from .launch import launch
 from .options import Options
+from .plan import RUNTIME_INTEGERS, Plan, cdiv, new_output, plan_of
 from .position import LN2, LOG2E, Parameters, query_gain
-from .problem import RUNTIME_INTEGERS, Problem, cdiv, constants, new_output
+from .rotation import turned
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -73,33 +72,32 @@ def forward_kernel(
     tl.store(lse + resident.tokens, lse_row * LN2, mask=stored)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, kind: Hashable = None) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
     """Return attention with a log position.
 
     q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
     float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
-    (num_pages, Hkv, page_size, D), see :mod:`decode`. For ``kind`` see :class:`Problem`.
+    (num_pages, Hkv, page_size, D), see :mod:`decode`. plan: that of an earlier call of the same layout and options,
+    but for the starts; a caller that has it saves looking for it.
 
     Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
     """
-    problem = Problem(q, k, v, options, kind)
-    sizes = problem.sizes
-    out = new_output(q, sizes.packed)
-    if sizes.packed:
-        lse = torch.full((sizes.heads, sizes.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
+    if plan is None:
+        plan = plan_of(q, k, v, options)
+    out = new_output(q, plan.packed)
+    if plan.packed:
+        lse = torch.full((plan.heads, plan.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:
-        lse = torch.empty_strided(*sizes.lse_layout, dtype=torch.float32, device=q.device)  # empty takes longer
-    if sizes.strides is None:
-        problem.complete_sizes(out)
-    if decode.serves(problem):
-        decode.decode(problem, v, out, lse)
+        lse = torch.empty_strided(*plan.lse_layout, dtype=torch.float32, device=q.device)  # empty takes longer
+    q, k = turned(q, k, options, plan)
+    if decode.serves(plan, options):
+        decode.decode(q, k, v, out, lse, options, plan)
         return out, lse
-    config = configs.lookup("forward", sizes.traits)
-    k_tma, v_tma = problem.descriptors(config, config.BLOCK_N, problem.k, v)
+    config, constants = plan.tiles("forward")
+    k_tma, v_tma = plan.descriptors(config, config.BLOCK_N, k, v)
     launch(
-        forward_kernel, sizes.batch * sizes.heads * cdiv(sizes.num_queries, config.BLOCK_M),
-        (problem.q, problem.k, v, k_tma, v_tma, out, lse, *problem.tensors),
-        (sizes.strides, *problem.numbers), constants(sizes.head_dim, config),
-        (sizes.compiled_kind, k_tma is None, v_tma is None),
+        forward_kernel, plan.batch * plan.heads * cdiv(plan.num_queries, config.BLOCK_M),
+        (q, k, v, k_tma, v_tma, out, lse, *plan.shared(options)),
+        (plan.strides, *plan.numbers(options)), constants, plan.kernels, (k_tma is None, v_tma is None),
     )  # fmt: skip
     return out, lse

@@ -6,11 +6,13 @@ formed once and serve all heads.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import launch
+from .options import Options
+from .plan import Plan, call_key, cdiv, find, new_output
 from .position import rotation
 from .tile import cast, load_axis
 
@@ -55,16 +57,16 @@ def rotate_kernel(
 
 
 def rotate(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    theta: torch.Tensor,
+    x: Tensor,
+    out: Tensor,
+    theta: Tensor,
     rotary_scale: float,
-    cu_seqlens: torch.Tensor | None,
-    starts: torch.Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
     start: int,
     count: int,
     inverse: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Turn plane t of x by theta_t * f_c(position) into out, and return out; out may be x.
 
     x, out: (B, H, N, D), or packed (total, H, D) with cu_seqlens (B + 1,). theta: float64 (planes,), with planes at
@@ -72,16 +74,40 @@ def rotate(
     """
     packed = cu_seqlens is not None
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
-    head_dim, planes = x.shape[-1], theta.shape[0]
+    head_dim, planes, in_place = x.shape[-1], theta.shape[0], out is x
+    key = call_key((x, out, theta, cu_seqlens, starts), "rotate", rotary_scale, count, inverse, in_place)
     BLOCK_M = 16 if head_dim > 128 else 32
-    strides = [(0, t.stride(1), t.stride(0)) if packed else (t.stride(0), t.stride(1), t.stride(2)) for t in (x, out)]
+    strides = [(0, t.stride(1), t.stride(0)) if packed else t.stride()[:3] for t in (x, out)]
     launch(
-        rotate_kernel, batch * triton.cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
+        rotate_kernel, batch * cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
         (*strides, None if math.isinf(rotary_scale) else float(rotary_scale), x.shape[1], count, x.shape[0], start),
         dict(
             HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
             BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
-            INVERSE=inverse, IN_PLACE=out is x, enable_fp_fusion=True,
+            INVERSE=inverse, IN_PLACE=in_place, enable_fp_fusion=True,
         ),
+        find(key, dict),
     )  # fmt: skip
     return out
+
+
+def turn_queries(x: Tensor, out: Tensor, options: Options, plan: Plan, inverse: bool = False) -> Tensor:
+    """Turn x, which is laid out like q, into out (which may be x), as the queries of a call are turned."""
+    assert options.theta is not None
+    axis = options.cu_seqlens_q, options.query_starts, options.query_start, plan.num_queries
+    return rotate(x, out, options.theta, options.rotary_scale, *axis, inverse=inverse)
+
+
+def turn_keys(x: Tensor, out: Tensor, options: Options, plan: Plan, inverse: bool = False) -> Tensor:
+    """Turn x, which is laid out like k, into out (which may be x), as the keys of a call are turned."""
+    assert options.theta is not None
+    axis = options.cu_seqlens_k, options.key_starts, options.key_start, plan.num_keys
+    return rotate(x, out, options.theta, options.rotary_scale, *axis, inverse=inverse)
+
+
+def turned(q: Tensor, k: Tensor, options: Options, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return q and k as the kernels take them: turned, where there is a rotation."""
+    if options.theta is None:
+        return q, k
+    new_q, new_k = new_output(q, plan.packed), new_output(k, plan.packed)
+    return turn_queries(q, new_q, options, plan), turn_keys(k, new_k, options, plan)

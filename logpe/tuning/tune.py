@@ -29,7 +29,7 @@ import torch
 import logpe
 from logpe import ops
 from logpe.checks import MAX_HEAD_DIM
-from logpe.command import BAD_USE, STOPPED, TIME_IS_OVER, count, minutes
+from logpe.command import STOPPED, TIME_IS_OVER, count, minutes
 from logpe.files import locked
 from logpe.position import PRESET_PARTS, PRESETS
 from logpe.tuning.trial import KERNELS, Comparison, Gpu, OutOfTime, Resources, Task
@@ -194,7 +194,7 @@ def _unrotated(preset: str) -> str:
 
 def _key(kernel: str, traits: Traits) -> tuple[Any, ...]:
     """Return the key of the tasks that share an entry of a file."""
-    return kernel, *traits.kind, traits.log2_length
+    return kernel, *traits.form, traits.log2_length
 
 
 def versions() -> dict[str, str]:
@@ -361,16 +361,14 @@ def _jobs(device: torch.device) -> int:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Tune what the command line asks for; return the exit status."""
+    """Tune what the command line asks for; return the exit status. Raises ValueError where that cannot be done."""
     end = time.monotonic() + 60 * options.minutes
     if reason := why_not(options.device):
-        print(f"tune cannot run: {reason}", file=sys.stderr)
-        return BAD_USE
+        raise ValueError(f"tune cannot run: {reason}")
     tasks = make_tasks(options)
     for task in tasks:
         if task.heads % task.kv_heads:
-            print(f"--heads must be a multiple of --kv-heads, got {task.heads} and {task.kv_heads}", file=sys.stderr)
-            return BAD_USE
+            raise ValueError(f"--heads must be a multiple of --kv-heads, got {task.heads} and {task.kv_heads}")
     from logpe_kernels import configs
 
     index = torch.cuda.current_device() if options.device.index is None else options.device.index
@@ -388,8 +386,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"{why}: the same command goes on from here.", file=sys.stderr)
         entries = held(tasks, path, device)
     except (OSError, ValueError) as error:
-        print(f"{path} cannot be used, move it away or name another with --out: {error}", file=sys.stderr)
-        return BAD_USE
+        raise ValueError(f"{path} cannot be used, move it away or name another with --out: {error}") from None
     finally:
         machine.close()
     if not entries:
