@@ -189,10 +189,10 @@ def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool 
     """
     if target == "cpu":
         return KERNELS[kernel]
-    found = _table()[target][kernel][str(min(itemsize, 4))][str(padded(head_dim))]
-    if isinstance(found, dict) and "light" in found:
-        found = found["heavy" if heavy else "light"]
-    return make_config(kernel, found)
+    entry = _table()[target][kernel][str(min(itemsize, 4))][str(padded(head_dim))]
+    if isinstance(entry, dict) and "light" in entry:
+        entry = entry["heavy" if heavy else "light"]
+    return make_config(kernel, entry)
 
 
 def padded(head_dim: int) -> int:
