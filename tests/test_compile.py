@@ -100,7 +100,7 @@ def test_default_table_has_every_kernel_on_every_target() -> None:
 
 
 def sass(code: str) -> str:
-    """Return code as cuobjdump prints it: an instruction a line; "name:" is a label, whose address stands where it is named."""
+    """Return code as cuobjdump prints it. "name:" is a label; where it is named, its address stands."""
     lines = [line.strip() for line in code.strip().splitlines()]
     addresses: dict[str, str] = {}
     text: list[str] = []
