@@ -531,7 +531,8 @@ class PagedKVCache(KVCache):
             pages[b].extend(taken)
             for page in taken:
                 holders[page] = 1
-        for before, after in copies:
+        if copies:
+            before, after = self._from_host(copies).T.long()
             self.k[after], self.v[after] = self.k[before], self.v[before]
         self._deal([b for b, *_ in changes], pages, dropped, holders)
 
@@ -541,11 +542,20 @@ class PagedKVCache(KVCache):
 
     def _deal(self, changed: list[int], pages: list[list[int]], dropped: list[int], holders: list[int]) -> None:
         """Assign the pages; only those of the ``changed`` sequences differ from before."""
-        for b in changed:
-            row = pages[b] + [-1] * (self._block_table.shape[1] - len(pages[b]))
-            self._block_table[b] = torch.tensor(row, dtype=torch.int32)
-            self._dropped[b] = dropped[b]
+        if changed:
+            max_pages = self._block_table.shape[1]
+            rows = [[b, dropped[b], *pages[b], *[-1] * (max_pages - len(pages[b]))] for b in changed]
+            table = self._from_host(rows)
+            index = table[:, 0].long()
+            self._dropped[index], self._block_table[index] = table[:, 1], table[:, 2:]
         self._pages, self._host_dropped, self._holders = pages, dropped, holders
+
+    def _from_host(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return an int32 tensor of these numbers on the device: one copy, for which the host does not wait."""
+        x = torch.tensor(rows, dtype=torch.int32)
+        if self.k.is_cuda:
+            x = x.pin_memory()
+        return x.to(self.k.device, non_blocking=True)
 
     def _crop(self, ends: list[int]) -> None:
         pages, dropped, holders = list(self._pages), list(self._host_dropped), list(self._holders)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
+import numpy
 import torch
 from logpe_kernels.options import NUM_LEARNABLE, NUM_TENSORS, Options
 from torch import Tensor
@@ -53,9 +54,15 @@ def why_not_triton(device: torch.device) -> str | None:
 @functools.cache
 def _why_no_triton() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    older = triton.__version__.startswith("3.6.")
+    if interpreting() and older and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} works with NumPy below 2.4, and this is "
+            f"{numpy.__version__}: install another version of either"
+        )
     return None
 
 

@@ -314,6 +314,28 @@ def test_no_graph_is_kept() -> None:
 # --- pages --------------------------------------------------------------------------------------------------------
 
 
+def test_pages_are_dealt_in_one_copy_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Any] = []
+    from_host = PagedKVCache._from_host
+
+    def count(cache: PagedKVCache, rows: Any) -> Tensor:
+        copies.append(rows)
+        return from_host(cache, rows)
+
+    monkeypatch.setattr(PagedKVCache, "_from_host", count)
+    cache = paged(None, batch=5)
+    x = tokens(5)
+    generate(cache, x, steps(0, 33))
+    assert len(copies) == 3  # at 0, 16 and 32 tokens
+    cache.reorder([0, 0, 0, 3, 4])
+    generate(cache, x, steps(33, 34))
+    assert len(copies) == 5  # the shared pages that are written to, and the new table
+    assert len(copies[3]) == 2
+    cache.crop(20)
+    assert len(copies) == 6
+    assert len(copies[5]) == 5
+
+
 def test_pages_come_and_go() -> None:
     """A window's pages go back to the pool; sequences share pages after reorder until one of them writes."""
     position = LogPosition(HEADS, D)

@@ -100,7 +100,7 @@ def test_default_table_has_every_kernel_on_every_target() -> None:
 
 
 def sass(code: str) -> str:
-    """As cuobjdump prints it: an instruction a line; "name:" is a label, whose address stands where it is named."""
+    """Return code as cuobjdump prints it. "name:" is a label; where it is named, its address stands."""
     lines = [line.strip() for line in code.strip().splitlines()]
     addresses: dict[str, str] = {}
     text: list[str] = []
@@ -211,7 +211,7 @@ def test_warp_specialised_consumers() -> None:
 
 
 def test_products_without_a_shape() -> None:
-    """Of tcgen05 and of float32: exponentials and multiply-adds count tiles; their surplus is no tile."""
+    """Code with tcgen05 or float32 products: exponentials and multiply-adds count tiles; their surplus is no tile."""
     product = "UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR9], tmem[UR52], idesc[UR53], UPT"
     rescale = "\n".join(["rescale:", "MUFU.EX2 R1, R1", "@P0 BRA rescale"])
     code = "\n".join([rescale, "loop:", body(16, 1, 3, product), "MUFU.EX2 R7, R7", "@P0 BRA loop", "EXIT"])
@@ -272,13 +272,19 @@ def test_roofline_beside_none() -> None:
     none, bias = row_of("none", loop_of(1, 4, 9)), row_of("log-bias", loop_of(2, 7, 20), loop_of(3, 7, 21))
     assert none.clocks == dict(matrix=0.125, special=1 / 16, fp32=4 / 128, issue=9 / 128)
     assert bias.clocks == dict(matrix=0.125, special=2 / 16, fp32=7 / 128, issue=20 / 128)
-    table = report.costs([bias, none, dataclasses.replace(none, preset="log-rotary")]).splitlines()
+    yardstick = row_of("yardstick", loop_of(1, 4, 8))
+    assert yardstick.budget is None  # it is not ours
+    table = report.costs([bias, yardstick, none, dataclasses.replace(none, preset="log-rotary")]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert [line[4:6] for line in cells[2:]] == [
         ["none, log-rotary", "128x64 num_warps=8 num_stages=2 TMA"],
         ["log-bias", "128x64 num_warps=8 num_stages=2 TMA"],
+        ["yardstick", "128x64 num_warps=8 num_stages=2 TMA"],
     ]
-    assert [line[-3:] for line in cells[2:]] == [["matrix", "0.2891", "1.00"], ["issue", "0.4609", "1.25"]]
+    assert [line[-4:] for line in cells[2:4]] == [
+        ["matrix", "0.2891", "1.00", f"{9 / 8:.2f}"],
+        ["issue", "0.4609", "1.25", "2.50"],
+    ]
     assert "special" not in row_of("none", loop_of(1, 4, 9), target="gfx942").clocks
     assert "matrix" not in row_of("none", loop_of(1, 4, 9), dtype="float32").clocks
 

@@ -66,3 +66,12 @@ def test_it_would_be_noticed(source: str) -> None:
 )
 def test_a_module_may_use_its_own(source: str) -> None:
     assert not list(private_imports(source))
+
+
+def test_docstrings_read_without_the_name() -> None:
+    """None goes on from the name of its function, as "Of the ..." would."""
+    paths = [path for folder in PACKAGES.values() for path in folder.rglob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                assert text.split()[0] not in ("Of", "As", "And", "Nor", "Else", "Now."), f"{path}: {text}"

@@ -44,7 +44,7 @@ BACKENDS = ["blocked", pytest.param("triton", marks=interpreted)]
 
 @pytest.fixture(autouse=True)
 def poison() -> None:
-    """Off: the compiler has its own use of torch.empty."""
+    """Switch poisoning off: the compiler has its own use of torch.empty."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +77,10 @@ def arguments_of(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> t
     captured: dict[str, list[Any]] = {}
 
     def recorded(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*arguments: Any, **known: Any) -> Any:
-            captured[name] = [y for x in arguments for y in (x if isinstance(x, Options) else [x])] + [backend]
-            return implementation(*arguments, **known)
+        def record(*arguments: Any) -> Any:  # the last may be a plan
+            given = [x for x in arguments if type(x).__name__ != "Plan"]
+            captured[name] = [y for x in given for y in (x if isinstance(x, Options) else [x])] + [backend]
+            return implementation(*arguments)
 
         return record
 
@@ -660,3 +661,20 @@ def test_gradients_accumulate_over_two_uses(backend: str) -> None:
     (together,) = torch.autograd.grad(loss[0] + loss[1], position.raw_rate)
     torch.testing.assert_close(together, separate[0] + separate[1])
     assert not math.isnan(float(together.sum()))
+
+
+@pytest.mark.skipif(not ops.interpreting(), reason="the kernels are compiled here")
+@pytest.mark.parametrize(("triton_version", "numpy_version", "refused"),
+                         [("3.6.0", "2.4.1", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.1", False)])  # fmt: skip
+def test_versions_whose_interpreter_fails_are_refused(
+    triton_version: str, numpy_version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    ops._why_no_triton.cache_clear()
+    try:
+        reason = ops.why_not_triton(torch.device("cpu"))
+    finally:
+        ops._why_no_triton.cache_clear()
+    assert (reason is not None) == refused
+    assert reason is None or "works with NumPy below 2.4, and this is 2.4.1" in reason

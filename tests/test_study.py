@@ -14,8 +14,7 @@ from studies import numbers, stop_at, write_texts
 from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
-from bench.study import corpus, extrapolation, findings, runner, tables, tasks
-from bench.study import protocol as study
+from bench.study import corpus, extrapolation, findings, protocol, runner, tables, tasks
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, TIME_IS_OVER
@@ -60,7 +59,7 @@ def arguments(folder, out, *more):
 
 
 def settings(**changes):
-    return study.Settings(
+    return protocol.Settings(
         **dict(corpus="", device="", versions={"torch": ""}, shape=TINY, train_length=32, lengths=(16, 32, 64, 128))
         | dict(steps=1, batch=2, windows=3, target=32, samples=2, whole_windows=2)
         | changes
@@ -259,8 +258,8 @@ def test_answer_is_found_by_a_plain_search(name, length):
 
 
 def test_short_prompts_come_often_and_many():
-    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
-    job = study.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    """Check that batches have as many bytes in every step, of lengths uniform in their logarithm, none too long."""
+    job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
     shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
     lengths = sorted(length - 1 for _, length in shapes)
     assert lengths[0] >= 16
@@ -291,7 +290,7 @@ def text():
 
 
 def test_every_length_is_scored_on_the_same_bytes(text):
-    job = study.Text(text, settings())
+    job = protocol.Text(text, settings())
     targets = job.windows[:, -32:]
     for length in job.settings.lengths:
         questions = {name: (tokens, last) for name, tokens, last in job.questions(length, 0)}
@@ -311,22 +310,23 @@ def test_every_length_is_scored_on_the_same_bytes(text):
 
 
 def test_quick_settings_read_no_more_than_they_did(text):
-    job = study.Text(text, settings(whole_windows=0, target=8))
+    job = protocol.Text(text, settings(whole_windows=0, target=8))
     assert [name for name, *_ in job.questions(32, 0)] == ["text"]
     assert job.windows.shape == (3, 129)
-    assert study.Settings(**{**asdict(settings(whole_windows=0)), "shape": TINY}).key == settings(whole_windows=0).key
-    assert settings().key != settings(whole_windows=0).key
+    plain = settings(whole_windows=0)
+    assert protocol.Settings(**{**asdict(plain), "shape": TINY}).key == plain.key
+    assert settings().key != plain.key
 
 
 def test_key_of_the_committed_quick_results():
     found = json.loads((RESULTS / "extrapolation-quick.json").read_text())
     about = found["settings"]
     tuples = {name: tuple(about[name]) for name in ("lengths", "depths")}
-    assert study.Settings(**{**about, **tuples, "shape": Shape(**about["shape"])}).key == found["key"]
+    assert protocol.Settings(**{**about, **tuples, "shape": Shape(**about["shape"])}).key == found["key"]
 
 
 def test_summary_by_position(text):
-    job = study.Text(text, settings())
+    job = protocol.Text(text, settings())
     losses = {"text": torch.full((3, 32), math.log(2)), "cut": torch.full((24, 4), math.log(4))}
     losses["whole"] = math.log(2) * torch.arange(128.0).expand(2, 128)
     found = job.summary(losses, {})
@@ -339,11 +339,11 @@ def test_summary_by_position(text):
 def test_attention_entropy():
     model = Model(TINY, encoding("none", 32), seed=0)
     tokens = torch.randint(256, (3, 65))
-    assert max(h for layer in study.attention_entropy(model, tokens) for h in layer) < math.log(64)
+    assert max(h for layer in protocol.attention_entropy(model, tokens) for h in layer) < math.log(64)
     for block in model.blocks:  # all scores 0: attention to everything alike
         block.attention.qkv.weight.data[:32] = 0
     uniform = sum(math.log(n) for n in range(49, 65)) / 16  # of the last 16 queries
-    assert study.attention_entropy(model, tokens) == [[pytest.approx(uniform, abs=1e-5)] * 2] * 2
+    assert protocol.attention_entropy(model, tokens) == [[pytest.approx(uniform, abs=1e-5)] * 2] * 2
     assert not model.blocks[0].attention._forward_pre_hooks
 
 
@@ -473,24 +473,36 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
         assert status_of(extrapolation.main, [*command, *bad], TINY) == 2
 
 
-def test_killed_in_training_it_goes_on_from_the_last_checkpoint(whole, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    draw, drawn = study.Text.draw, []
+@pytest.mark.parametrize("name", ["log-bias+shared", "alibi", "log-sinusoid", "log-invariant+rotary=0.5+gain"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])  # Ctrl-C, and as if the machine were gone
+def test_training_goes_on_to_the_same_weights(name, error, tmp_path, monkeypatch):
+    """Parameters that layers share, that do not learn, or that are not there at all."""
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0 if error is RuntimeError else 60.0)
+    asked, taken = settings(steps=6), []
 
-    def failing(self, generator):
-        drawn.append(1)
-        if len(drawn) == 3:
-            raise RuntimeError("as if the machine were gone")
-        return draw(self, generator)
+    def train(folder, calls):
+        """Stop at these calls, counted over all trials."""
+        model, count = Model(TINY, encoding(name, 32), seed=0), iter(calls)
+        stops = next(count, 0)
 
-    monkeypatch.setattr(study.Text, "draw", failing)
-    command = arguments(folder, tmp_path, *ENOUGH)
-    with pytest.raises(RuntimeError, match="machine"):
-        extrapolation.main(command, TINY)
-    assert extrapolation.main(command, TINY) == 0
-    assert len(drawn) == 3 + (4 - 2) + 3 * 4  # of four runs of text
-    (path,) = tmp_path.glob("*.json")
-    assert numbers(path) == numbers(whole[0])
+        def advance(work):
+            taken.append(work)
+            if len(taken) == stops:
+                raise error
+
+        loss = protocol.byte_loss(model, lambda generator: torch.randint(256, (2, 33), generator=generator), 0)
+        return model, runner.fit(model, loss, asked, 6, tmp_path / folder, advance)
+
+    expected, record = train("whole", [])
+    taken.clear()
+    for calls in ([3], [6]):
+        with pytest.raises(error):
+            train("stopped", calls)
+    model, again = train("stopped", [])
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+    assert all(torch.equal(x, expected.state_dict()[key]) for key, x in model.state_dict().items())
+    lost = [1, 1] if error is RuntimeError else [0, 0]  # steps after the last checkpoint
+    assert len(taken) == 3 + 6 + sum(lost)
 
 
 def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
@@ -576,13 +588,13 @@ def test_interrupted_run_resumes_to_the_same_numbers(folder, tmp_path, monkeypat
     assert len(list((tmp_path / ".cache").glob("*text"))) + len(list((tmp_path / ".cache").glob("*needle"))) == 1
 
     trained = []
-    draw = study.Text.draw
+    draw = protocol.Text.draw
 
     def counted(self, generator):
         trained.append(1)
         return draw(self, generator)
 
-    monkeypatch.setattr(study.Text, "draw", counted)
+    monkeypatch.setattr(protocol.Text, "draw", counted)
     assert extrapolation.main(command, TINY) == 0
     assert len(trained) == 6 + (6 - 2 if call == 3 else 0)  # what was done is not done again
     assert numbers(tmp_path / "extrapolation-quick.json") == quick_whole

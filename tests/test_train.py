@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -269,34 +269,49 @@ def test_more_steps(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.Ca
     assert "step-00000024 is of another training: --steps was 24, now 12" in message
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_tokens_are_made_anew(
-    folder: Path, whole: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
-    assert main([*arguments, "--minutes=0"]) == 75
-    path = tmp_path / "tokens.safetensors"
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-300] ^= 1
-    path.write_bytes(content if damage == "flipped" else content[:5000])
-    assert main(arguments) == 0
-    assert "the tokens are made anew: " in capsys.readouterr().err
-    assert_same(tmp_path, whole)
+    path.write_bytes(content)
 
 
-def test_metrics_that_are_no_records(
-    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
-    assert main([*arguments, "--minutes=0"]) == 75
-    path = tmp_path / "metrics.jsonl"
+def add_lines(path: Path) -> None:
     path.write_bytes(b'3\n[1]\n{"step": "x"}\n\xff\n' + path.read_bytes() + b'{"step": 2, "lo')
-    assert main(arguments) == 0
-    told = capsys.readouterr().err
-    assert all(f"metrics.jsonl: line {n} is no record, and left out" in told for n in (1, 2, 3, 4))
-    assert "line 5" not in told
-    assert "line 6" not in told
-    assert_same(tmp_path, whole)
+
+
+STEP = "checkpoints/step-00000012"
+DAMAGES = [
+    ("tokens.safetensors", truncate, ["the tokens are made anew: "]),
+    ("tokens.safetensors", flip, ["the tokens are made anew: "]),
+    ("metrics.jsonl", add_lines, [f"metrics.jsonl: line {n} is no record, and left out" for n in (1, 2, 3, 4)]),
+    (f"{STEP}/model.safetensors", flip, [f"{STEP}/model.safetensors "]),
+    (f"{STEP}/optimizer.safetensors", truncate, [f"{STEP}/optimizer.safetensors "]),
+    (f"{STEP}/checkpoint.json", truncate, [f"{STEP}/checkpoint.json "]),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "messages"), DAMAGES)
+def test_damaged_files_are_named_and_made_anew(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    name: str, damage: Callable[[Path], None], messages: list[str],
+) -> None:  # fmt: skip
+    arguments = ["train", str(folder), "--out", str(tmp_path / "out"), *SMALL]
+    if name.startswith(STEP):
+        shutil.copytree(whole, tmp_path / "out")
+    else:
+        assert main([*arguments, "--minutes=0"]) == 75
+    damage(tmp_path / "out" / name)
+    with warnings.catch_warnings(record=True) as warned:
+        assert main(arguments) == 0
+    told = capsys.readouterr().err + "".join(str(warning.message) for warning in warned)
+    assert all(message in told for message in messages)
+    assert "line 5" not in told  # a record
+    assert "line 6" not in told  # half a line
+    assert_same(tmp_path / "out", whole)
 
 
 def test_output_inside_the_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,21 +339,6 @@ def test_two_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             assert f"another run writes to {tmp_path}" in refused([*arguments[1:], *more], capsys)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     assert main(arguments) == 0
-
-
-@pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
-def test_damaged_checkpoint_is_left_out(folder: Path, whole: Path, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(whole, tmp_path / "out")
-    file = tmp_path / "out" / "checkpoints" / "step-00000012" / damage
-    content = bytearray(file.read_bytes())
-    if damage == "model.safetensors":
-        content[-5] ^= 1
-    else:
-        del content[len(content) // 2 :]
-    file.write_bytes(content)
-    with pytest.warns(UserWarning, match=f"step-00000012/{damage} "):
-        assert main(["train", str(folder), "--out", str(tmp_path / "out"), *SMALL]) == 0
-    assert_same(tmp_path / "out", whole)
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")

@@ -9,7 +9,8 @@ The launchers themselves run, on tensors without storage, against a driver that 
 compiled is what a GPU would be given. Read from the result: registers, spills and stack per thread, shared memory
 against what the target has, the number of matrix instructions, and what the loops over tiles cost per score element
 (:mod:`bench.speed.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
-that they imply if all units overlap perfectly, beside those of ``none``. With ``--out`` the same command goes on from
+that they imply if all units overlap perfectly, beside those of ``none`` and, forward, of a plain kernel without a
+position, the ``yardstick``. With ``--out`` the same command goes on from
 the file that an earlier one left, if the kernels are the same. ``--check`` exits with 1 if nothing was compiled, or if
 a kernel
 
@@ -99,6 +100,8 @@ TARGETS = {
 }
 #: LogPosition's presets; log-invariant is the heaviest for the backward and takes the query gain along.
 PRESETS = ("none", "log-bias", "log-invariant+gain", "log-rotary", "log-rotary-bias")
+#: Beside them: a plain kernel that is not ours, see bench/speed/yardstick.py. It has a forward pass alone.
+YARDSTICK = "yardstick"
 MASKS = ("causal", "full")
 #: What a call may bring beside its position; "plain" brings nothing.
 FEATURES = (
@@ -195,7 +198,7 @@ class Row:
     @property
     def budget(self) -> str | None:
         """The name of the row's budget in budgets.json; None for what has no budget."""
-        if self.feature != "plain" or self.kernel not in roofline.PRODUCTS:
+        if self.feature != "plain" or self.kernel not in roofline.PRODUCTS or self.preset == YARDSTICK:
             return None
         dtype = "half" if self.dtype in HALF else self.dtype
         return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {self.preset} [{self.tile}]"
@@ -244,6 +247,7 @@ def call(case: Case, preset: str) -> None:
     """Run the launchers, forward and backward with everything learned, on tensors of the meta device."""
     import logpe_kernels
 
+    from bench.speed import yardstick  # imports triton, which must not be in this process yet
     from logpe import LogPosition
 
     meta = functools.partial(torch.empty, device="meta")
@@ -253,6 +257,11 @@ def call(case: Case, preset: str) -> None:
     batch, heads = 2, 4
     kv_heads = 1 if "grouped" in features else heads
     num_queries = 1 if {"decode", "paged"} & {*features} else LENGTH
+    if preset == YARDSTICK:
+        if case.feature == "plain":
+            x, lse = meta((batch, heads, LENGTH, head_dim), dtype=dtype), meta((batch, heads, LENGTH))
+            yardstick.forward(x, x, x, x, lse, causal=case.mask == "causal")
+        return
     position = LogPosition(
         heads, head_dim, preset.removesuffix("+gain"), query_gain=preset.endswith("+gain"), device="meta"
     )
@@ -359,7 +368,7 @@ def compile_case(
         kernels: names of those wanted, None for all.
         table: a file of configurations to use in place of the shipped ones.
     """
-    from logpe_kernels import configs
+    from logpe_kernels import configs, plan
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -387,18 +396,13 @@ def compile_case(
             row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {complaint()}".strip()
             rows[str(row), preset] = row
 
-    def forget() -> None:
-        for function in vars(configs).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
-
     with ExitStack() as stack:
-        stack.callback(forget)
+        stack.callback(plan.clear)
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(configs, "target_of", return_value=case.target))
         if table is not None:
             stack.enter_context(mock.patch.object(configs, "TABLE", table))
-        forget()
+        plan.clear()
         driver.set_active(Driver(case.target))
         for preset in case.presets:
             call(case, preset)
@@ -559,19 +563,21 @@ def costs(rows: list[Row]) -> str:
     Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
     but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
     ``waits``: matrix products of a trip, and waits for them. ``serial``: clocks if nothing overlaps.
-    Presets that share a kernel share a line. "-": no rate is published, so nothing bounds.
+    Presets that share a kernel share a line. The last columns are ratios: of the bound to that of none, and of the
+    issued instructions to those of the yardstick. "-": no rate is published, so nothing bounds.
     """
     counts = ("special", "fp32", "conversions", "issued")
     units = [f"{unit} clocks" for unit in Rates._fields]
     about = ["target", "kernel", "dtype", "D", "preset", "tile"]
-    lines = [[*about, *counts, "loops", "waits", *units, "bound by", "serial", "of none"]]
+    lines = [[*about, *counts, "loops", "waits", *units, "bound by", "serial", "of none", "of yardstick"]]
     plain = sorted((row for row in rows if row.feature == "plain" and row.loops), key=_setting)
     for _, members in itertools.groupby(plain, _setting):
         # The last of a name stays: the dearest.
         dearest = {row.preset: row for row in sorted(members, key=lambda row: row.bulk.issued)}
         of_none = max(dearest["none"].clocks.values()) if "none" in dearest else None
+        issued = dearest[YARDSTICK].bulk.issued if YARDSTICK in dearest else None
         alike: dict[str, list[str]] = {}
-        for preset in sorted(dearest, key=PRESETS.index):
+        for preset in sorted(dearest, key=[*PRESETS, YARDSTICK].index):
             row = dearest[preset]
             clocks = row.clocks
             unit = max(clocks, key=lambda unit: clocks[unit])
@@ -580,6 +586,7 @@ def costs(rows: list[Row]) -> str:
             line.append(f"{row.bulk.matrix}/{row.bulk.waits}")
             line += [f"{clocks[unit]:.4f}" if unit in clocks else "-" for unit in Rates._fields]
             line += [unit, f"{sum(clocks.values()):.4f}", f"{clocks[unit] / of_none:.2f}" if of_none else "-"]
+            line.append(f"{row.bulk.issued / issued:.2f}" if issued else "-")
             where = [row.target, row.kernel, row.dtype, str(row.head_dim)]
             same = alike.setdefault(" ".join(line), [*where, "", *line])
             same[4] = ", ".join(filter(None, (same[4], preset)))
@@ -662,14 +669,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options, with the calls to compile, of which there is at least one, as ``todo``."""
     parser = command.new_parser("bench compile_report", __doc__)
     grid = dict(
-        targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=list(PRESETS),
+        targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=[*PRESETS, YARDSTICK],
         features=list(FEATURES),
     )  # fmt: skip
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--kernels", nargs="+", choices=kernel_names(), help="of %(choices)s (all)", metavar="KERNEL")
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), help="(bfloat16 float32)")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--presets", nargs="+", choices=(*PRESETS, YARDSTICK))
     parser.add_argument("--features", nargs="+", choices=FEATURES)
     parser.add_argument("--configs", type=Path, help="a table like configs/default.json to use in its place")
     parser.add_argument("--quick", action="store_true", help="the slice that the tests run, for --targets")

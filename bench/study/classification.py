@@ -75,8 +75,8 @@ class Samples:
 def encode(documents: Sequence[corpus.Review], classes: Sequence[str], tokenizer: Any) -> Samples:
     """Return the documents as tokens; those that hold no word at all are left out."""
     encoded = zip(tokenizer.encode_batch([d.text for d in documents]), documents, strict=True)
-    found = [(torch.tensor(e.ids), classes.index(d.label)) for e, d in encoded if e.ids]
-    return Samples([tokens for tokens, _ in found], torch.tensor([label for _, label in found]))
+    pairs = [(torch.tensor(e.ids), classes.index(d.label)) for e, d in encoded if e.ids]
+    return Samples([tokens for tokens, _ in pairs], torch.tensor([label for _, label in pairs]))
 
 
 def by_length(samples: Samples, first: int, most: int, fewest: int = 50) -> dict[str, Samples]:
@@ -85,13 +85,13 @@ def by_length(samples: Samples, first: int, most: int, fewest: int = 50) -> dict
     ends = [first]
     while sum(n > 2 * ends[-1] for n in lengths) >= fewest:
         ends.append(2 * ends[-1])
-    found = {}
+    ranges = {}
     for low, high in zip([0, *ends], [*ends, math.inf], strict=True):
         name = f"up to {high}" if not low else f"over {low}" if high == math.inf else f"{low + 1}-{high}"
         chosen = [i for i, n in enumerate(lengths) if low < n <= high][:most]
         if chosen:
-            found[name] = Samples([samples.tokens[i] for i in chosen], samples.labels[chosen])
-    return found
+            ranges[name] = Samples([samples.tokens[i] for i in chosen], samples.labels[chosen])
+    return ranges
 
 
 def join(samples: Samples, length: int, most: int) -> Samples:
@@ -109,8 +109,8 @@ def join(samples: Samples, length: int, most: int) -> Samples:
                     joined.append((torch.cat(parts)[:length], label))
                     parts = []
         by_class.append(joined)
-    found = [pair for turn in zip(*by_class, strict=False) for pair in turn][:most]
-    return Samples([tokens for tokens, _ in found], torch.tensor([label for _, label in found]))
+    pairs = [pair for turn in zip(*by_class, strict=False) for pair in turn][:most]
+    return Samples([tokens for tokens, _ in pairs], torch.tensor([label for _, label in pairs]))
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -174,11 +174,11 @@ def crop_loss(model: Classifier, task: Task, seed: int) -> runner.BatchLoss:
 
     def batch_loss(step: int) -> tuple[Tensor, Callable[[], dict[str, float]]]:
         tokens, labels = task.draw(generator.manual_seed(1_000_003 * seed + step))
-        found, labels = model.predict(tokens.to(device)), labels.to(device)
-        loss = F.nll_loss(found, labels)
+        predicted, labels = model.predict(tokens.to(device)), labels.to(device)
+        loss = F.nll_loss(predicted, labels)
 
         def numbers() -> dict[str, float]:
-            right = (found.argmax(dim=-1) == labels).float().mean()
+            right = (predicted.argmax(dim=-1) == labels).float().mean()
             return {"loss_at_the_end": loss.item(), "accuracy_at_the_end": right.item()}
 
         return loss, numbers
@@ -193,16 +193,16 @@ def classify(model: Classifier, documents: Sequence[Sequence[Tensor]], advance: 
     together = 8192 if device.type == "cpu" else 262144  # tokens in one forward pass
     owners = [i for i, pieces in enumerate(documents) for _ in pieces]
     flat = [piece for pieces in documents for piece in pieces]
-    found: list[Tensor] = [torch.empty(0)] * len(flat)
+    answers: list[Tensor] = [torch.empty(0)] * len(flat)
     order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
     while order:
         count = max(1, together // len(flat[order[-1]]))
         chosen, order = order[-count:], order[:-count]
         batch = pad_sequence([flat[i] for i in chosen], batch_first=True, padding_value=PAD)
         for i, row in zip(chosen, model.predict(batch.to(device)).cpu(), strict=True):
-            found[i] = row
+            answers[i] = row
         advance(sum(work(1, len(flat[i])) for i in chosen))
-    rows = torch.stack(found)
+    rows = torch.stack(answers)
     sums = torch.zeros(len(documents), rows.shape[1]).index_add_(0, torch.tensor(owners), rows)
     return sums / torch.tensor([len(pieces) for pieces in documents])[:, None]
 
@@ -210,16 +210,16 @@ def classify(model: Classifier, documents: Sequence[Sequence[Tensor]], advance: 
 def score(model: Classifier, task: Task, test: str, advance: Advance) -> dict[str, Any]:
     """Return, by reading, the accuracy, and document by document whether the answer was right."""
     samples = task.tests[test]
-    found: dict[str, Any] = {
+    scores: dict[str, Any] = {
         "documents": len(samples),
         "tokens": int(median(map(len, samples.tokens))),
         "commonest_class": round(samples.labels.bincount().max().item() / len(samples), 4),
     }
     for reading, documents in task.readings(samples).items():
         right = classify(model, documents, advance).argmax(dim=-1) == samples.labels
-        found[reading] = round(right.float().mean().item(), 4)
-        found[f"{reading}_right"] = "".join(map(str, right.int().tolist()))
-    return found
+        scores[reading] = round(right.float().mean().item(), 4)
+        scores[f"{reading}_right"] = "".join(map(str, right.int().tolist()))
+    return scores
 
 
 def stage(task: Task, device: torch.device) -> Stage:
@@ -245,8 +245,8 @@ def stage(task: Task, device: torch.device) -> Stage:
 
 def scored(runs: Runs, encoding: str, test: str) -> dict[str, dict[str, Any]]:
     """Return the scores of a test by seed."""
-    found = {seed: run[JOB]["lengths"].get(test) for seed, run in runs.get(encoding, {}).items()}
-    return {seed: record for seed, record in found.items() if record}
+    records = {seed: run[JOB]["lengths"].get(test) for seed, run in runs.get(encoding, {}).items()}
+    return {seed: record for seed, record in records.items() if record}
 
 
 def difference(here: dict[str, Any], reading: str, there: dict[str, Any], other: str) -> list[float]:
@@ -258,17 +258,17 @@ def difference(here: dict[str, Any], reading: str, there: dict[str, Any], other:
 
 def tests_of(runs: Runs) -> dict[str, dict[str, Any]]:
     """Return every test that has been taken, with one of its records."""
-    found: dict[str, dict[str, Any]] = {}
+    tests: dict[str, dict[str, Any]] = {}
     for job in tables.records(runs):
         for test, record in job["lengths"].items():
-            found.setdefault(test, record)
-    return found
+            tests.setdefault(test, record)
+    return tests
 
 
 def accuracy_table(runs: Runs) -> str:
     """Return per cent right, mean ± standard deviation over seeds, as Markdown."""
     tests = tests_of(runs)
-    lines = [["encoding", "reading", "seeds", *(f"{test} ({found['documents']})" for test, found in tests.items())]]
+    lines = [["encoding", "reading", "seeds", *(f"{test} ({record['documents']})" for test, record in tests.items())]]
     for encoding in tables.rows(runs):
         for reading in READINGS:
             values = [[100 * s[reading] for s in scored(runs, encoding, test).values()] for test in tests]
@@ -283,7 +283,7 @@ def difference_table(runs: Runs, baseline: str, train_length: int) -> str:
     The last column is of all longer documents.
     """
     tests = tests_of(runs)
-    longer = [test for test, found in tests.items() if found["tokens"] > train_length and "joined" not in test]
+    longer = [test for test, record in tests.items() if record["tokens"] > train_length and "joined" not in test]
     columns = {test: [test] for test in tests} | {f"all over {train_length}": longer}
     lines = [["encoding", "difference", *columns]]
 
@@ -315,11 +315,11 @@ most."""
 def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Draw accuracy by length, of documents and of joined ones: lines read whole, dashes cut. Bands: the seeds."""
     tests = tests_of(runs)
-    kinds: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for test in tests:
-        kinds.setdefault("joined documents" if "joined" in test else "documents", []).append(test)
-    with panels(path, len(kinds), note, size=(5.8, 4.6), legend="right center") as axes:
-        for axis, (kind, names) in zip(axes, kinds.items(), strict=True):
+        groups.setdefault("joined documents" if "joined" in test else "documents", []).append(test)
+    with panels(path, len(groups), note, size=(5.8, 4.6), legend="right center") as axes:
+        for axis, (group, names) in zip(axes, groups.items(), strict=True):
             for encoding in tables.rows(runs):
                 look = style(encoding, tables.rows(runs))
                 seeds = {tests[test]["tokens"]: scored(runs, encoding, test).values() for test in names}
@@ -331,8 +331,8 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
             places = [tests[test]["tokens"] for test in names]
             guesses = [100 * tests[test]["commonest_class"] for test in names]
             axis.plot(places, guesses, color="0.6", linestyle=":", linewidth=1, label="the commonest class")
-            of_range = ", median of a range" if kind == "documents" else ""
-            length_axis(axis, places, f"length of {kind} in words{of_range}", settings.train_length)
+            of_range = ", median of a range" if group == "documents" else ""
+            length_axis(axis, places, f"length of {group} in words{of_range}", settings.train_length)
             axis.sharey(axes[0])
             axis.set_ylabel("per cent classified right")
         axes[0].annotate(
@@ -349,15 +349,16 @@ def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
-    p, default = runner.new_parser("classification", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("classification", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
-    p.add_argument("--train-length", type=count, default=128, metavar="N", help="words and marks (default %(default)s)")
-    p.add_argument("--reach", type=count, metavar="N", help=f"join documents to N times that {default('reach')}")
-    p.add_argument("--batch", type=count, metavar="N", help=f"crops per step {default('batch')}")
-    p.add_argument("--documents", type=count, metavar="N", help=f"tested, of a range of lengths {default('documents')}")
-    p.add_argument("--joined", type=count, metavar="N", help=f"tested, of each length {default('joined')}")
-    p.add_argument("--vocabulary", type=count, metavar="N", help=f"words, the commonest {default('vocabulary')}")
-    p.add_argument("--word-dropout", type=share, default=0.1, metavar="F", help="share hidden (default %(default)s)")
+    add("train_length", count, "words and marks of a crop", 128)
+    add("reach", count, "join documents to 2, 4, ... N times that")
+    add("batch", count, "crops per step")
+    add("documents", count, "documents tested, of a range of lengths")
+    add("joined", count, "joined documents tested, of each length")
+    add("vocabulary", count, "words, the commonest ones")
+    add("word_dropout", share, "share of words that are hidden in training", 0.1, metavar="F")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     return p
 
 
@@ -378,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     def table(runs: Runs) -> str:
-        guess = 100 * max(found["commonest_class"] for found in tests_of(runs).values())
+        guess = 100 * max(record["commonest_class"] for record in tests_of(runs).values())
         legend = LEGEND.format(train=settings.train_length, guess=guess)
         return "\n\n".join([accuracy_table(runs), difference_table(runs, args.baseline, settings.train_length), legend])
 

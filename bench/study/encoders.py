@@ -20,11 +20,11 @@ PAD, BEGIN, END, NEWLINE = range(4)  # PAD fills up texts for readers too
 
 def layer_encoding(name: str) -> Encoding:
     """Return an encoding that torch's own layers can have, see replace_attention. Raises ValueError for others."""
-    found = encoding(name, 1)
-    added = found.rotary is not None and "rotary" not in PRESET_PARTS[found.preset]
-    if found.yarn or found.gain_on_bias or added:
+    chosen = encoding(name, 1)
+    added = chosen.rotary is not None and "rotary" not in PRESET_PARTS[chosen.preset]
+    if chosen.yarn or chosen.gain_on_bias or added:
         raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
-    return found
+    return chosen
 
 
 def replace_attention(model: nn.Module, encoding: Encoding) -> None:
@@ -139,10 +139,10 @@ class CachedLayer:
 
 def translator_encoding(name: str) -> Encoding:
     """Return an encoding that the translator can have. Raises ValueError for others."""
-    found = layer_encoding(name)
-    if found.qk_norm:
+    chosen = layer_encoding(name)
+    if chosen.qk_norm:
         raise ValueError(f"{name!r} normalises queries and keys, which the cache of the decoder here does not")
-    return found
+    return chosen
 
 
 class Translator(nn.Module):

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import command
 from bench.command import at_least, count
-from bench.study import corpus, findings, runner, tasks
-from bench.study import protocol as study
+from bench.study import corpus, findings, protocol, runner, tasks
 from bench.study.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 from bench.study.tables import Runs
 
@@ -71,25 +69,23 @@ def parser() -> argparse.ArgumentParser:
         f"options of an encoding, as in log-bias+gain+power=0.5:4:\n{options}\n"
         f"tasks:\n{listed}\n{corpus.HELP}"
     )
-    p, default = runner.new_parser("extrapolation", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("extrapolation", __doc__, epilog, BUDGETS)
     p.add_argument("--quick", action="store_true", help="a small budget for one table and one picture")
-    p.add_argument(
-        "--tasks", nargs="*", choices=tasks.TASKS, metavar="NAME", help=f"retrieval, see below {default('tasks')}"
-    )
-    p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=at_least(8), nargs="+", metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument(
-        "--reach", type=count, default=32, metavar="N", help="test at 1, 2, 4, ... N times that (default 32)"
-    )
-    p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or at these lengths, in bytes")
+    what = "retrieval, see below; each task trains for a share of --steps"
+    add("tasks", str, what, nargs="*", choices=tasks.TASKS, metavar="NAME")
+    add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
+    add("train_length", at_least(8), "bytes of a window to train on", nargs="+")
+    add("reach", count, "test at 1, 2, 4, ... N times that", 32)
+    p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or test at these lengths, in bytes")
     p.add_argument("--batch", type=count, metavar="N", help="windows per step (default: --batch-bytes)")
-    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--windows", type=count, metavar="N", help=f"of held-out text {default('windows')}")
-    p.add_argument("--whole", type=at_least(0), metavar="N", help=f"of these, read whole {default('whole')}")
-    p.add_argument("--target", type=count, metavar="N", help=f"bytes scored with growing context {default('target')}")
-    p.add_argument("--samples", type=count, metavar="N", help=f"questions per length and depth {default('samples')}")
-    p.add_argument("--depths", type=count, metavar="N", help=f"how many, from 0 to 1 {default('depths')}")
+    add("batch_bytes", count, "bytes of text per step")
+    add("windows", count, "windows of held-out text")
+    add("whole", at_least(0), "how many of them are also read whole")
+    add("target", count, "bytes scored with growing context")
+    add("samples", count, "questions per length and depth")
+    add("depths", count, "how many depths, from 0 to 1")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
 
@@ -104,11 +100,11 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> study.Settings:
+def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> protocol.Settings:
     """Return the settings of the models that are trained at one length."""
     doublings = range(max(1, args.reach).bit_length())
     lengths = tuple(sorted(set(args.lengths or [train_length << k for k in doublings])))
-    return study.Settings(
+    return protocol.Settings(
         **runner.machine(args),
         corpus=text.digest,
         shape=shape,
@@ -125,12 +121,11 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
     )
 
 
-def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Settings) -> runner.Study:
+def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.Settings) -> runner.Study:
     """Return what is measured with these settings, and what is shown of the encodings that were asked for."""
-    reading = study.Text(text, settings)
-    jobs: dict[str, study.Job] = {"text": reading}
-    jobs |= {name: study.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
-    source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
+    reading = protocol.Text(text, settings)
+    jobs: dict[str, protocol.Job] = {"text": reading}
+    jobs |= {name: protocol.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
 
     def chosen(runs: Runs) -> tuple[Runs, list[str]]:
         runs = {name: runs[name] for name in args.encodings if name in runs}
@@ -145,7 +140,7 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Sett
 
     def draw(path: Path, everything: Runs) -> list[Path]:
         runs, shown = chosen(everything)
-        note = findings.caption(everything, len(reading.windows), source, settings)
+        note = findings.caption(everything, len(reading.windows), text.source, settings)
         if args.quick:
             findings.figure(path, runs, settings, shown, note)
             return [path]
@@ -157,7 +152,7 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: study.Sett
         name="extrapolation-quick" if args.quick else f"extrapolation-{name}",
         settings=settings,
         about={"corpus": {**text.describe(), "windows": len(reading.windows)}},
-        plan=[({name: study.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
+        plan=[({name: protocol.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
         table=table,
         draw=draw,
         shard=parse_shard(args.shard),

@@ -23,12 +23,12 @@ from bench.study.tasks import TASKS
 
 def by_length(runs: Runs, encoding: str, job: str, *names: str) -> dict[float, list[Any]]:
     """Return, by length, what stands under ``names`` in the scores of every seed that has it."""
-    found: dict[float, list[Any]] = defaultdict(list)
+    values: dict[float, list[Any]] = defaultdict(list)
     for run in runs[encoding].values():
         for length, scored in run.get(job, {"lengths": {}})["lengths"].items():
             with contextlib.suppress(KeyError):
-                found[int(length)].append(functools.reduce(operator.getitem, names, scored))
-    return dict(sorted(found.items()))
+                values[int(length)].append(functools.reduce(operator.getitem, names, scored))
+    return dict(sorted(values.items()))
 
 
 def table(runs: Runs, settings: Settings, shown: Sequence[str]) -> str:
@@ -37,8 +37,8 @@ def table(runs: Runs, settings: Settings, shown: Sequence[str]) -> str:
     short, long = min(lengths), max(lengths)
 
     def means(encoding: str, job: str, value: str) -> list[float]:
-        found = by_length(runs, encoding, job, value)
-        return [fmean(found[n]) if n in found else math.nan for n in lengths]
+        values = by_length(runs, encoding, job, value)
+        return [fmean(values[n]) if n in values else math.nan for n in lengths]
 
     def cells(values: Sequence[float], form: str, width: int) -> str:
         return "".join(f"{'-' if math.isnan(v) else format(v, form):>{width}}" for v in values)
@@ -110,13 +110,13 @@ class Measure:
 
     def by_seed(self, runs: Runs, encoding: str, settings: Settings) -> dict[str, float]:
         """Return the value of every seed that has it."""
-        found = {}
+        values = {}
         for seed, run in runs.get(encoding, {}).items():
             try:
-                found[seed] = self.value(run, settings.train_length, max(settings.lengths))
+                values[seed] = self.value(run, settings.train_length, max(settings.lengths))
             except KeyError:
                 continue
-        return found
+        return values
 
 
 def _read(run: Runs, job: str, length: int, value: str) -> Any:
@@ -204,8 +204,8 @@ def tables(runs: Runs, settings: Settings, shown: Sequence[str], baseline: str) 
 def write_csv(path: Path, runs: Runs, settings: Settings) -> None:
     """Write one line per number: all but the lists by window and by position, which are in the JSON."""
 
-    def numbers(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-        for name, value in found.items():
+    def numbers(scores: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+        for name, value in scores.items():
             if isinstance(value, dict):
                 yield from numbers(value, f"{prefix}{name}/")
             elif isinstance(value, int | float):
@@ -216,10 +216,10 @@ def write_csv(path: Path, runs: Runs, settings: Settings) -> None:
     for encoding, seeds in runs.items():
         for seed, jobs in seeds.items():
             for job, record in jobs.items():
-                for length, found in {"training": record["train"], **record["lengths"]}.items():
+                for length, scores in {"training": record["train"], **record["lengths"]}.items():
                     where = [settings.train_length, encoding, seed, job, length]
-                    about = [settings.device, settings.versions["torch"], found.get("commit", "")]
-                    lines += [[*where, name, value, *about] for name, value in numbers(found)]
+                    about = [settings.device, settings.versions["torch"], scores.get("commit", "")]
+                    lines += [[*where, name, value, *about] for name, value in numbers(scores)]
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="") as file:
@@ -268,8 +268,8 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
     with panels(path, len(shown), note, size=(3.1, 2.8)) as axes:
         for axis, encoding in zip(axes, shown, strict=True):
             axis.grid(False)
-            found = [by_length(runs, encoding, task, "per_depth", depth) for depth in depths]
-            grid = [[fmean(line[n]) if n in line else math.nan for n in lengths] for line in found]
+            by_depth = [by_length(runs, encoding, task, "per_depth", depth) for depth in depths]
+            grid = [[fmean(line[n]) if n in line else math.nan for n in lengths] for line in by_depth]
             image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
             for y, line in enumerate(grid):
                 for x, value in enumerate(line):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -36,8 +35,7 @@ from torch import Tensor
 from bench import command
 from bench.command import at_least, count
 from bench.plots import curve, length_axis, panels, style
-from bench.study import corpus, runner, tables
-from bench.study import protocol as study
+from bench.study import corpus, protocol, runner, tables
 from bench.study.judge import GRAM, HISTORY, Judge, Settings, Texts, scored
 from bench.study.model import Attention, Model, Shape, encoding
 from bench.study.runner import Advance, Stage
@@ -116,19 +114,19 @@ def writer_stage(texts: Texts, settings: Settings, device: torch.device, judge: 
         window = None if test == "all" else settings.train_length - 1  # bytes before the one that looks
         before, prompts = texts.real(seed)[: settings.samples, : settings.context].split([lead, settings.prompt], dim=1)
         text = write(model, prompts, settings, window, seed, lambda n: advance(n * byte))
-        found = scored(judge.ready(), torch.cat([before, text], dim=1), texts.frequencies, settings)
+        scores = scored(judge.ready(), torch.cat([before, text], dim=1), texts.frequencies, settings)
         advance(judge.reading_work(settings.samples))
-        return found
+        return scores
 
     lead = settings.context - settings.prompt
-    byte = 10 * study.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
+    byte = 10 * protocol.work(settings.samples, settings.length) // settings.length  # one by one is that much slower
     writing = byte * (settings.length - settings.prompt)
     return Stage(
         settings,
         build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
-        loss=lambda model, seed: study.byte_loss(model, lambda rng: texts.sampler(settings.batch, rng), seed),
+        loss=lambda model, seed: protocol.byte_loss(model, lambda rng: texts.sampler(settings.batch, rng), seed),
         score=score,
-        step_work=3 * study.work(settings.batch, settings.train_length),
+        step_work=3 * protocol.work(settings.batch, settings.train_length),
         tests=dict.fromkeys(READINGS, writing + judge.reading_work(settings.samples)),
     )
 
@@ -141,15 +139,15 @@ def lines(runs: Runs) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     for name in [REAL, *(name for name in tables.rows(runs) if name != REAL)]:
         for reading in READINGS:
             records = tables.records({name: runs.get(name, {})})
-            if found := [record["lengths"][reading] for record in records if reading in record["lengths"]]:
-                yield name, reading, found
+            if scores := [record["lengths"][reading] for record in records if reading in record["lengths"]]:
+                yield name, reading, scores
 
 
 def table(runs: Runs, settings: Settings) -> str:
     """Return bits by position, then what else the last bin shows, as Markdown: means, and ± deviation over seeds."""
     bins = list(zip(settings.edges, settings.edges[1:], strict=False))
     others = ("repetition", "drift", "printable")
-    found = [["text", "reads", "seeds", *(f"{a:,}-{b:,}" for a, b in bins), "minus real", *others]]
+    rows = [["text", "reads", "seeds", *(f"{a:,}-{b:,}" for a, b in bins), "minus real", *others]]
     real = next(lines(runs))[2]
     goal = fmean(scored["bits"][-1] for scored in real)
     for name, reading, scores in lines(runs):
@@ -157,7 +155,7 @@ def table(runs: Runs, settings: Settings) -> str:
         bits = [tables.cell(column, ".3f", spread=column is columns[-1]) for column in columns]
         over = "" if name == REAL else f"{fmean(columns[-1]) - goal:+.3f}"
         last = [tables.cell([s[measure][-1] for s in scores], ".3f") for measure in others]
-        found.append([name, "" if name == REAL else reading, str(len(scores)), *bits, over, *last])
+        rows.append([name, "" if name == REAL else reading, str(len(scores)), *bits, over, *last])
     start, end = bins[-1]
     legend = f"""
 
@@ -174,18 +172,18 @@ Mean ± standard deviation over seeds, {settings.samples} texts each, {settings.
 change by {fmean(change):+.3f} ± {tables.half_width(change):.3f} (95% interval, {len(change)} texts).
 """
     notes = [f"{name}: {what.format(settings.train_length)}" for name, what in READINGS.items()]
-    return tables.markdown(found) + legend + check + ". ".join(notes) + "."
+    return tables.markdown(rows) + legend + check + ". ".join(notes) + "."
 
 
 def picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
     """Draw a row for each reading: bits, repetition and drift by position. Bands: the seeds."""
     centres = [math.sqrt(a * b) for a, b in zip(settings.edges, settings.edges[1:], strict=False)]
-    found = list(lines(runs))
+    everything = list(lines(runs))
     names = [name for name in tables.rows(runs) if name != REAL]
     places = [(reading, measure) for reading in READINGS for measure in MEASURES]
     with panels(path, len(places), note, columns=len(MEASURES), size=(4.5, 3.6), legend="right center") as axes:
         for axis, (reading, measure) in zip(axes, places, strict=True):
-            for name, how, scores in found:
+            for name, how, scores in everything:
                 if name != REAL and how != reading:
                     continue
                 look = dict(color="0.15", linestyle="--", linewidth=1.8, label="real text", zorder=5)
@@ -230,23 +228,20 @@ def caption(runs: Runs, settings: Settings, source: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = "encodings and their options: those of python -m bench extrapolation --help, but for logit-gain\n"
-    p, default = runner.new_parser("generation", __doc__, epilog + corpus.HELP, BUDGETS, baseline=False)
-    p.add_argument("--corpus", default="stdlib", metavar="NAME|DIR", help="see below (default stdlib)")
-    p.add_argument("--train-length", type=at_least(8), metavar="N", help=f"bytes {default('train_length')}")
-    p.add_argument("--reach", type=count, default=32, metavar="N", help="write N times as much (default %(default)s)")
-    p.add_argument("--prompt", type=count, default=64, metavar="N", help="bytes of held-out text (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default %(default)s)")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this share (default %(default)s)")
-    p.add_argument("--samples", type=count, metavar="N", help=f"texts of each seed {default('samples')}")
-    p.add_argument("--real", type=count, metavar="N", help=f"real texts beside them {default('real')}")
-    p.add_argument("--batch-bytes", type=count, metavar="N", help=f"of text per step {default('batch_bytes')}")
-    p.add_argument("--judge", default="rope", metavar="NAME", help="the judge's encoding (default %(default)s)")
-    for name, what, least in (
-        ("length", "bytes of its windows", 8),
-        ("steps", "of its training", 1),
-        ("batch", "windows per step", 1),
-    ):
-        p.add_argument(f"--judge-{name}", type=at_least(least), metavar="N", help=f"{what} {default(f'judge_{name}')}")
+    p, add = runner.new_parser("generation", __doc__, epilog + corpus.HELP, BUDGETS)
+    add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
+    add("train_length", at_least(8), "bytes of a window to train on")
+    add("reach", count, "write N times as much", 32)
+    add("prompt", count, "bytes of held-out text that are continued", 64)
+    add("temperature", float, "temperature of the draws", 1.0, metavar="T")
+    add("top_p", float, "draw from this share of the probability", 1.0, metavar="P")
+    add("samples", count, "texts of each seed")
+    add("real", count, "real texts beside them")
+    add("batch_bytes", count, "bytes of text per step")
+    add("judge", str, "the judge's encoding", "rope", metavar="NAME")
+    add("judge_length", at_least(8), "bytes of its windows")
+    add("judge_steps", count, "steps of its training")
+    add("judge_batch", count, "windows per step")
     return p
 
 
@@ -286,10 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(args, text)
     texts = Texts(text, settings, args.seeds)
     judge = Judge(texts, settings, args.device, args.out / ".cache" / f"{settings.key}-judge")
-    source = f"Python {platform.python_version()}'s standard library" if args.corpus == "stdlib" else text.name
 
     def draw(path: Path, runs: Runs) -> None:
-        picture(path, runs, settings, caption(runs, settings, source))
+        picture(path, runs, settings, caption(runs, settings, text.source))
 
     generation = runner.Study(
         name=f"generation-{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}",

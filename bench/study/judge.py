@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.study import corpus, runner
-from bench.study import protocol as study
+from bench.study import corpus, protocol, runner
 from bench.study.model import Model, Shape, encoding
 from bench.study.runner import Advance, Stage
 from logpe.lm.text import TEST_SHARE, Document, Sampler, document_windows
@@ -91,9 +90,7 @@ class Texts:
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes of the halves, and the number of windows, for the record."""
-        sides = {"writers": self.written, "judge": self.judged}
-        sizes = {side: {"documents": len(d), "bytes": sum(len(x.text) for x in d)} for side, d in sides.items()}
-        return {**sizes, "windows": len(self.windows)}
+        return {**corpus.sizes(writers=self.written, judge=self.judged), "windows": len(self.windows)}
 
     def real(self, seed: int) -> Tensor:
         """Return what leads to a prompt, the prompt, and how it really goes on; (real, context - prompt + length)."""
@@ -108,13 +105,13 @@ def judged_bits(judge: Model, texts: Tensor, settings: Settings) -> Tensor:
     """Return the bits of each byte of texts int64 (B, N), after ``context`` or more before it; (B, N - context)."""
     device = next(judge.parameters()).device
     judge.eval()
-    found = []
+    bits = []
     for start in range(settings.context, texts.shape[1], settings.piece):
         part = texts[:, start - settings.context : start + settings.piece].to(device)
         target = part[:, settings.context :]
-        logits = study.predict(judge, part, target.shape[1])
-        found.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu() / math.log(2))
-    return torch.cat(found, dim=1)
+        logits = protocol.predict(judge, part, target.shape[1])
+        bits.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu() / math.log(2))
+    return torch.cat(bits, dim=1)
 
 
 def repeated(texts: Tensor, n: int = GRAM, history: int = HISTORY) -> Tensor:
@@ -122,8 +119,8 @@ def repeated(texts: Tensor, n: int = GRAM, history: int = HISTORY) -> Tensor:
     grams = (texts.unfold(1, n, 1) << 8 * torch.arange(n)).sum(-1)  # a number for each
     grams, place = grams.sort(dim=1, stable=True)
     again = (grams.diff(dim=1) == 0) & (place.diff(dim=1) <= history)
-    found = torch.zeros_like(texts, dtype=torch.bool)
-    return found.scatter(1, place[:, 1:] + n - 1, again)
+    marks = torch.zeros_like(texts, dtype=torch.bool)
+    return marks.scatter(1, place[:, 1:] + n - 1, again)
 
 
 def drift(part: Tensor, frequencies: Tensor) -> float:
@@ -176,7 +173,7 @@ class Judge:
 
     def loss(self, model: Model, seed: int = 0) -> runner.BatchLoss:
         """Return the loss of its batches, which depend on no seed."""
-        return study.byte_loss(model, lambda rng: self.texts.judge_sampler(self.settings.judge_batch, rng), 0)
+        return protocol.byte_loss(model, lambda rng: self.texts.judge_sampler(self.settings.judge_batch, rng), 0)
 
     def ready(self) -> Model:
         """Return the judge; where its checkpoint was lost since it read the real text, it is trained again."""
@@ -189,22 +186,22 @@ class Judge:
     def reading_work(self, texts: int) -> int:
         """Return the work of reading so many texts."""
         pieces = -(-(self.settings.length - self.settings.prompt) // self.settings.piece)
-        return study.work(texts * pieces, self.settings.judge_length)
+        return protocol.work(texts * pieces, self.settings.judge_length)
 
     def stage(self) -> Stage:
         """Return the stage in which the judge reads real text: that of each seed's prompts."""
 
         def score(model: Model, test: str, seed: int, advance: Advance) -> dict[str, Any]:
-            found = scored(model, self.texts.real(seed), self.texts.frequencies, self.settings)
+            scores = scored(model, self.texts.real(seed), self.texts.frequencies, self.settings)
             advance(self.reading_work(self.settings.real))
-            return found
+            return scores
 
         return Stage(
             self.settings,
             build=lambda name, seed: self.build(),
             loss=self.loss,
             score=score,
-            step_work=3 * study.work(self.settings.judge_batch, self.settings.judge_length),
+            step_work=3 * protocol.work(self.settings.judge_batch, self.settings.judge_length),
             steps=self.settings.judge_steps,
             tests={"all": self.reading_work(self.settings.real)},
             kept=self.folder,

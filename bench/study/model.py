@@ -84,6 +84,12 @@ OPTIONS = {
     "base=B": "plane p of P turns by B^(-p / P) per position",
     "power=A, power=A:B, and so with rate, sharpness, alpha": "initial value, of the first and of the last head",
 }
+FLAGS: dict[str, dict[str, Any]] = {  # fields of Encoding that options without a value set
+    "gain": dict(query_gain=True),
+    "logit-gain": dict(query_gain=True, gain_on_bias=True),
+    "shared": dict(shared=True),
+    "qk-norm": dict(qk_norm=True),
+}
 
 
 def encoding(name: str, train_length: int) -> Encoding:
@@ -94,41 +100,35 @@ def encoding(name: str, train_length: int) -> Encoding:
     base, *options = name.split("+")
     if base not in ENCODINGS:
         raise ValueError(f"encoding must be one of {', '.join(n for n in ENCODINGS if '+' not in n)}, got {base!r}")
-    found = ENCODINGS[base]
-    if found.yarn:
-        found = replace(found, yarn=train_length)
+    chosen = ENCODINGS[base]
+    if chosen.yarn:
+        chosen = replace(chosen, yarn=train_length)
     for option in options:
         key, _, value = option.partition("=")
         try:
             numbers = [float(x) for x in value.split(":")] if value else []
         except ValueError:
             numbers = []
-        if option == "gain":
-            found = replace(found, query_gain=True)
-        elif option == "logit-gain":
-            found = replace(found, query_gain=True, gain_on_bias=True)
-        elif option == "shared":
-            found = replace(found, shared=True)
-        elif option == "qk-norm":
-            found = replace(found, qk_norm=True)
+        if option in FLAGS:
+            chosen = replace(chosen, **FLAGS[option])
         elif key == "rotary" and len(numbers) == 1:
-            found = replace(found, rotary=numbers[0])
+            chosen = replace(chosen, rotary=numbers[0])
         elif key == "base" and len(numbers) == 1 and numbers[0] > 1:
-            found = replace(found, rotary_base=numbers[0])
+            chosen = replace(chosen, rotary_base=numbers[0])
         elif key in LEARNABLE_PARTS and len(numbers) in (1, 2) and min(numbers) > 0:
-            found = replace(found, initial=(*found.initial, (key, numbers[0], numbers[-1])))
+            chosen = replace(chosen, initial=(*chosen.initial, (key, numbers[0], numbers[-1])))
         else:
             raise ValueError(f"{option!r} does not apply in {name!r}; options are {', '.join(OPTIONS)}")
-    parts = {*PRESET_PARTS[found.preset], *(["alpha"] if found.query_gain else [])}
-    if missing := [part for part, *_ in found.initial if part not in parts]:
+    parts = {*PRESET_PARTS[chosen.preset], *(["alpha"] if chosen.query_gain else [])}
+    if missing := [part for part, *_ in chosen.initial if part not in parts]:
         raise ValueError(f"{name!r} has no {missing[0]} to initialise")
-    if found.rotary_base is not None and found.rotary is None and "rotary" not in parts:
+    if chosen.rotary_base is not None and chosen.rotary is None and "rotary" not in parts:
         raise ValueError(f"{name!r} rotates nothing: base goes with rotary=F, or a preset that rotates")
-    if found.gain_on_bias and "power" not in parts:
+    if chosen.gain_on_bias and "power" not in parts:
         raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
-    if found.shared and not parts & set(LEARNABLE_PARTS):
+    if chosen.shared and not parts & set(LEARNABLE_PARTS):
         raise ValueError(f"{name!r} has no parameters to share")
-    return found
+    return chosen
 
 
 def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
@@ -270,8 +270,8 @@ def learned_positions(model: nn.Module) -> list[dict[str, list[float]]]:
     """Return power, rate, sharpness and alpha of every head, by layer; one entry where the layers share them."""
     modules = (module for module in model.modules() if isinstance(module, LogPosition))
     values = [{part: getattr(module, part) for part in LEARNABLE_PARTS} for module in modules]
-    found = [
+    layers = [
         {part: [round(x, 5) for x in value.tolist()] for part, value in parts.items() if value is not None}
         for parts in values
     ]
-    return [parts for parts in found if parts]
+    return [parts for parts in layers if parts]

@@ -83,10 +83,10 @@ class Text:
     def pieces(self, length: int) -> dict[str, int]:
         """Return how many bytes are scored at once, by reading."""
         target = self.settings.target
-        found = {"text": largest_divisor(target, length // 2)}
+        sizes = {"text": largest_divisor(target, length // 2)}
         if self.settings.whole_windows and length == self.settings.train_length:
-            found["cut"] = largest_divisor(target, length // 8)
-        return found
+            sizes["cut"] = largest_divisor(target, length // 8)
+        return sizes
 
     def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
         """Yield named sets of sequences (count, length + 1), each with the number of last bytes to score."""
@@ -107,16 +107,16 @@ class Text:
         """Return what to record, from losses in nats and hits, both (sequences, bytes scored)."""
         bits = {name: loss / math.log(2) for name, loss in losses.items()}
         text = bits["text"].view(len(self.windows), -1).mean(dim=1)
-        found = {"bits_per_byte": round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
+        record = {"bits_per_byte": round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
         if "cut" in bits:
-            found["cut_bits_per_byte"] = round(bits["cut"].mean().item(), 5)
+            record["cut_bits_per_byte"] = round(bits["cut"].mean().item(), 5)
         if "whole" in bits:
             by_position = bits["whole"].mean(dim=0)
             starts = position_bins(len(by_position))
             means = [round(part.mean().item(), 4) for part in by_position.tensor_split(starts[1:])]
-            found["whole_bits_per_byte"] = round(by_position.mean().item(), 5)
-            found["by_position"] = dict(zip(map(str, starts), means, strict=True))
-        return found
+            record["whole_bits_per_byte"] = round(by_position.mean().item(), 5)
+            record["by_position"] = dict(zip(map(str, starts), means, strict=True))
+        return record
 
 
 class Retrieval:
@@ -212,23 +212,23 @@ def score(model: Model, job: Job, length: int, seed: int, advance: Advance) -> d
             hit.append((logits.argmax(dim=-1) == target).cpu())
             advance(work(len(part), length))
         losses[name], hits[name] = torch.cat(loss), torch.cat(hit)
-    found = job.summary(losses, hits)
+    record = job.summary(losses, hits)
     if isinstance(job, Text) and len(job.whole):
         texts = job.whole[:ENTROPY_WINDOWS, -length - 1 :].to(device)
-        found["entropy"] = [[round(h, 4) for h in layer] for layer in attention_entropy(model, texts)]
-    return found
+        record["entropy"] = [[round(h, 4) for h in layer] for layer in attention_entropy(model, texts)]
+    return record
 
 
 @torch.inference_mode()
 def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
     """Return how widely the last queries of texts (B, N + 1) spread their attention: nats, by layer and head."""
-    found = []
+    entropy = []
 
     def look(attention: Attention, args: tuple[Tensor, ...]) -> None:
         q, k, v = attention.project(args[0])
         queries = min(ENTROPY_QUERIES, q.shape[2])
         _, weights = attention.eager(q[:, :, -queries:], k, v, k.shape[2] - queries)
-        found.append(torch.special.entr(weights.float()).sum(dim=-1).mean(dim=(0, 2)).tolist())
+        entropy.append(torch.special.entr(weights.float()).sum(dim=-1).mean(dim=(0, 2)).tolist())
 
     layers = (module for module in model.modules() if isinstance(module, Attention))
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
@@ -237,7 +237,7 @@ def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return entropy
 
 
 def stage(job: Job, settings: Settings, device: torch.device) -> Stage:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -68,21 +68,30 @@ class Settings:
 
 
 def new_parser(
-    name: str, description: str | None, epilog: str, budgets: command.Budgets, baseline: bool = True
-) -> tuple[argparse.ArgumentParser, Callable[[str], str]]:
-    """Return a parser with the options of every study, and what tells the default of another option in its help."""
+    name: str, description: str | None, epilog: str, budgets: command.Budgets
+) -> tuple[argparse.ArgumentParser, Callable[..., None]]:
+    """Return a parser with the options of every study, and a function that adds another.
+
+    That takes the option's name, its type, what it is, its default where no budget has one, and more keywords of
+    ``add_argument``.
+    """
     p = command.new_parser(f"bench {name}", f"{description}\n{RESUMES}", epilog)
-    default = command.default_of(budgets)
-    p.add_argument("--encodings", nargs="+", metavar="NAME", help=f"which to compare, see below {default('encodings')}")
-    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help=f"one run each {default('seeds')}")
-    p.add_argument("--steps", type=count, metavar="N", help=f"of training {default('steps')}")
-    p.add_argument("--learning-rate", type=positive, metavar="R", help=f"its peak {default('learning_rate')}")
-    for option, what in (("dim", "width of the model"), ("layers", "of the model"), ("heads", "of a layer")):
-        p.add_argument(f"--{option}", type=count, metavar="N", help=f"{what} {default(option)}")
-    if baseline:
-        p.add_argument("--baseline", default="rope", metavar="NAME", help="of the paired differences (default rope)")
+    of_budget = command.default_of(budgets)
+
+    def add(option: str, type_: Callable[[str], Any], what: str, default: Any = None, **more: Any) -> None:
+        shown = of_budget(option) if default is None else f"(default {default})"
+        more = {"metavar": "N", **more, "type": type_, "default": default, "help": f"{what} {shown}"}
+        p.add_argument("--" + option.replace("_", "-"), **more)
+
+    add("encodings", str, "which to compare, see below", nargs="+", metavar="NAME")
+    add("seeds", at_least(0), "one run with each", nargs="+")
+    add("steps", count, "steps of training")
+    add("learning_rate", positive, "the highest learning rate", metavar="R")
+    add("dim", count, "width of a model")
+    add("layers", count, "blocks of a model")
+    add("heads", count, "attention heads of a block")
     command.add_run_options(p)
-    return p, default
+    return p, add
 
 
 def parse(p: argparse.ArgumentParser, arguments: Sequence[str] | None, budgets: command.Budgets) -> argparse.Namespace:
@@ -148,8 +157,8 @@ def fit(
     training = Training(model, optimizer, learning_rate, steps, checkpoint)
     seconds: float = 0.0
     recorded: list[dict[str, float]] = []
-    if (found := checkpoints.newest(checkpoint)) is not None:
-        folder, manifest = found
+    if (newest := checkpoints.newest(checkpoint)) is not None:
+        folder, manifest = newest
         training.restore(folder)
         seconds, recorded = manifest["seconds"], manifest["recorded"]
     start, saved = time.perf_counter() - seconds, time.monotonic()
@@ -387,7 +396,7 @@ class Study:
     plan: Sequence[tuple[Mapping[str, Stage], Sequence[str]]]  # stages by job, and the encodings that go through them
     table: Callable[[Runs], str]
     draw: Callable[[Path, Runs], Sequence[Path] | None]  # the PNG file, or others beside it, which it returns
-    shard: tuple[int, int] = field(default=(0, 1))
+    shard: tuple[int, int] = (0, 1)
 
 
 def run(program: str, args: argparse.Namespace, studies: Sequence[Study]) -> int:

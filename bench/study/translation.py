@@ -254,7 +254,7 @@ of texts with as many lines as the reference."""
 def values(runs: Runs, name: str, test: str, measure: str) -> dict[str, float]:
     """Return a measure by seed, where it is measured."""
     tests = {seed: jobs[JOB]["lengths"] for seed, jobs in runs.get(name, {}).items()}
-    return {seed: found[test][measure] for seed, found in tests.items() if test in found}
+    return {seed: scores[test][measure] for seed, scores in tests.items() if test in scores}
 
 
 def measured(runs: Runs, tests: Sequence[str]) -> list[str]:
@@ -267,8 +267,8 @@ def table(runs: Runs, tests: Sequence[str], baseline: str) -> str:
     lines = [["measure", "encoding", *tests]]
     for measure, (form, label) in MEASURES.items():
         for name in measured(runs, tests):
-            found = [list(values(runs, name, test, measure).values()) for test in tests]
-            lines.append([label, name, *(tables.cell(some, form) for some in found)])
+            columns = [list(values(runs, name, test, measure).values()) for test in tests]
+            lines.append([label, name, *(tables.cell(some, form) for some in columns)])
     for name in measured(runs, tests):
         cells = []
         for test in tests:
@@ -298,7 +298,7 @@ def picture(path: Path, runs: Runs, tests: Sequence[str], note: str) -> None:
         for axis, (shown, measure, label) in zip(axes, drawn, strict=True):
             for name in names:
                 points = {i: list(values(runs, name, test, measure).values()) for i, test in enumerate(shown)}
-                curve(axis, {i: found for i, found in points.items() if found}, **style(name, names))
+                curve(axis, {i: values for i, values in points.items() if values}, **style(name, names))
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1, zorder=0)  # the training length
             axis.set_xticks(range(len(shown)), [test.replace(", ", "\n") for test in shown])
             axis.set_xlabel("lines, and tokens of a text")
@@ -316,7 +316,8 @@ def examples(runs: Runs, tests: Sequence[str]) -> str:
         shown = {name: scores[test]["examples"] for name, scores in first.items() if test in scores}
         for i, (source, reference, _) in enumerate(next(iter(shown.values()), [])[:2]):
             lines.append(f"\n{test}")
-            said = {"English": source, "reference": reference} | {name: found[i][2] for name, found in shown.items()}
+            said = {"English": source, "reference": reference}
+            said |= {name: translations[i][2] for name, translations in shown.items()}
             lines += [f"  {who:<16}{text.replace(chr(10), ' | ')}" for who, text in said.items()]
     return "\n".join(lines)
 
@@ -338,13 +339,14 @@ def caption(runs: Runs, settings: Settings) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
-    p, default = runner.new_parser("translation", __doc__, epilog, BUDGETS)
+    p, add = runner.new_parser("translation", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
-    p.add_argument("--limit", type=count, metavar="N", help=f"tokens of a side in training {default('limit')}")
-    p.add_argument("--batch", type=count, metavar="N", help=f"examples per step {default('batch')}")
-    p.add_argument("--tested", type=count, metavar="N", help=f"texts of a test, at most {default('tested')}")
-    p.add_argument("--vocabulary", type=at_least(512), metavar="N", help=f"tokens, with bytes {default('vocabulary')}")
-    p.add_argument("--dropout", type=share, metavar="P", help=f"of residual branches {default('dropout')}")
+    add("limit", count, "tokens of a side in training, at most")
+    add("batch", count, "examples per step")
+    add("tested", count, "texts of a test, at most")
+    add("vocabulary", at_least(512), "tokens, 256 of them bytes")
+    add("dropout", share, "dropout of residual branches", metavar="P")
+    add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     return p
 
 

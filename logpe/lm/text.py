@@ -234,26 +234,26 @@ def documents(
         OSError: a source cannot be read.
     """
     skipped, sources = skipped or Skipped(), list(sources)
-    found: list[Document] = []
+    read: list[Document] = []
     for source in sources:
         if source.is_file():
             text = source.read_bytes()
             if b"\0" in text:
                 raise ValueError(f"{source} is no text: it holds a zero byte")
-            found.append(Document(source.name, text))
+            read.append(Document(source.name, text))
         elif any((source / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-            found += dataset(source, split, column, skipped, quiet)
+            read += dataset(source, split, column, skipped, quiet)
         elif source.is_dir():
-            found += folder(source, skipped=skipped, out=out, quiet=quiet)
+            read += folder(source, skipped=skipped, out=out, quiet=quiet)
         else:
             raise ValueError(f"there is no file or folder {source}")
-    if not (kept := distinct(found, skipped=skipped)):
+    if not (kept := distinct(read, skipped=skipped)):
         reasons = "".join(f"\n  {line}" for line in skipped.lines())
         raise ValueError(f"there is no text in {', '.join(map(str, sources))}{reasons}")
     return kept
 
 
-def distinct(found: Iterable[Document], least: int = 1, skipped: Skipped | None = None) -> list[Document]:
+def distinct(corpus: Iterable[Document], least: int = 1, skipped: Skipped | None = None) -> list[Document]:
     """Return documents in order of their paths, without copies of earlier ones and those of fewer bytes than ``least``.
 
     Args:
@@ -261,7 +261,7 @@ def distinct(found: Iterable[Document], least: int = 1, skipped: Skipped | None 
     """
     skipped = skipped or Skipped()
     kept: dict[bytes, Document] = {}  # by content
-    for document in sorted(found, key=lambda d: d.name):
+    for document in sorted(corpus, key=lambda d: d.name):
         if len(document.text) < least:
             skipped.add("too short" if document.text else "empty", document.path)
         elif (digest := hashlib.sha256(document.text).digest()) in kept:
@@ -271,10 +271,10 @@ def distinct(found: Iterable[Document], least: int = 1, skipped: Skipped | None 
     return list(kept.values())
 
 
-def split_documents(found: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+def split_documents(corpus: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     """Return the documents to train on, and those held out."""
     sides: tuple[list[Document], list[Document]] = ([], [])
-    for document in found:
+    for document in corpus:
         sides[document.held_out].append(document)
     return sides
 
@@ -396,15 +396,15 @@ def write_tokens(
         OSError: a source cannot be read, or ``path`` not be written.
     """
     encode, skipped, quiet = Encoder(tokenizer), Skipped(), say is None
-    found = documents(sources, split, column, skipped, out, quiet)
-    size = sum(len(d.text) for d in found)
+    corpus = documents(sources, split, column, skipped, out, quiet)
+    size = sum(len(d.text) for d in corpus)
     if say is not None:
-        say(f"read {len(found):,} documents, {size:,} bytes")
+        say(f"read {len(corpus):,} documents, {size:,} bytes")
         for line in skipped.lines():
             say(line)
     end = encode.end if end is None else end
     vocabulary = vocabulary or (256 if tokenizer is None else end + 1)
-    train, test = split_documents(found)
+    train, test = split_documents(corpus)
     test.sort(key=lambda d: d.hash)  # which documents an evaluation takes first is left to chance
     with _progress(None, quiet or tokenizer is None, total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
 
@@ -418,7 +418,7 @@ def write_tokens(
         if train and test:
             sides = [encoded(train), encoded(test)]
         else:
-            whole = encoded(found)
+            whole = encoded(corpus)
             cuts = [len(tokens) - len(tokens) // TEST_SHARE for tokens in whole]
             halves = [tokens.tensor_split([cut]) for tokens, cut in zip(whole, cuts, strict=True)]
             sides = [list(side) for side in zip(*halves, strict=True)]
@@ -456,12 +456,12 @@ def load_tokens(path: Path, check: bool = False) -> Tokens:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-            found = Tokens(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
+            tokens = Tokens(**{name: file.get_tensor(name) for name in ("train", "test", "test_ends")}, **about)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if check and _digest(found.train, found.test, found.test_ends) != found.sha256:
+    if check and _digest(tokens.train, tokens.test, tokens.test_ends) != tokens.sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 differs")
-    return found
+    return tokens
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return nats per token of the last ``target`` tokens of each window, by how many tokens the model reads."""
     model.eval()
-    found = {}
+    scores = {}
     # As many windows in each process, as sharded models want: some are read twice, and counted once.
     mine = torch.arange(world.copy, math.ceil(len(windows) / world.copies) * world.copies, world.copies)
     for length in lengths:
@@ -345,9 +345,9 @@ def evaluate(
             tokens = windows[numbers % len(windows), -length - 1 :].to(world.device)
             losses = predict(model, tokens, half, target, world.context_parallel).cpu().double().sum(dim=1) / target
             total += losses[numbers < len(windows)].sum().item()
-        found[str(length)] = world.sum(total)[0] / len(windows)
+        scores[str(length)] = world.sum(total)[0] / len(windows)
     model.train()
-    return found
+    return scores
 
 
 def attend_across(model: nn.Module, parallel: logpe.ContextParallel) -> None:
@@ -510,17 +510,17 @@ def export(
     say: Callable[[str], object],
 ) -> None:
     """Write the folder for Transformers and the picture, from the newest checkpoint and the metrics."""
-    found = checkpoint.newest(checkpoints)
-    assert found is not None
+    newest = checkpoint.newest(checkpoints)
+    assert newest is not None
     assert metrics is not None
     out = options.out / "transformers"
-    model = language_model.load_model(found[0])
+    model = language_model.load_model(newest[0])
     if isinstance(model, LanguageModel):
         language_model.save_pretrained(model, out, 0 if options.tokenizer is None else vocabulary - 1)
     else:
         out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
-            files.write_whole(out / name, functools.partial(shutil.copyfile, found[0] / name))
+            files.write_whole(out / name, functools.partial(shutil.copyfile, newest[0] / name))
     if options.tokenizer is not None:
         files.write_whole(out / "tokenizer.json", functools.partial(shutil.copyfile, options.tokenizer))
     plot(options.out / "loss.png", metrics.read(), settings, say)
@@ -549,7 +549,7 @@ def find_start(
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             raise ValueError("--tensorboard needs the library tensorboard: pip install tensorboard") from None
-    found = None if options.fresh else checkpoint.newest(checkpoints)
+    newest = None if options.fresh else checkpoint.newest(checkpoints)
     if not options.fresh:
         checkpoint.tidy(checkpoints, options.keep)
     try:
@@ -560,15 +560,15 @@ def find_start(
     def prepare() -> None:
         given: dict[str, Any] = {}
         if options.init_from is not None:
-            given = _vocabulary(options.init_from if found is None else found[0], options.tokenizer)
+            given = _vocabulary(options.init_from if newest is None else newest[0], options.tokenizer)
         text.write_tokens(
             data, options.text, options.tokenizer, options.split, options.column, out=options.out, say=say, **given
         )
 
-    if found is None:
+    if newest is None:
         prepare()
         return None
-    folder, manifest = found
+    folder, manifest = newest
     advice = "name another --out, or give --fresh to start anew"
     now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": options.given}
     try:
@@ -697,8 +697,8 @@ def add_parser(commands: Any) -> None:
         if isinstance(entry.default, bool):
             more["action"] = argparse.BooleanOptionalAction
         else:
-            kind = float if entry.default is None else type(entry.default)
-            more |= dict(type=kind, metavar=None if "choices" in more else "N")
+            number = float if entry.default is None else type(entry.default)
+            more |= dict(type=number, metavar=None if "choices" in more else "N")
         model.add_argument(_flag(entry.name), default=entry.default, **more)
     machine = p.add_argument_group("the machine")
     machine.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
