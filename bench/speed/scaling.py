@@ -299,7 +299,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
         "imbalance": ("work: largest over mean", 1),
     }
     sizes = sorted({row["processes"] for row in rows})
-    with plots.panels(path, len(figures), note, legend="lower center") as axes:
+    with plots.panels(path, len(figures), note, columns=2, legend="right center") as axes:
         for axis, (name, (label, unit)) in zip(axes, figures.items(), strict=True):
             for method in METHODS:
                 for layout, line in zip(LAYOUTS, ("-", ":"), strict=True):
@@ -308,6 +308,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
                     look: dict[str, Any] = dict(color=COLOURS[method], linestyle=line, marker="o", markersize=4)
                     axis.plot(*zip(*points, strict=True), label=f"{method}, {layout}", **look)
             axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
             axis.set_xlabel("ranks")
             axis.set_xticks([size for size in sizes if size > 1])
 
