@@ -12,6 +12,8 @@ The shapes in docstrings are made of these letters:
     D        size of a head, head_dim
 """
 
+from typing import TYPE_CHECKING, Any
+
 from logpe.attention import log_attention, log_attention_varlen, merge_partials, rotate
 from logpe.cache import KVCache, PagedKVCache
 from logpe.distributed import ContextParallel
@@ -19,11 +21,15 @@ from logpe.module import LogAttention, replace_attention
 from logpe.position import PRESETS, LogPosition, LogSinusoid, parameter_groups, position_parameters
 from logpe.reference import PositionValues
 
+if TYPE_CHECKING:
+    from logpe.tensor_parallel import HeadParallel
+
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
     "ContextParallel",
+    "HeadParallel",
     "KVCache",
     "LogAttention",
     "LogPosition",
@@ -38,3 +44,12 @@ __all__ = [
     "replace_attention",
     "rotate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what takes a while when it is first asked for."""
+    if name == "HeadParallel":
+        from logpe.tensor_parallel import HeadParallel
+
+        return HeadParallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -447,7 +447,7 @@ def _key_of(
     return ops.plans().call_key(
         (q, k, v, *values[:5]), "log_attention", is_causal, key_start, window, scale, *values[5:],
         values.theta is not None and values.theta.requires_grad,
-        (position.num_heads, position.head_dim) if isinstance(position, LogPosition) else None,
+        (position.local_heads, position.head_dim) if isinstance(position, LogPosition) else None,
     )  # fmt: skip
 
 
@@ -469,8 +469,9 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
     """Check that a position and its values fit q."""
     if isinstance(position, LogPosition):
-        if position.num_heads != heads:
-            raise ValueError(f"position was built for num_heads {position.num_heads}, and q has {heads} heads")
+        if position.local_heads != heads:
+            shared = "" if position.head_mesh is None else f", {position.local_heads} of them on this rank"
+            raise ValueError(f"position was built for num_heads {position.num_heads}{shared}, and q has {heads} heads")
         if position.head_dim != head_dim:
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
     checks.check_position_values(values, q, heads)

@@ -92,9 +92,9 @@ class KVCache:
         if isinstance(position, LogPosition):
             if position.head_dim != head_dim:
                 raise ValueError(f"head_dim must be that of the position, {position.head_dim}, got {head_dim}")
-            if position.num_heads % num_kv_heads:
+            if position.local_heads % num_kv_heads:
                 raise ValueError(
-                    f"num_kv_heads must divide the heads of the position, {position.num_heads}, got {num_kv_heads}"
+                    f"num_kv_heads must divide the heads of the position, {position.local_heads}, got {num_kv_heads}"
                 )
         self.position, self.window = position, window
         self._lengths = torch.zeros(self.batch_size, dtype=torch.int32, device=device)
@@ -434,8 +434,8 @@ class KVCache:
         if not valid or (q.shape[0], q.shape[2], q.shape[3]) != (self.batch_size, k.shape[-2], self.head_dim):
             expected = f"({self.batch_size}, a multiple of {self.num_kv_heads}, {k.shape[-2]}, {self.head_dim})"
             raise ValueError(f"q must have shape {expected}, got {tuple(q.shape)}")
-        if isinstance(self.position, LogPosition) and q.shape[1] != self.position.num_heads:
-            raise ValueError(f"q must have the heads of the position, {self.position.num_heads}, got {q.shape[1]}")
+        if isinstance(self.position, LogPosition) and q.shape[1] != self.position.local_heads:
+            raise ValueError(f"q must have the heads of the position, {self.position.local_heads}, got {q.shape[1]}")
         if q.dtype != self.k.dtype or q.device != self.k.device:
             raise TypeError(f"q must be {self.k.dtype} on {self.k.device}, got {q.dtype} on {q.device}")
 

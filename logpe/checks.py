@@ -99,6 +99,15 @@ def _plain_integer(x: Any) -> Any:
 # --- q, k and v ---------------------------------------------------------------------------------------------
 
 
+def check_local(name: str, x: Tensor) -> None:
+    """Raise TypeError if ``x`` is a DTensor, of which a rank may see a part or the whole."""
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{name} must be the tensor of this rank, got a DTensor: pass {name}.to_local(), with the heads of the "
+            "position. See logpe.HeadParallel"
+        )
+
+
 def check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
     """Raise TypeError unless ``x`` is a dense tensor."""
     if not isinstance(x, Tensor):
@@ -108,6 +117,7 @@ def check_dense(name: str, x: Any, wanted: str = "a tensor") -> None:
                 'torch.fx.wrap("log_attention"), or the name of another, at the top of the module that calls it'
             )
         raise TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
+    check_local(name, x)
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, got a nested one: log_attention_varlen takes packed sequences, which are "

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from logpe.distributed import ContextParallel
 from logpe.position import LogPosition, refuse_scripting
 from logpe.reference import PositionValues
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _warned: set[str] = set()
 
 
@@ -32,7 +35,20 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., head_dim) normalised over its last dimension, in the dtype of x."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        weight: Tensor = self.weight
+        if hasattr(weight, "device_mesh"):  # x has this rank's heads alone
+            from logpe.tensor_parallel import whole_value
+
+            weight = whole_value(weight)
+        return F.rms_norm(x.to(weight.dtype), tuple(self.normalized_shape), weight, self.eps).to(x.dtype)
+
+    def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
+        """Let each rank of ``mesh`` normalise some of the heads: see :class:`logpe.HeadParallel`."""
+        from torch.distributed.tensor import Replicate
+
+        from logpe.tensor_parallel import distribute
+
+        distribute(self, {"weight": Replicate()}, mesh, source)
 
 
 class LogAttention(nn.MultiheadAttention):
@@ -78,6 +94,7 @@ class LogAttention(nn.MultiheadAttention):
     k_norm: nn.RMSNorm | None
     query_start: int | Tensor | None
     context_parallel: ContextParallel | None = None  # also of modules pickled before there was one
+    head_mesh: DeviceMesh | None = None
 
     def __init__(
         self,
@@ -190,6 +207,31 @@ class LogAttention(nn.MultiheadAttention):
 
     __prepare_scriptable__ = refuse_scripting
 
+    def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
+        """Share out the heads among the ranks of ``mesh``, as :class:`logpe.HeadParallel` does.
+
+        Args:
+            source: the rank of the mesh whose values count. None: every rank has them already.
+
+        Raises:
+            ValueError: the ranks do not divide the heads or the key heads, or the heads are shared out already.
+        """
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+        from logpe.tensor_parallel import check_heads, distribute
+
+        if self.head_mesh is not None:
+            raise ValueError("the heads of a LogAttention must be shared out once, got a mesh for them again")
+        check_heads(mesh, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        for module in (self.position, self.q_norm, self.k_norm):
+            if isinstance(module, LogPosition | HeadNorm):
+                module.shard_heads(mesh, source)
+        by_rows = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"
+        distribute(self, {name: Shard(0) for name in by_rows} | {"bias_k": Shard(2), "bias_v": Shard(2)}, mesh, source)
+        parallelize_module(self.out_proj, mesh, RowwiseParallel(), src_data_rank=source)
+        self.head_mesh = mesh
+
     def _shrink_kv(self, kv_dim: int) -> None:
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(self.out_proj.weight.new_empty(shape))
@@ -269,6 +311,8 @@ class LogAttention(nn.MultiheadAttention):
         if query.is_nested and unmasked_self_attention and self.batch_first and query.layout == torch.strided:
             return self._attend_nested(query, need_weights, average_attn_weights, is_causal, query_start, key_start)
         length, source, batch = self._check_inputs(query, key, value, key_padding_mask)
+        if self.head_mesh is not None:
+            self._check_across_heads(key_padding_mask, attn_mask, need_weights)
         q, k, v = self._project(query, key, value)
         if query.dim() == 2 and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
@@ -280,6 +324,8 @@ class LogAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             _check_mask("attn_mask", attn_mask, ((length, source), (batch * self.num_heads, length, source)))
             attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
+            if self.head_mesh is not None and attn_mask.shape[1] > 1:
+                attn_mask = attn_mask.chunk(self.head_mesh.size(), 1)[self.head_mesh.get_local_rank()]
         if appends_keys:  # no mask hides them, but is_causal takes them to follow all queries, as in torch
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
             pad = (0, k.shape[2] - source)
@@ -304,13 +350,16 @@ class LogAttention(nn.MultiheadAttention):
             # n of the query gain is the number of keys, and padding must not count.
             context_length = key_start + (source if key_padding_mask is None else _visible(key_padding_mask).sum(-1))
 
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p, dropout_seed = checks.resolve_dropout(self.dropout if self.training else 0.0, None, q)
+        if dropout_seed is not None and self.head_mesh is not None:
+            dropout_seed = dropout_seed + self.head_mesh.get_local_rank()  # its heads are not those of other ranks
         weights = None
         if reason := _why_slow(key_padding_mask, need_weights, attn_mask):
             _warn_once(reason)
             out, weights = self._attend_slowly(
-                q, k, v, key_padding_mask, attn_mask, query_start, key_start, is_causal, context_length, dropout_p
-            )
+                q, k, v, key_padding_mask, attn_mask, query_start, key_start, is_causal, context_length, dropout_p,
+                dropout_seed,
+            )  # fmt: skip
             if not need_weights:
                 weights = None
             elif average_attn_weights:
@@ -326,6 +375,7 @@ class LogAttention(nn.MultiheadAttention):
                 key_start=key_start,
                 key_mask=_key_mask(key_padding_mask),
                 dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
                 context_length=context_length,
             )
 
@@ -378,6 +428,12 @@ class LogAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, None]:
         """Attend from this rank's tokens to those of all ranks."""
         self._check_inputs(query, key, value, key_padding_mask)
+        if self.head_mesh is not None:
+            self._check_across_heads(key_padding_mask, None, need_weights)
+            if self.training and self.dropout:
+                raise ValueError(
+                    f"dropout must be 0 with context_parallel and HeadParallel, got {self.dropout}: they share a seed"
+                )
         if need_weights:
             raise ValueError("need_weights must be False with context_parallel, got True: no rank holds the weights")
         if attn_mask is not None and not is_causal:
@@ -428,6 +484,7 @@ class LogAttention(nn.MultiheadAttention):
         is_causal: bool,
         context_length: int | Tensor | None,
         dropout_p: float,
+        dropout_seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the definition, with any mask; return out and the weights (B, num_heads, L, S) in the dtype of q."""
         batch = q.shape[0]
@@ -441,7 +498,6 @@ class LogAttention(nn.MultiheadAttention):
             key_bias = torch.zeros(key_bias.shape, device=q.device).masked_fill(key_bias, -torch.inf)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
-        dropout_p, dropout_seed = checks.resolve_dropout(dropout_p, None, q)
         values = PositionValues() if self.position is None else self.position(q.device)
         options = Options(
             **values._asdict(),
@@ -463,14 +519,21 @@ class LogAttention(nn.MultiheadAttention):
         """Return q (B, num_heads, L, head_dim), and k and v (B, num_kv_heads, S, head_dim): views, not copies."""
         kv_dim = self.num_kv_heads * self.head_dim
         sizes = [self.embed_dim, kv_dim, kv_dim]
-        packed, bias = self.in_proj_weight, self.in_proj_bias
+        packed: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        separate: Sequence[Any] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.head_mesh is not None:
+            from logpe.tensor_parallel import rows_of_heads, share
+
+            packed, bias = (None if x is None else rows_of_heads(x, sizes) for x in (packed, bias))
+            separate = [None if x is None else x.to_local() for x in separate]
+            sizes = [size // self.head_mesh.size() for size in sizes]
+            shared = {id(x): share(x, self.head_mesh) for x in (query, key, value)}
+            query, key, value = (shared[id(x)] for x in (query, key, value))
         if packed is not None and query is key and key is value:
             projected: Sequence[Tensor] = F.linear(query, packed, bias).split(sizes, -1)
         else:
-            if packed is not None:
-                weights: Sequence[Tensor] = packed.split(sizes)
-            else:
-                weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            weights = separate if packed is None else packed.split(sizes)
             biases = (None, None, None) if bias is None else bias.split(sizes)
             inputs = query, key, value
             projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
@@ -490,10 +553,22 @@ class LogAttention(nn.MultiheadAttention):
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Append the learned key or value, and that of zeros, to x (B, num_kv_heads, S, head_dim)."""
+        if bias is not None and self.head_mesh is not None:
+            bias = bias.to_local()  # type: ignore[attr-defined]
         appended = [] if bias is None else [bias.to(x.dtype).view(1, -1, 1, self.head_dim)]
         if self.add_zero_attn:
             appended.append(x.new_zeros(1, 1, 1, 1))
         return torch.cat([x, *(row.expand(*x.shape[:2], 1, self.head_dim) for row in appended)], dim=2)
+
+    def _check_across_heads(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, need_weights: bool
+    ) -> None:
+        """Refuse what no rank knows, for each has some heads alone."""
+        if need_weights:
+            raise ValueError("need_weights must be False with HeadParallel, got True: no rank holds the weights")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if _requires_grad(mask):
+                raise ValueError(f"{name} must not require a gradient with HeadParallel: no rank has all of it")
 
     def _check_inputs(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
@@ -501,6 +576,7 @@ class LogAttention(nn.MultiheadAttention):
         """Return L, S and B, which is 1 if unbatched."""
         inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         for name, x, size in inputs:
+            checks.check_local(name, x)
             if x.is_nested:
                 raise ValueError(
                     f"{name} must not be a nested tensor, unless it is key and value too, strided, with batch_first "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from logpe import eager
 from logpe.checks import check_dense, check_number, plain_bool, plain_float, plain_int, plain_value
 from logpe.reference import PositionValues, device_of_angles, inverse_frequencies, log_map
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: The parts that each preset switches on. ``query_gain=True`` adds alpha to any of them.
 PRESET_PARTS: dict[str, tuple[str, ...]] = {
@@ -162,6 +165,7 @@ class LogPosition(nn.Module):
     raw_rate: nn.Parameter | None
     raw_sharpness: nn.Parameter | None
     raw_alpha: nn.Parameter | None
+    head_mesh: DeviceMesh | None = None  # also of modules pickled before there was one
 
     def __init__(
         self,
@@ -293,6 +297,35 @@ class LogPosition(nn.Module):
         """The angle of each rotated plane per unit of f_c, float64 (planes,). None if absent."""
         return self().theta
 
+    # --- heads that lie across processes
+
+    @property
+    def local_heads(self) -> int:
+        """The number of heads whose values this process gets: num_heads, or its share of them."""
+        return self.num_heads if self.head_mesh is None else self.num_heads // self.head_mesh.size()
+
+    def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
+        """Share out the heads among the ranks of ``mesh``, as :class:`logpe.HeadParallel` does.
+
+        Args:
+            source: the rank of the mesh whose values count. None: every rank has them already.
+
+        Raises:
+            ValueError: the ranks do not divide num_heads, or the heads are shared out in another way.
+        """
+        from torch.distributed.tensor import Shard
+
+        from logpe.tensor_parallel import check_heads, distribute
+
+        if self.head_mesh is not None:
+            if self.head_mesh != mesh:
+                raise ValueError("the heads of a LogPosition must be shared out once, got another mesh for them")
+            return  # many layers may share it
+        check_heads(mesh, num_heads=self.num_heads)
+        distribute(self, {f"raw_{name}": Shard(0) for name in LEARNABLE_PARTS}, mesh, source)
+        self.head_mesh = mesh
+        self._mark()
+
     # --- values
 
     @property
@@ -316,7 +349,7 @@ class LogPosition(nn.Module):
         return mapped(self.raw_alpha)
 
     def forward(self, device: torch.device | None = None) -> PositionValues:
-        """Return the mapped values, differentiable in the raw parameters.
+        """Return the mapped values, differentiable in the raw parameters: those of this rank's heads.
 
         Args:
             device: where theta is wanted; by default the device of the parameters.
@@ -326,6 +359,11 @@ class LogPosition(nn.Module):
             power, rate, sharpness, alpha = raw["raw_power"], raw["raw_rate"], raw["raw_sharpness"], raw["raw_alpha"]
         except KeyError:  # parametrizations, pruning, sharders and DataParallel keep them elsewhere
             power, rate, sharpness, alpha = self.raw_power, self.raw_rate, self.raw_sharpness, self.raw_alpha
+        if self.head_mesh is not None:
+            power, rate, sharpness, alpha = (
+                None if raw is None else raw.to_local()  # type: ignore[attr-defined]
+                for raw in (power, rate, sharpness, alpha)
+            )
         theta = self._theta
         if theta is not None:
             if device is None:

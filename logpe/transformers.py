@@ -74,6 +74,15 @@ from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, plain_options
 from logpe.reference import PositionValues
 
+try:
+    from transformers.distributed.tensor_parallel import (
+        ALL_PARALLEL_STYLES,
+        TensorParallelLayer,
+        replace_layer_number_by_wildcard,
+    )
+except ImportError:  # an earlier Transformers: positions of all heads, which attention with fewer refuses
+    TensorParallelLayer = object
+
 #: Values of ``config.model_type`` that can be converted.
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 #: The name under which Transformers knows our attention, and the masks that go with it.
@@ -129,6 +138,11 @@ def use_log_position(
         raise ValueError(f"model has log positions already: {model.config.log_position}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model must not have weights on the meta device: convert it before it is offloaded")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            "model must not have its heads across processes: convert and save it in one, and load it with "
+            "from_pretrained and a distributed_config"
+        )
     for name in ("num_heads", "head_dim", "device"):
         if name in position_options:
             raise ValueError(f"position_options must not hold {name}: a position has that of its layer")
@@ -168,13 +182,16 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
 
     Args:
         directory: the folder, or the name of a model on the Hub.
-        options: keywords of ``PreTrainedModel.from_pretrained``, such as ``dtype`` and ``device_map``.
+        options: keywords of ``PreTrainedModel.from_pretrained``, such as ``dtype`` and ``device_map``. With
+            ``distributed_config=DistributedConfig(tp_size=2)`` the positions lie across processes like the heads, if
+            Transformers has a plan for the model (not for GPT-2).
 
     Returns:
         The model, of the class it was saved from, in evaluation mode.
 
     Raises:
-        ValueError: there is no converted model, or its position parameters are missing or not positive and finite.
+        ValueError: there is no converted model, or its position parameters are missing or not positive and finite, or
+            the ranks of tensor parallelism do not divide the heads and the key heads.
     """
     if options.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code must be False: no code from a folder is run")
@@ -282,6 +299,10 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             base.wpe = _NoEmbedding()
         else:
             base.rotary_emb = _NoRotation(int(head_dim * _rotary_options(config, attentions[0])["rotary_fraction"]))
+    for owner in {model, base}:
+        if TensorParallelLayer is not object and owner._tp_plan:
+            rules = {replace_layer_number_by_wildcard(n) for n, m in owner.named_modules() if m in attentions}
+            owner._tp_plan = owner._tp_plan | dict.fromkeys(rules, IMPLEMENTATION)
     base.register_forward_pre_hook(functools.partial(_check_call, names), with_kwargs=True)
     own_config.log_position = plain
     own_config._attn_implementation = IMPLEMENTATION
@@ -433,6 +454,18 @@ def _left_padding(visible: Tensor | None, conditions: dict[str, Tensor]) -> int 
         return 0
     # Right padding needs no treatment: no real query comes after it.
     return (visible.cumsum(-1) == 0).sum(-1, dtype=torch.int32).flatten()
+
+
+class _HeadStyle(TensorParallelLayer):
+    """Share out the positions of an attention whose heads Transformers shares out."""
+
+    def install_forward(self, module: Any, mesh: Any) -> Any:
+        from logpe.tensor_parallel import check_heads
+
+        numbers = {name: getattr(module.config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+        check_heads(mesh, **{name: heads for name, heads in numbers.items() if heads is not None})
+        getattr(module, "_log_position_owner", module).log_position.shard_heads(mesh, None)
+        return module
 
 
 class _NoRotation(nn.Module):
@@ -649,4 +682,6 @@ def _require(conditions: dict[str, Tensor], also: Tensor | None = None) -> bool:
 
 AttentionInterface.register(IMPLEMENTATION, log_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, log_position_mask)
+if TensorParallelLayer is not object:
+    ALL_PARALLEL_STYLES.register(IMPLEMENTATION, _HeadStyle())
 _register()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from logpe.distributed import ContextParallel
 from logpe.files import load_tensors, save_tensors, write_whole
 from logpe.module import HeadNorm
 from logpe.position import ROTATION, LogPosition
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 EMBEDDING_STD = 0.25  # of what enters the first block
 
@@ -51,10 +54,35 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = (head_norm(shape.dim // shape.heads) for _ in range(2))
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
         self.context_parallel: ContextParallel | None = None
+        self.head_mesh: DeviceMesh | None = None
+
+    def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
+        """Share out the heads among the ranks of ``mesh``: see :class:`logpe.HeadParallel`."""
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+        from logpe.tensor_parallel import check_heads, distribute
+
+        if self.head_mesh is not None:
+            raise ValueError("the heads of an Attention must be shared out once, got a mesh for them again")
+        check_heads(mesh, heads=self.heads)
+        for module in (self.position, self.query_norm, self.key_norm):
+            if isinstance(module, LogPosition | HeadNorm):
+                module.shard_heads(mesh, source)
+        distribute(self.qkv, {"weight": Shard(0)}, mesh, source)
+        parallelize_module(self.out, mesh, RowwiseParallel(), src_data_rank=source)
+        self.head_mesh = mesh
 
     def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (B, H, last or N, D), k and v (B, H, N, D) of x (B, N, dim)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """Return q (B, H, last or N, D), k and v (B, H, N, D) of x (B, N, dim), with this rank's heads."""
+        if self.head_mesh is None:
+            projected = self.qkv(x)
+        else:
+            from logpe.tensor_parallel import rows_of_heads, share
+
+            weight = rows_of_heads(self.qkv.weight, 3 * [self.qkv.in_features])
+            projected = F.linear(share(x, self.head_mesh), weight)
+        q, k, v = projected.unflatten(-1, (3, -1, self.qkv.in_features // self.heads)).permute(2, 0, 3, 1, 4)
         return self.query_norm(q if last is None else q[:, :, -last:]), self.key_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
