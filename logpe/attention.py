@@ -148,8 +148,6 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         key_start=key_start,
         window_left=left,
         window_right=right,
-        max_seqlen_q=num_queries,
-        max_seqlen_k=num_keys,
         rotary_scale=values.rotary_scale,
         gain_length=values.gain_length,
         scale=checks.resolve_scale(scale, head_dim),

@@ -100,7 +100,7 @@ def test_default_table_has_every_kernel_on_every_target() -> None:
 
 
 def sass(code: str) -> str:
-    """As cuobjdump prints it: an instruction a line; "name:" is a label, whose address stands where it is named."""
+    """Return code as cuobjdump prints it. "name:" is a label; where it is named, its address stands."""
     lines = [line.strip() for line in code.strip().splitlines()]
     addresses: dict[str, str] = {}
     text: list[str] = []
@@ -211,7 +211,7 @@ def test_warp_specialised_consumers() -> None:
 
 
 def test_products_without_a_shape() -> None:
-    """Of tcgen05 and of float32: exponentials and multiply-adds count tiles; their surplus is no tile."""
+    """Code with tcgen05 or float32 products: exponentials and multiply-adds count tiles; their surplus is no tile."""
     product = "UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR9], tmem[UR52], idesc[UR53], UPT"
     rescale = "\n".join(["rescale:", "MUFU.EX2 R1, R1", "@P0 BRA rescale"])
     code = "\n".join([rescale, "loop:", body(16, 1, 3, product), "MUFU.EX2 R7, R7", "@P0 BRA loop", "EXIT"])

@@ -288,7 +288,7 @@ def test_few_queries_over_many_keys_come_here(monkeypatch: pytest.MonkeyPatch, d
 
 
 def test_out_and_lse_serve_the_ordinary_backward(device: torch.device) -> None:
-    """As it is chosen: the shipped tiles and splits."""
+    """Check decoding with the shipped tiles and splits."""
     check(make_call(1, 4, 2, 2, 530, 16, preset="log-rotary-bias", device=device, is_causal=True))
 
 

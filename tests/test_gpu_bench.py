@@ -139,7 +139,7 @@ def test_statuses(tmp_path, monkeypatch, capsys):
 
 
 def test_all_parts_in_tiny_sizes(tmp_path):
-    """As a user starts it: the processes, the files, the table."""
+    """Run it as a user starts it: the processes, the files, the table."""
     command = [sys.executable, "-m", "bench", "gpu", "--cpu", "--minutes", "6", "--out", str(tmp_path / "folder")]
     paths = {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "kernels")])}
     done = subprocess.run(command, cwd=gpu.ROOT, env=os.environ | paths, capture_output=True, text=True, timeout=600)

@@ -685,7 +685,7 @@ def test_results_are_laid_out_like_their_inputs(preset: str, device: torch.devic
 
 
 def test_tensors_that_start_elsewhere(device: torch.device) -> None:
-    """Of one shape, one after the other: at multiples of 16 bytes and not, which is what a kernel is compiled for."""
+    """Run calls at multiples of 16 bytes and elsewhere, which is what a kernel is compiled for."""
     call = make_call(1, 2, 1, 33, 33, 16, dtype=torch.float16, device=device, is_causal=True)
 
     def shifted(x: Tensor, offset: int) -> Tensor:

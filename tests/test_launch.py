@@ -593,7 +593,7 @@ def test_other_tiles_are_another_plan(repeated: Driver) -> None:
 
 
 def test_a_changing_position_is_no_new_layout(repeated: Driver) -> None:
-    """As in decoding with a cache of one size: the memory does not grow, nor is Triton asked."""
+    """Decode with a cache of one size: the memory does not grow, nor is Triton asked."""
     arguments, options = dense((1, HEADS, 1, HEAD_DIM), num_keys=1024)
     lengths = torch.tensor([1])
     with torch.no_grad():
@@ -615,7 +615,7 @@ def test_layouts_do_not_fill_the_memory(repeated: Driver, monkeypatch: pytest.Mo
 
 
 def test_threads_that_call_at_once_share_the_plan(repeated: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several layouts, made once each while other threads clear the memory, fill it and read it."""
+    """Look for plans of several layouts, made once each while other threads clear the memory, fill it and read it."""
     made: list[Any] = []
     make = plan.Plan.__init__
 

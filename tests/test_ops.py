@@ -44,7 +44,7 @@ BACKENDS = ["blocked", pytest.param("triton", marks=interpreted)]
 
 @pytest.fixture(autouse=True)
 def poison() -> None:
-    """Off: the compiler has its own use of torch.empty."""
+    """Switch poisoning off: the compiler has its own use of torch.empty."""
 
 
 @pytest.fixture(autouse=True)

@@ -258,7 +258,7 @@ def test_answer_is_found_by_a_plain_search(name, length):
 
 
 def test_short_prompts_come_often_and_many():
-    """As many bytes in every step, lengths uniform in their logarithm; never longer than the training length."""
+    """Check that batches have as many bytes in every step, of lengths uniform in their logarithm, none too long."""
     job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
     shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
     lengths = sorted(length - 1 for _, length in shapes)

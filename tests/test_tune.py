@@ -432,7 +432,7 @@ def compare(task: Task, config: Config, device: torch.device) -> Comparison | st
 def test_right_candidates_are_timed(kernel: str, dtype: str, preset: str, device: torch.device) -> None:
     task = Task(kernel, dtype, 16, preset, preset != "none", 40, 1, 2, 1)
     assert compare(task, Config(16, 64, 4, 1), device) == Comparison(6.4, 3.2)
-    assert configs._override == {}
+    assert configs.overrides == {}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -442,7 +442,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict[s
 
     def spoiled(inputs: trial.Inputs) -> dict[str, torch.Tensor]:
         results = run(inputs)
-        if configs._override[kernel].BLOCK_N == 64:
+        if configs.overrides[kernel].BLOCK_N == 64:
             change(results)
         return results
 

@@ -368,7 +368,7 @@ def compile_case(
         kernels: names of those wanted, None for all.
         table: a file of configurations to use in place of the shipped ones.
     """
-    from logpe_kernels import configs
+    from logpe_kernels import configs, plan
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -396,18 +396,13 @@ def compile_case(
             row.error = f"{type(error).__name__}: {str(error).strip()[-500:]} {complaint()}".strip()
             rows[str(row), preset] = row
 
-    def forget() -> None:
-        for function in vars(configs).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
-
     with ExitStack() as stack:
-        stack.callback(forget)
+        stack.callback(plan.clear)
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(configs, "target_of", return_value=case.target))
         if table is not None:
             stack.enter_context(mock.patch.object(configs, "TABLE", table))
-        forget()
+        plan.clear()
         driver.set_active(Driver(case.target))
         for preset in case.presets:
             call(case, preset)

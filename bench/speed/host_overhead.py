@@ -79,19 +79,13 @@ def no_device() -> Iterator[None]:
     def target(device: torch.device) -> str:
         return "sm_90"
 
-    def forget() -> None:
-        plan.clear()
-        for function in vars(configs).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
-
     with contextlib.ExitStack() as stack:
-        stack.callback(forget)
+        stack.callback(plan.clear)
         stack.callback(driver.set_active, driver._active)
         stack.enter_context(mock.patch.object(ops, "why_not_triton", nothing))
         stack.enter_context(mock.patch.object(configs, "target_of", target))
         driver.set_active(NoDevice())
-        forget()
+        plan.clear()
         yield
 
 

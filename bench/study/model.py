@@ -84,6 +84,12 @@ OPTIONS = {
     "base=B": "plane p of P turns by B^(-p / P) per position",
     "power=A, power=A:B, and so with rate, sharpness, alpha": "initial value, of the first and of the last head",
 }
+FLAGS: dict[str, dict[str, Any]] = {  # fields of Encoding that options without a value set
+    "gain": dict(query_gain=True),
+    "logit-gain": dict(query_gain=True, gain_on_bias=True),
+    "shared": dict(shared=True),
+    "qk-norm": dict(qk_norm=True),
+}
 
 
 def encoding(name: str, train_length: int) -> Encoding:
@@ -103,14 +109,8 @@ def encoding(name: str, train_length: int) -> Encoding:
             numbers = [float(x) for x in value.split(":")] if value else []
         except ValueError:
             numbers = []
-        if option == "gain":
-            chosen = replace(chosen, query_gain=True)
-        elif option == "logit-gain":
-            chosen = replace(chosen, query_gain=True, gain_on_bias=True)
-        elif option == "shared":
-            chosen = replace(chosen, shared=True)
-        elif option == "qk-norm":
-            chosen = replace(chosen, qk_norm=True)
+        if option in FLAGS:
+            chosen = replace(chosen, **FLAGS[option])
         elif key == "rotary" and len(numbers) == 1:
             chosen = replace(chosen, rotary=numbers[0])
         elif key == "base" and len(numbers) == 1 and numbers[0] > 1:

@@ -189,10 +189,10 @@ def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool 
     """
     if target == "cpu":
         return KERNELS[kernel]
-    found = _table()[target][kernel][str(min(itemsize, 4))][str(padded(head_dim))]
-    if isinstance(found, dict) and "light" in found:
-        found = found["heavy" if heavy else "light"]
-    return make_config(kernel, found)
+    entry = _table()[target][kernel][str(min(itemsize, 4))][str(padded(head_dim))]
+    if isinstance(entry, dict) and "light" in entry:
+        entry = entry["heavy" if heavy else "light"]
+    return make_config(kernel, entry)
 
 
 def padded(head_dim: int) -> int:
@@ -408,6 +408,15 @@ def choose(kernel: str, traits: Traits) -> Choice:
     config = shipped(kernel, target, traits.itemsize, traits.head_dim, traits.heavy)
     why = "".join(f", nothing like it in {path}" for path in used)
     return Choice(config, TABLE, f"for {target}{why}")
+
+
+_CACHED = target_of, name_of, shared_memory, _table, entry, files, choose
+
+
+def forget() -> None:
+    """Forget what was read of devices and files."""
+    for function in _CACHED:
+        function.cache_clear()
 
 
 overrides: dict[str, Any] = {}  # what :func:`override` sets, by kernel

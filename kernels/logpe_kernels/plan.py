@@ -54,16 +54,16 @@ def find(key: Hashable, make: Callable[[], Made]) -> Made:
     """Return what is remembered under a key; if there is nothing yet, make it, once for all threads that ask."""
     if key is None:
         return make()
-    found = _plans.get(key)
-    if found is None:
+    known = _plans.get(key)
+    if known is None:
         with _lock:
-            found = _plans.get(key)
-            if found is None:
-                found = make()
+            known = _plans.get(key)
+            if known is None:
+                known = make()
                 if len(_plans) >= MOST_PLANS:
                     _plans.clear()
-                _plans[key] = found
-    return found
+                _plans[key] = known
+    return known
 
 
 def count() -> int:
@@ -72,8 +72,9 @@ def count() -> int:
 
 
 def clear() -> None:
-    """Forget all plans."""
+    """Forget all plans, and what was read of devices and of files of configurations."""
     _plans.clear()
+    configs.forget()
 
 
 def cdiv(a: int, b: int) -> int:
