@@ -15,6 +15,7 @@ The shapes in docstrings are made of these letters:
 
 from logpe.attention import log_attention, log_attention_varlen, merge_partials, rotate
 from logpe.cache import KVCache, PagedKVCache
+from logpe.distributed import ContextParallel
 from logpe.module import LogAttention, replace_attention
 from logpe.position import PRESETS, LogPosition, LogSinusoid, parameter_groups, position_parameters
 from logpe.reference import PositionValues
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "ContextParallel",
     "KVCache",
     "LogAttention",
     "LogPosition",

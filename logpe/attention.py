@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from logpe_kernels.options import Options
@@ -14,6 +14,9 @@ from logpe import checks, ops, reference
 from logpe.checks import Window
 from logpe.position import LogPosition, Position, values_of
 from logpe.reference import PositionValues
+
+if TYPE_CHECKING:
+    from logpe.distributed import ContextParallel
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
 
@@ -44,6 +47,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     return_lse: bool = False,
     backend: str = "auto",
     validate: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention whose sense of position is logarithmic, otherwise like ``F.scaled_dot_product_attention``.
 
@@ -82,6 +86,9 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         backend: "auto" takes "triton" on a GPU and "blocked" on the CPU. "reference" is the eager definition: it holds
             the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
         validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
+        context_parallel: how the tokens lie across processes. q, k, v and key_mask, and what is returned, are then
+            those of this rank's tokens. All other arguments are those of the whole sequences, the same on every rank.
+            There may be no block_table. See :class:`ContextParallel`, also for the gradients.
 
     Returns:
         out: (B, Hq, Nq, Dv), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
@@ -91,7 +98,15 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
         RuntimeError: the chosen backend cannot run here, or ``torch.jit.trace`` is tracing the call.
     """
-    q, k, v = _autocast(q, k, v)
+    if context_parallel is not None:
+        result = _context_parallel(
+            context_parallel, q, k, v, position, is_causal=is_causal, query_start=query_start, key_start=key_start,
+            key_lengths=key_lengths, key_mask=key_mask, block_table=block_table, window=window, scale=scale,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context_length=context_length, backend=backend,
+            validate=validate,
+        )  # fmt: skip
+        return result if return_lse else result[0]
+    q, k, v = autocast(q, k, v)
     values = values_of(position, q)
     left, right = checks.resolve_window(window, is_causal)
     key = None
@@ -186,6 +201,7 @@ def log_attention_varlen(  # type: ignore[misc]
     return_lse: bool = False,
     backend: str = "auto",
     validate: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run :func:`log_attention` on packed sequences, like ``flash_attn_varlen_func``.
 
@@ -202,7 +218,15 @@ def log_attention_varlen(  # type: ignore[misc]
     Returns:
         out: (total_q, Hq, Dv). lse: (Hq, total_q).
     """
-    q, k, v = _autocast(q, k, v)
+    if context_parallel is not None:
+        result = _context_parallel(
+            context_parallel, q, k, v, position, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, is_causal=is_causal, query_start=query_start,
+            key_start=key_start, window=window, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            context_length=context_length, backend=backend, validate=validate,
+        )  # fmt: skip
+        return result if return_lse else result[0]
+    q, k, v = autocast(q, k, v)
     values = values_of(position, q)
     (_, heads, head_dim), *_ = checks.check_tensors(3, q=q, k=k, v=v)
     same_lengths = cu_seqlens_q is cu_seqlens_k
@@ -343,6 +367,15 @@ for _function in (log_attention, log_attention_varlen, rotate, merge_partials):
     )
 
 
+def _context_parallel(
+    parallel: ContextParallel, q: Tensor, k: Tensor, v: Tensor, position: Position, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Return out and lse of this rank's queries, from its tokens and all other arguments."""
+    from logpe.context_parallel import attend  # here, because it calls the functions above for each part
+
+    return attend(parallel, q, k, v, position, options)
+
+
 # --- running ------------------------------------------------------------------------------------------------
 
 
@@ -421,7 +454,7 @@ def _key_of(
 # --- checks, and defaults filled in ---------------------------------------------------------------------------
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Return q, k and v in the dtype of autocast, if that is on."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from logpe.attention import log_attention, rotate
 from logpe.checks import PAGE_SIZES, check_dense, per_sequence, plain_int
+from logpe.distributed import ContextParallel
 from logpe.position import LogPosition, Position
 from logpe.reference import PositionValues
 
@@ -48,6 +49,11 @@ class KVCache:
             exist, which is how to describe left padding: ``-padding``.
         value_dim: size of one head of the values, Dv; by default head_dim.
         dtype, device: those of the keys and values; torch's defaults.
+        context_parallel: let the cache of one long prompt lie across processes, ``capacity`` tokens of it on each. The
+            first call of ``attend`` then takes this rank's tokens of the prompt, as ``context_parallel.shard`` gives
+            them. Later calls take the next tokens, the same on every rank, and return the same bits on every rank: each
+            attends over the keys that it holds, and the results are merged by lse, without a gradient. One rank after
+            another stores new tokens. All sequences have the same number of tokens; see ``key_start`` for padding.
 
     Attributes (none can be assigned: append, crop, reset and reorder change what a cache holds):
         k, v: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), the keys rotated.
@@ -70,7 +76,13 @@ class KVCache:
         value_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> None:
+        if context_parallel is not None and not isinstance(context_parallel, ContextParallel):
+            name = type(context_parallel).__name__
+            raise TypeError(f"context_parallel must be a ContextParallel or None, got {name}")
+        self.context_parallel = context_parallel
+        self._placed: list[tuple[int, int, int]] = []  # rank, first token and number of tokens, rising on each rank
         self.batch_size = plain_int("batch_size", batch_size)
         self.num_kv_heads = num_kv_heads = plain_int("num_kv_heads", num_kv_heads)
         self.capacity = plain_int("capacity", capacity)
@@ -118,6 +130,8 @@ class KVCache:
         Raises:
             TypeError, ValueError: a bad argument, or no room. The cache is left as it was.
         """
+        if self.context_parallel is not None:
+            raise ValueError("append must not be called with context_parallel: attend stores tokens, too")
         counts = self._check_tokens(k, v, lengths)
         ends = [length + count for length, count in zip(self._host_lengths, counts, strict=True)]
         with torch.no_grad():
@@ -167,8 +181,20 @@ class KVCache:
         Raises:
             TypeError, ValueError: a bad argument, or no room. The cache is left as it was.
         """
-        self._check_queries(q, k)
         held = self._host_lengths
+        if self.context_parallel is not None:
+            options = dict(scale=scale, context_length=context_length, backend=backend, validate=validate)
+            with self.context_parallel.together():
+                if lengths is not None or key_mask is not None:
+                    name = "key_mask" if lengths is None else "lengths"
+                    raise ValueError(f"{name} must be None with context_parallel: key_start says left padding")
+                try:
+                    result = self._attend_across(self.context_parallel, q, k, v, options)
+                except Exception:
+                    self._crop(held)
+                    raise
+            return result if return_lse else result[0]
+        self._check_queries(q, k)
         first = self.append(k, v, lengths)
         values = self.position(q.device) if isinstance(self.position, LogPosition) else self.position
         try:
@@ -191,6 +217,102 @@ class KVCache:
         except Exception:  # a bad option: take the tokens back
             self._crop(held)
             raise
+
+    def _attend_across(
+        self, parallel: ContextParallel, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return out and lse, and store the tokens."""
+        held, is_prompt = self._host_lengths[0], not self._placed
+
+        def describe() -> tuple[dict[str, Any], int]:
+            self._check_queries(q, k)
+            self._check_tokens(k, v, None)
+            same: dict[str, Any] = {"capacity": self.capacity, "the tokens held": held}
+            if not is_prompt:
+                same["the number of new tokens"] = k.shape[2]
+            return same, k.shape[2]
+
+        counts = parallel.agree(describe)
+        if is_prompt:
+            counts = list(parallel.check_counts("k", counts))
+            placed = [
+                (rank, first, end - first)
+                for rank in range(parallel.size)
+                for first, end in parallel.spans(sum(counts), rank)
+            ]
+            if max(counts) > self.capacity:
+                raise ValueError(
+                    f"the cache is full: {max(counts)} tokens on a rank, and its capacity is {self.capacity}"
+                )
+        else:
+            placed = self._place(parallel, held, k.shape[2])
+        options |= dict(is_causal=True, window=(self.window, None), return_lse=True)
+        result = None
+        if is_prompt:
+            start = self._key_start
+            result = log_attention(
+                q, k, v, self.position, query_start=start, key_start=start, context_parallel=parallel, **options
+            )
+        self._store(parallel, k, v, placed, held)
+        self._placed = placed
+        self._host_lengths = [sum(count for *_, count in placed)] * self.batch_size
+        first = self._key_start + held
+        self._lengths.fill_(self._host_lengths[0])
+        if result is not None:
+            return result
+        with torch.no_grad():
+            values = self.position(q.device) if isinstance(self.position, LogPosition) else self.position
+            q, plain = rotate(q, values, first), values if values is None else values.unrotated()
+            own = [(token, count) for rank, token, count in placed if rank == parallel.rank]
+            parts: list[Any] = []
+            row = 0
+            for token, count in own or [(0, 0)]:
+                held_k, held_v = (x[:, :, row : row + count] for x in (self.k, self.v))
+                starts = dict(query_start=first, key_start=self._key_start + token)
+                parts.append(log_attention(q, held_k, held_v, plain, **starts, **options))
+                row += count
+            return parallel.merge(parts)
+
+    def _place(self, parallel: ContextParallel, held: int, count: int) -> list[tuple[int, int, int]]:
+        """Return who holds what after ``count`` more tokens: the rank that stored the last one goes on while it can."""
+        placed = list(self._placed)
+        room = [self.capacity - sum(n for owner, _, n in placed if owner == rank) for rank in range(parallel.size)]
+        if count > sum(room):
+            raise ValueError(
+                f"the cache is full: {held + count} tokens, and its capacity is {self.capacity} on each rank"
+            )
+        while count > 0:
+            last = max(range(len(placed)), key=lambda n: placed[n][1])
+            owner, first, number = placed[last]
+            if room[owner] > 0:
+                taken = min(count, room[owner])
+                placed[last] = owner, first, number + taken
+            else:
+                owner = room.index(max(room))
+                taken = min(count, room[owner])
+                placed.append((owner, held, taken))
+            room[owner] -= taken
+            held, count = held + taken, count - taken
+        return placed
+
+    @torch.no_grad()
+    def _store(
+        self, parallel: ContextParallel, k: Tensor, v: Tensor, placed: list[tuple[int, int, int]], held: int
+    ) -> None:
+        """Write what this rank is to hold of the tokens from ``held`` on; of a prompt, k and v are its own tokens."""
+        row, given = 0, 0
+        for rank, first, count in placed:
+            if rank != parallel.rank:
+                continue
+            new = max(first, held)
+            count_new = first + count - new
+            if count_new > 0:
+                begin = given if held == 0 else new - held
+                place = slice(row + new - first, row + count)
+                self.k[:, :, place] = rotate(k[:, :, begin : begin + count_new], self.position, self._key_start + new)
+                self.v[:, :, place] = v[:, :, begin : begin + count_new]
+                given += count_new
+            row += count
 
     def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Forget all tokens after the first ``lengths`` of each sequence, as if they had never come.
@@ -223,6 +345,7 @@ class KVCache:
         self._set_start(key_start)
         self._lengths.zero_()
         self._host_lengths = [0] * self.batch_size
+        self._placed = []
 
     def reorder(self, beam_idx: Sequence[int] | Tensor) -> None:
         """Let each sequence b go on from what sequence beam_idx[b] holds.
@@ -262,6 +385,11 @@ class KVCache:
 
     def _crop(self, ends: list[int]) -> None:
         """Forget what comes after these lengths, or raise ValueError and change nothing."""
+        if self.context_parallel is not None:
+            if len(set(ends)) > 1:
+                raise ValueError(f"lengths must be the same for all sequences with context_parallel, got {ends}")
+            kept = ((rank, first, min(count, ends[0] - first)) for rank, first, count in self._placed)
+            self._placed = [(rank, first, count) for rank, first, count in kept if count > 0]
         self._host_lengths = ends
         self._lengths.copy_(torch.tensor(ends, dtype=torch.int32))
 
@@ -338,6 +466,8 @@ class PagedKVCache(KVCache):
     """
 
     def __init__(self, *args: Any, page_size: int = 64, num_pages: int | None = None, **options: Any) -> None:
+        if options.get("context_parallel") is not None:
+            raise ValueError("context_parallel must be None for a PagedKVCache: pages lie in one process")
         if not _is_int(page_size) or page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}")
         self.page_size, self._num_pages = page_size, None if num_pages is None else plain_int("num_pages", num_pages)

@@ -20,6 +20,7 @@ from torch.fx.proxy import Proxy, TraceError
 from logpe import checks, reference
 from logpe.attention import log_attention
 from logpe.checks import plain_bool, plain_float, plain_int
+from logpe.distributed import ContextParallel
 from logpe.position import LogPosition, refuse_scripting
 from logpe.reference import PositionValues
 
@@ -56,6 +57,8 @@ class LogAttention(nn.MultiheadAttention):
             unless the model ensures them in another way.
         position_options: more keywords for the LogPosition that a preset name builds, such as
             ``{"query_gain": True}``.
+        context_parallel: attend across processes. Inputs, key_padding_mask and output are then those of this rank's
+            tokens, and ``need_weights`` must be False. See :class:`ContextParallel`. The attribute may be set later.
 
     ``add_bias_kv`` and ``add_zero_attn`` append keys that have no position: they need ``position=None``.
 
@@ -74,6 +77,7 @@ class LogAttention(nn.MultiheadAttention):
     q_norm: nn.RMSNorm | None
     k_norm: nn.RMSNorm | None
     query_start: int | Tensor | None
+    context_parallel: ContextParallel | None = None  # also of modules pickled before there was one
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class LogAttention(nn.MultiheadAttention):
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
         position_options: Mapping[str, Any] | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> None:
         embed_dim, num_heads = plain_int("embed_dim", embed_dim), plain_int("num_heads", num_heads)
         if embed_dim % num_heads:
@@ -109,10 +114,16 @@ class LogAttention(nn.MultiheadAttention):
         if num_kv_heads != num_heads:
             self._shrink_kv(num_kv_heads * self.head_dim)
             self._qkv_same_embed_dim = False  # it would promise one weight of 3 * embed_dim rows
-        self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm)
+        self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm, context_parallel)
 
     @classmethod
-    def _from_plain(cls, plain: nn.MultiheadAttention, position: LogPosition | None, qk_norm: bool) -> LogAttention:
+    def _from_plain(
+        cls,
+        plain: nn.MultiheadAttention,
+        position: LogPosition | None,
+        qk_norm: bool,
+        context_parallel: ContextParallel | None,
+    ) -> LogAttention:
         """Return a LogAttention that holds the very parameters, output projection and hooks of ``plain``."""
         attention = cls.__new__(cls)
         attention.__dict__.update(plain.__dict__)
@@ -121,10 +132,16 @@ class LogAttention(nn.MultiheadAttention):
         attention.__dict__.pop("_compiled_call_impl", None)
         if not plain._forward_pre_hooks:  # a shared dict would put our hook on ``plain``, too: no fused inference
             attention._forward_pre_hooks = OrderedDict()
-        attention._extend(plain.num_heads, position, qk_norm)
+        attention._extend(plain.num_heads, position, qk_norm, context_parallel)
         return attention
 
-    def _extend(self, num_kv_heads: int, position: LogPosition | None, qk_norm: bool) -> None:
+    def _extend(
+        self,
+        num_kv_heads: int,
+        position: LogPosition | None,
+        qk_norm: bool,
+        context_parallel: ContextParallel | None,
+    ) -> None:
         """Add what a ``nn.MultiheadAttention`` lacks."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -143,6 +160,14 @@ class LogAttention(nn.MultiheadAttention):
                 HeadNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
             )
         self.query_start = None
+        if context_parallel is not None:
+            if not isinstance(context_parallel, ContextParallel):
+                name = type(context_parallel).__name__
+                raise TypeError(f"context_parallel must be a ContextParallel or None, got {name}")
+            if self.bias_k is not None or self.add_zero_attn:
+                name = "add_zero_attn" if self.bias_k is None else "add_bias_kv"
+                raise ValueError(f"{name} must be False with context_parallel, got True: it appends a key of no rank")
+            self.context_parallel = context_parallel
         self._keep_forward()
 
     def _keep_forward(self) -> None:
@@ -236,6 +261,10 @@ class LogAttention(nn.MultiheadAttention):
                                average_attn_weights=average_attn_weights, is_causal=is_causal,
                                query_start=query_start, key_start=key_start)  # fmt: skip
                 return self._leaf(x, (query, key, value), options)
+        if self.context_parallel is not None:
+            with self.context_parallel.together():
+                masks = key_padding_mask, attn_mask
+                return self._attend_across(query, key, value, *masks, need_weights, is_causal, query_start, key_start)
         unmasked_self_attention = query is key and key is value and attn_mask is None and key_padding_mask is None
         if query.is_nested and unmasked_self_attention and self.batch_first and query.layout == torch.strided:
             return self._attend_nested(query, need_weights, average_attn_weights, is_causal, query_start, key_start)
@@ -287,9 +316,6 @@ class LogAttention(nn.MultiheadAttention):
             elif average_attn_weights:
                 weights = weights.mean(1)
         else:
-            key_mask = key_padding_mask
-            if key_mask is not None:
-                key_mask = _visible(key_mask) if key_mask.dtype == torch.bool else key_mask.detach()
             out = log_attention(
                 q,
                 k,
@@ -298,7 +324,7 @@ class LogAttention(nn.MultiheadAttention):
                 is_causal=is_causal,
                 query_start=query_start,
                 key_start=key_start,
-                key_mask=key_mask,
+                key_mask=_key_mask(key_padding_mask),
                 dropout_p=dropout_p,
                 context_length=context_length,
             )
@@ -337,6 +363,58 @@ class LogAttention(nn.MultiheadAttention):
             key_start=key_start,
         )
         return torch.nested.as_nested_tensor([o[: len(s)] for o, s in zip(out, sequences, strict=True)]), weights
+
+    def _attend_across(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+        is_causal: bool,
+        query_start: int | Tensor | None,
+        key_start: int | Tensor | None,
+    ) -> tuple[Tensor, None]:
+        """Attend from this rank's tokens to those of all ranks."""
+        self._check_inputs(query, key, value, key_padding_mask)
+        if need_weights:
+            raise ValueError("need_weights must be False with context_parallel, got True: no rank holds the weights")
+        if attn_mask is not None and not is_causal:
+            raise ValueError(
+                "attn_mask must be None with context_parallel, unless is_causal says that it is the causal one"
+            )
+        position = self.position if self.position is not None and self.position.parts else None
+        if key_padding_mask is not None:
+            if position is not None and "alpha" in position.parts and not is_causal:
+                raise ValueError(
+                    "key_padding_mask must be None with context_parallel and a query gain, without is_causal: no rank "
+                    "can count the keys"
+                )
+            key_padding_mask = key_padding_mask[None] if query.dim() == 2 else key_padding_mask
+        key_start = 0 if key_start is None else key_start
+        query_start = self.query_start if query_start is None else query_start
+        if query_start is None and is_causal:
+            query_start = key_start  # otherwise log_attention knows how many tokens there are
+        q, k, v = self._project(query, key, value)
+        out = log_attention(
+            q,
+            k,
+            v,
+            position,
+            is_causal=is_causal,
+            query_start=query_start,
+            key_start=key_start,
+            key_mask=_key_mask(key_padding_mask),
+            dropout_p=self.dropout if self.training else 0.0,
+            context_parallel=self.context_parallel,
+        )
+        out = out.transpose(1, 2).flatten(-2)  # (B, L, embed_dim)
+        if query.dim() == 2:
+            out = out[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out), None
 
     def _attend_slowly(
         self,
@@ -473,6 +551,7 @@ def replace_attention(
     share_position: bool = False,
     qk_norm: bool = False,
     position_options: Mapping[str, Any] | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> int:
     """Swap every ``nn.MultiheadAttention`` inside ``model`` for a :class:`LogAttention`, in place.
 
@@ -491,7 +570,7 @@ def replace_attention(
             ``self_attn``, like ``multihead_attn`` of ``nn.TransformerDecoderLayer``.
         share_position: share one set of position parameters among all layers of the same use (self or cross), shape
             and device. A given LogPosition is then used itself; otherwise each layer gets a copy.
-        qk_norm, position_options: see :class:`LogAttention`.
+        qk_norm, position_options, context_parallel: see :class:`LogAttention`.
 
     Returns:
         The number of swapped modules. 0 comes with a warning.
@@ -531,7 +610,7 @@ def replace_attention(
             made = shared[shared_by]
         else:
             made = _make_position(copy.deepcopy(chosen), plain, position_options)
-        swapped[plain] = LogAttention._from_plain(plain, made, qk_norm)
+        swapped[plain] = LogAttention._from_plain(plain, made, qk_norm, context_parallel)
         if cross and made is not None:
             swapped[plain].query_start = 0
     for parent, name, plain in places:
@@ -581,6 +660,13 @@ def _nothing(module: nn.Module, inputs: Any) -> None:
 def _visible(key_padding_mask: Tensor) -> Tensor:
     """Return which keys the mask does not hide, bool."""
     return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != -torch.inf
+
+
+def _key_mask(key_padding_mask: Tensor | None) -> Tensor | None:
+    """Return the mask as log_attention takes it."""
+    if key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+        return None if key_padding_mask is None else key_padding_mask.detach()
+    return _visible(key_padding_mask)
 
 
 def _why_slow(key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Tensor | None) -> str | None:

@@ -50,11 +50,12 @@ Continuing a model that was trained with RoPE
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +70,7 @@ from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import log_attention
 from logpe.checks import plain_bool
+from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, plain_options
 from logpe.reference import PositionValues
 
@@ -94,6 +96,7 @@ def use_log_position(
     *,
     share_position: bool = False,
     keep_positions: bool = False,
+    context_parallel: ContextParallel | None = None,
     **position_options: Any,
 ) -> Model:
     """Turn ``model`` into a log-position model, in place; the weights are kept.
@@ -107,6 +110,7 @@ def use_log_position(
         share_position: one LogPosition for all layers, not one for each. It becomes ``log_position`` of the base model.
         keep_positions: keep the model's own positions, rotary or learned. With preset ``none`` the model then computes
             what it did before. Not possible with a preset that rotates.
+        context_parallel: see :func:`set_context_parallel`.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
             ``rotary_fraction`` default to those of the model's own rotary embedding, without the scaling of its rope
             type (yarn, llama3 and so on). ``log-bias-rope`` has its own.
@@ -129,8 +133,34 @@ def use_log_position(
         if name in position_options:
             raise ValueError(f"position_options must not hold {name}: a position has that of its layer")
     settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions)
+    _check_context_parallel(context_parallel, settings)
     _install(model, settings | position_options)
+    set_context_parallel(model, context_parallel)
     return model
+
+
+def set_context_parallel(model: PreTrainedModel, context_parallel: ContextParallel | None) -> None:
+    """Let a converted model attend across processes, for training or for a prompt longer than one GPU holds.
+
+    Each rank then calls the model with its tokens, ``context_parallel.shard(input_ids, 1)``, and gets their logits.
+    Give it no attention_mask that hides tokens, no position_ids and no filled cache. A loss needs labels that were
+    shifted before they were sharded: Transformers takes them as ``shift_labels``. No setting of the config: set it
+    again after loading. For whose gradient is whose see :class:`logpe.ContextParallel`.
+
+    Args:
+        model: converted by :func:`use_log_position`, or loaded by :func:`from_pretrained`.
+        context_parallel: how the tokens lie across processes; None for one process.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or a model without log positions or with positions of its own.
+    """
+    settings = getattr(model.config, "log_position", None)
+    if settings is None:
+        raise ValueError("model must have log positions: convert it with use_log_position")
+    _check_context_parallel(context_parallel, settings)
+    base = model.base_model
+    for module in (base, *_attentions(base)):
+        module.context_parallel = context_parallel
 
 
 def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
@@ -187,6 +217,19 @@ def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, 
     return (model, info) if wants_info else model
 
 
+def _check_context_parallel(context_parallel: Any, settings: Mapping[str, Any]) -> None:
+    if context_parallel is None:
+        return
+    if not isinstance(context_parallel, ContextParallel):
+        raise TypeError(f"context_parallel must be a ContextParallel or None, got {type(context_parallel).__name__}")
+    if settings.get("keep_positions"):
+        raise ValueError("keep_positions must be False with context_parallel: the model counts from 0 on every rank")
+
+
+def _attentions(base: nn.Module) -> list[nn.Module]:
+    return [module for module in base.modules() if type(module).__name__.endswith("Attention")]
+
+
 # --- conversion ---------------------------------------------------------------------------------------------
 
 
@@ -201,7 +244,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         plain["learnable"] = sorted(plain["learnable"])  # JSON has no tuples
     options = dict(plain)
     preset, share, keep = (options.pop(name) for name in ("preset", "share_position", "keep_positions"))
-    attentions = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
+    attentions = _attentions(base)
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     preset_rotates = preset in PRESET_ROTATION  # in its own way, not in the model's
@@ -295,6 +338,19 @@ def _check_call(
     Args:
         names: names of the forward's arguments.
     """
+    parallel = getattr(base, "context_parallel", None)
+    with contextlib.nullcontext() if parallel is None else parallel.together():
+        return _checked_call(names, base, arguments, options, parallel)
+
+
+def _checked_call(
+    names: tuple[str, ...],
+    base: Any,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    parallel: ContextParallel | None,
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Return what the forward is called with; see :func:`_check_call`."""
     _check_implementation(base.config._attn_implementation, RuntimeError)
     given = dict(zip(names, arguments, strict=False)) | options
     for name in PACKING_OPTIONS:
@@ -310,6 +366,13 @@ def _check_call(
     conditions |= _counting(position_ids, mask, cache)
     visible = None if padding_mask is None else padding_mask.to(torch.bool, copy=True)
     padding = _left_padding(visible, conditions)
+    if parallel is not None:
+        cached = cache is not None and cache.get_seq_length() > 0
+        hidden = visible is not None and not visible.all()
+        for name, given_too in (("position_ids", position_ids is not None), ("past_key_values", cached),
+                                ("attention_mask", hidden)):  # fmt: skip
+            if given_too:
+                raise ValueError(f"{name} must be None with context_parallel: a rank sees its tokens alone")
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
     if mask is None and cache is None and position_ids is not None and tokens:
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
@@ -498,6 +561,7 @@ def log_attention_forward(
         window=None if sliding_window is None else (sliding_window - 1, None),
         scale=scaling,
         dropout_p=dropout,
+        context_parallel=getattr(module, "context_parallel", None),
         **starts,
     )
     return out.transpose(1, 2).contiguous(), None

@@ -342,10 +342,14 @@ def test_two_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")
-def test_two_processes_are_one(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """DDP for a step, FSDP2 for the rest: the data is that of one process, and so are the losses to rounding."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "logpe")
-    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL, "--accumulate=2"]
+@pytest.mark.parametrize(("processes", "more"), [(2, []), (3, ["--context-parallel=3"])])
+def test_many_processes_are_one(processes: int, more: list[str], folder: Path, whole: Path, tmp_path: Path) -> None:
+    """DDP for a step, FSDP2 for the rest: the data is that of one process, and so are the losses to rounding.
+
+    Across three processes, the 16 tokens of a window lie unevenly.
+    """
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "logpe")
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL, "--accumulate=2", *more]
     started = run([*arguments, "--minutes=0"], *torchrun)
     assert started.returncode == 1, started.stderr  # torchrun's own status
     assert "exitcode  : 75" in started.stderr
@@ -700,6 +704,10 @@ def test_bad_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--out", str(tmp_path / "caf\udce9")], "caf\\xe9' must be a name in UTF-8, as safetensors wants it"),
         ([*out, "--accumulate=3"], "--batch must be a multiple of processes x --accumulate, 1 x 3, got 4"),
         ([*out, "--fsdp"], "--fsdp needs torchrun"),
+        (
+            [*out, "--context-parallel=2"],
+            "--context-parallel must divide the number of processes, got 2 and one process without torchrun",
+        ),
         ([*out, "--dim=18", "--heads=4"], "dim must be a multiple of heads, got 18 and 4"),
         ([*out, "--steps=0"], "--steps must be at least 1, got 0"),
         ([*out, "--rotary-fraction=2"], "rotary_fraction must be in (0, 1], got 2"),

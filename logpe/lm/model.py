@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logpe.attention import log_attention
+from logpe.distributed import ContextParallel
 from logpe.files import load_tensors, save_tensors, write_whole
 from logpe.module import HeadNorm
 from logpe.position import ROTATION, LogPosition
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         head_norm = HeadNorm if shape.qk_norm else nn.Identity
         self.query_norm, self.key_norm = (head_norm(shape.dim // shape.heads) for _ in range(2))
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
+        self.context_parallel: ContextParallel | None = None
 
     def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (B, H, last or N, D), k and v (B, H, N, D) of x (B, N, dim)."""
@@ -57,7 +59,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
-        return log_attention(q, k, v, self.position, is_causal=True)
+        return log_attention(q, k, v, self.position, is_causal=True, context_parallel=self.context_parallel)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Return (B, last or N, dim), of x (B, N, dim); ``last``: of so many positions at the end alone."""

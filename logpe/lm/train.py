@@ -122,9 +122,17 @@ def _flag(name: str) -> str:
 
 
 class World:
-    """This process among those that torchrun started, or alone; a context manager."""
+    """This process among those that torchrun started, or alone; a context manager.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: "auto" or the name of one.
+        context: processes over which the tokens of each window lie; as many copies of them as there are share the
+            windows out.
+    """
+
+    def __init__(self, device: str, context: int = 1) -> None:
+        self.context = context
+        self.context_parallel: logpe.ContextParallel | None = None
         self.parallel = "RANK" in os.environ and "MASTER_ADDR" in os.environ
         self.rank = int(os.environ["RANK"]) if self.parallel else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.parallel else 1
@@ -137,11 +145,26 @@ class World:
             # The first process may tokenise for long, while the others wait.
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
+            if self.context > 1 and self.size % self.context == 0:
+                mesh = dist.init_device_mesh(
+                    self.device.type, (self.copies, self.context), mesh_dim_names=("data", "context")
+                )
+                self.context_parallel = logpe.ContextParallel(mesh["context"], reduction="mean")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.parallel:
             dist.destroy_process_group()
+
+    @property
+    def copies(self) -> int:
+        """Among how many the windows are shared out."""
+        return self.size // self.context
+
+    @property
+    def copy(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.context
 
     @property
     def first(self) -> bool:
@@ -252,25 +275,45 @@ class Metrics:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def predict(model: nn.Module, tokens: Tensor, half: bool, last: int | None = None) -> Tensor:
-    """Return losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1)."""
+def predict(
+    model: nn.Module,
+    tokens: Tensor,
+    half: bool,
+    last: int | None = None,
+    parallel: logpe.ContextParallel | None = None,
+) -> Tensor:
+    """Return losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1).
+
+    With ``parallel``, those of this process's tokens.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    asked = last
+    if parallel is not None:  # this process's tokens, those that count among them
+        length, last = targets.shape[1], None
+        inputs, targets = parallel.shard(inputs, 1), parallel.shard(targets, 1)
     # The cache would keep copies of sharded weights.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         if isinstance(unwrapped(model), LanguageModel):
-            logits = model(tokens[:, :-1], last)
+            logits = model(inputs, last)
         else:  # of Transformers
-            logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=last or 0).logits
-    return F.cross_entropy(logits.float().transpose(1, 2), tokens[:, -logits.shape[1] :], reduction="none")
+            logits = model(inputs, use_cache=False, logits_to_keep=last or 0).logits
+    if last is not None:
+        targets = targets[:, -last:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    if parallel is not None and asked is not None:
+        losses = losses[:, parallel.positions(length, losses.device) >= length - asked]
+    return losses
 
 
 def gradients(
     model: nn.Module, windows: text.Windows, settings: Settings, step: int, options: Any, world: World
 ) -> float:
     """Add up the gradients of a step; return the mean loss of this process's windows, in nats."""
-    share = settings.batch // (world.size * options.accumulate)  # windows of one pass in one process
+    share = settings.batch // (world.copies * options.accumulate)  # windows of one pass in one process
+    count = share * settings.length / world.context  # its tokens, on average
     total = 0.0
     for turn in range(options.accumulate):
-        first = step * settings.batch + (turn * world.size + world.rank) * share
+        first = step * settings.batch + (turn * world.copies + world.copy) * share
         tokens = windows(range(first, first + share)).to(world.device)
         final = turn == options.accumulate - 1
         waiting: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -279,7 +322,8 @@ def gradients(
         elif options.fsdp:
             model.set_requires_gradient_sync(final)  # type: ignore[operator]
         with waiting:
-            loss = predict(model, tokens, options.half).mean() / options.accumulate
+            losses = predict(model, tokens, options.half, parallel=world.context_parallel)
+            loss = losses.sum() / count / options.accumulate
             loss.backward()
         total += loss.item()
     return total
@@ -293,17 +337,29 @@ def evaluate(
     model.eval()
     scores = {}
     # As many windows in each process, as sharded models want: some are read twice, and counted once.
-    mine = torch.arange(world.rank, math.ceil(len(windows) / world.size) * world.size, world.size)
+    mine = torch.arange(world.copy, math.ceil(len(windows) / world.copies) * world.copies, world.copies)
     for length in lengths:
         together = max(1, (8192 if world.device.type == "cpu" else 131072) // length)
         total = 0.0
         for numbers in mine.split(together):
             tokens = windows[numbers % len(windows), -length - 1 :].to(world.device)
-            losses = predict(model, tokens, half, target).cpu().double().mean(dim=1)
+            losses = predict(model, tokens, half, target, world.context_parallel).cpu().double().sum(dim=1) / target
             total += losses[numbers < len(windows)].sum().item()
         scores[str(length)] = world.sum(total)[0] / len(windows)
     model.train()
     return scores
+
+
+def attend_across(model: nn.Module, parallel: logpe.ContextParallel) -> None:
+    """Let every attention of a model go over the tokens of all processes of ``parallel``."""
+    if not isinstance(model, LanguageModel):
+        from logpe.transformers import set_context_parallel
+
+        set_context_parallel(model, parallel)
+        return
+    for module in model.modules():
+        if isinstance(module, language_model.Attention):
+            module.context_parallel = parallel
 
 
 def train(settings: Settings, options: argparse.Namespace, world: World, say: Callable[[str], object]) -> int:
@@ -314,9 +370,13 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
         Busy: another process trains in the folder.
         FloatingPointError: losses or weights are no longer finite.
     """
-    if settings.batch % (world.size * options.accumulate):
+    if world.size % world.context:
+        started = f"{world.size} processes" if world.parallel else "one process without torchrun"
+        raise ValueError(f"--context-parallel must divide the number of processes, got {world.context} and {started}")
+    if settings.batch % (world.copies * options.accumulate):
+        processes = "processes" if world.context == 1 else "(processes / --context-parallel)"
         raise ValueError(
-            f"--batch must be a multiple of processes x --accumulate, {world.size} x {options.accumulate}, "
+            f"--batch must be a multiple of {processes} x --accumulate, {world.copies} x {options.accumulate}, "
             f"got {settings.batch}"
         )
     if options.fsdp and not world.parallel:
@@ -338,6 +398,8 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
     else:  # a checkpoint holds the architecture too
         model = language_model.load_model(options.init_from if start is None else start)
     model.to(world.device)
+    if world.context_parallel is not None:
+        attend_across(model, world.context_parallel)
     parameters = sum(p.numel() for p in model.parameters())
     wrapped = world.wrap(model, options.fsdp)
     groups = logpe.parameter_groups(model, settings.weight_decay)
@@ -645,6 +707,10 @@ def add_parser(commands: Any) -> None:
     ))  # fmt: skip
     machine.add_argument("--accumulate", type=count, default=1, metavar="N", help="passes per step (%(default)s)")
     machine.add_argument("--fsdp", action="store_true", help="shard the model over the processes of torchrun")
+    machine.add_argument("--context-parallel", type=count, default=1, metavar="P", help=(
+        "let the tokens of each window lie across P of the processes of torchrun, for windows that one does not hold "
+        "(%(default)s)"
+    ))  # fmt: skip
     machine.add_argument("--minutes", type=minutes, metavar="M", help=(
         "save and stop after M minutes, with exit status 75"
     ))  # fmt: skip
@@ -679,7 +745,7 @@ def main(options: argparse.Namespace) -> int:
     options.given = None if options.init_from is None else str(options.init_from.resolve())
     if options.init_from is not None:
         _follow(options, settings)
-    world = World(options.device)
+    world = World(options.device, options.context_parallel)
 
     def say(message: str) -> None:
         if world.first:
