@@ -44,8 +44,7 @@ def plain_value(value: Any) -> Any:
 def plain_int(name: str, value: Any) -> int:
     """Return ``value``, an integer of at least 1 of Python, of NumPy or in a tensor, as an int."""
     try:
-        boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-        plain = None if boolean else operator.index(value)
+        plain = None if isinstance(plain_value(value), bool) else operator.index(value)
     except TypeError:
         plain = None
     if plain is None:
