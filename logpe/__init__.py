@@ -10,6 +10,7 @@ The shapes in docstrings are made of these letters:
     N        tokens of a sequence
     total    tokens of all sequences together, packed one after the other; total_q and total_k where they differ
     D        size of a head, head_dim
+    Dv       the same of v and the output, where it may differ from that of q and k
 """
 
 from typing import TYPE_CHECKING, Any

@@ -58,8 +58,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
 
     Args:
         q: (B, Hq, Nq, D), with D from 1 to 256. float16, bfloat16 or float32; the CPU backends also take float64.
-        k, v: (B, Hkv, Nk, D), where Hq is a multiple of Hkv. q, k and v may have any strides, as long as the last
-            dimension is contiguous.
+        k, v: (B, Hkv, Nk, D) and (B, Hkv, Nk, Dv), where Hq is a multiple of Hkv and Dv is from 1 to 256, too. q, k and
+            v may have any strides, as long as the last dimension is contiguous.
         position: a :class:`LogPosition` or the values it returns; None is plain attention.
         is_causal: hide the keys after each query.
         query_start, key_start: position of the first query and of the first key, an int or an int tensor (B,), at
@@ -70,8 +70,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         key_mask: (B, Nk). Bool, where True is visible, or floating and added to the logits, without a gradient. -inf
             hides. Other values are clamped to float16's range, -65504 to 65504, so that any ``finfo.min`` means the
             same.
-        block_table: int (B, max_pages), for a paged cache. k and v are then (num_pages, Hkv, page_size, D), with a
-            page_size of 16, 32, 64, 128 or 256. Key n of sequence b is row n % page_size of page
+        block_table: int (B, max_pages), for a paged cache. k and v are then (num_pages, Hkv, page_size, D or
+            Dv), with a page_size of 16, 32, 64, 128 or 256. Key n of sequence b is row n % page_size of page
             block_table[b, n // page_size], and Nk is max_pages * page_size. An entry that is no page, such as -1,
             holds no keys. Pages allow no dropout, no gradient (except with backend="reference"), and a rotary
             position only :meth:`unrotated`, with queries and keys that :func:`rotate` has turned.
@@ -91,7 +91,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             There may be no block_table. See :class:`ContextParallel`, also for the gradients.
 
     Returns:
-        out: (B, Hq, Nq, D), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
+        out: (B, Hq, Nq, Dv), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
         see no key gets zeros and -inf.
 
     Raises:
@@ -206,7 +206,7 @@ def log_attention_varlen(  # type: ignore[misc]
     """Run :func:`log_attention` on packed sequences, like ``flash_attn_varlen_func``.
 
     Args:
-        q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
+        q: (total_q, Hq, D). k, v: (total_k, Hkv, D) and (total_k, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0 on and never falling. Sequence b consists of the tokens
             from cu_seqlens[b] to before cu_seqlens[b + 1]. Tokens after the last sequence get zeros.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; longer ones are cut there.
@@ -216,7 +216,7 @@ def log_attention_varlen(  # type: ignore[misc]
     The other arguments and the errors are those of :func:`log_attention`.
 
     Returns:
-        out: (total_q, Hq, D). lse: (Hq, total_q).
+        out: (total_q, Hq, Dv). lse: (Hq, total_q).
     """
     if context_parallel is not None:
         result = _context_parallel(
@@ -316,7 +316,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     """Merge results over disjoint chunks of the keys into the result over all of them, exactly.
 
     Args:
-        outs: each (B, H, N, D), or packed (total, H, D). Chunks without keys (zeros, lse -inf) are welcome.
+        outs: each (B, H, N, Dv), or packed (total, H, Dv). Chunks without keys (zeros, lse -inf) are welcome.
         lses: each (B, H, N), or packed (H, total), in natural log.
 
     Returns:
@@ -342,7 +342,7 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         expected = out.shape[:-1] if not packed else (out.shape[1], out.shape[0])
         if out.dim() not in (3, 4) or out.shape != outs[0].shape or lse.shape != expected:
             raise ValueError(
-                f"outs and lses must have the shapes (B, H, N, D) and (B, H, N), or (total, H, D) and (H, total), "
+                f"outs and lses must have the shapes (B, H, N, Dv) and (B, H, N), or (total, H, Dv) and (H, total), "
                 f"the same in all parts, got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
     # Rows of an empty part weigh nothing, but may hold NaN: 0 * NaN is NaN.

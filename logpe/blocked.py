@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from logpe_kernels.options import LEARNABLE_PARTS, Options
+from logpe_kernels.options import LEARNABLE_PARTS, Options, new_output
 from torch import Tensor
 
 from logpe import reference
@@ -43,15 +43,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
 
     Args:
         q: (B, Hq, Nq, D), or packed (total_q, Hq, D). float16 and bfloat16 are computed in float32.
-        k, v: (B, Hkv, Nk, D), or packed (total_k, Hkv, D).
+        k, v: (B, Hkv, Nk, D) and (B, Hkv, Nk, Dv), or packed (total_k, Hkv, D) and (total_k, Hkv, Dv).
 
     Returns:
-        out: like q. lse: (B, Hq, Nq), or packed (Hq, total_q), float32, and float64 for float64.
+        out: like q, with the Dv of v. lse: (B, Hq, Nq), or packed (Hq, total_q), float32, and float64 for float64.
     """
     if options.block_table is not None:
         k, v, key_bias = reference.gather_pages(k, v, options.block_table, options.key_bias)
         options = options._replace(key_bias=key_bias)
-    out = torch.zeros_like(q)
+    out = new_output(q, True, v.shape[-1])
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))
     q, k, v, full_out = (_batched(x) for x in (q, k, v, out))
@@ -274,7 +274,7 @@ class _Part:
 
     Attributes:
         q: (batch * key heads, group, query rows, D), reversed, rotated, times ``scale``.
-        k, v: (batch * key heads, key rows, D), the keys rotated.
+        k, v: (batch * key heads, key rows, D or Dv), the keys rotated.
         tables: (batch * key heads, group, distances), by name.
         key_bias: (batch * key heads, 1, key rows), or None.
         keyless: (batch * key heads, 1, query rows), the queries from which the key bias hides every key; None if

@@ -47,6 +47,7 @@ class KVCache:
         window: a query sees itself and this many tokens before it; None is unlimited.
         key_start: position of the first token, an int or an int tensor (B,). Tokens at negative positions do not
             exist, which is how to describe left padding: ``-padding``.
+        value_dim: size of one head of the values, Dv; by default head_dim.
         dtype, device: those of the keys and values; torch's defaults.
         context_parallel: let the cache of one long prompt lie across processes, ``capacity`` tokens of it on each. The
             first call of ``attend`` then takes this rank's tokens of the prompt, as ``context_parallel.shard`` gives
@@ -55,7 +56,7 @@ class KVCache:
             another stores new tokens. All sequences have the same number of tokens; see ``key_start`` for padding.
 
     Attributes (none can be assigned: append, crop, reset and reorder change what a cache holds):
-        k, v: (B, Hkv, capacity, D), the keys rotated.
+        k, v: (B, Hkv, capacity, D) and (B, Hkv, capacity, Dv), the keys rotated.
         lengths: int32 (B,), tokens appended to each sequence; a copy.
 
     Raises:
@@ -72,6 +73,7 @@ class KVCache:
         *,
         window: int | None = None,
         key_start: int | Tensor = 0,
+        value_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         context_parallel: ContextParallel | None = None,
@@ -85,6 +87,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads = plain_int("num_kv_heads", num_kv_heads)
         self.capacity = plain_int("capacity", capacity)
         self.head_dim = head_dim = plain_int("head_dim", head_dim)
+        self.value_dim = head_dim if value_dim is None else plain_int("value_dim", value_dim)
         if window is not None and (not _is_int(window) or window < 0):
             raise ValueError(f"window must be an int of at least 0 or None, got {window!r}")
         if position is not None and not isinstance(position, LogPosition | PositionValues):
@@ -120,7 +123,7 @@ class KVCache:
         """Add the next tokens of each sequence, and return the position of the first of them, int32 (B,).
 
         Args:
-            k, v: (B, Hkv, N, D), the keys not rotated.
+            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), the keys not rotated.
             lengths: B ints, or a tensor of them, which is read back from a GPU: how many of the N tokens belong to
                 each sequence, the rest being right padding. By default all do.
 
@@ -173,7 +176,7 @@ class KVCache:
             scale, context_length, return_lse, backend, validate: as in :func:`logpe.log_attention`.
 
         Returns:
-            out (B, Hq, N, D), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
+            out (B, Hq, N, Dv), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
 
         Raises:
             TypeError, ValueError: a bad argument, or no room. The cache is left as it was.
@@ -367,9 +370,13 @@ class KVCache:
     # What depends on the layout of the memory.
 
     def _allocate(self, dtype: torch.dtype | None) -> None:
-        shape = (self.batch_size, self.num_kv_heads, self.capacity, self.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=self._lengths.device)
-        self.v = torch.empty_like(self.k)
+        self.k, self.v = self._tokens(self.batch_size, self.capacity, dtype)
+
+    def _tokens(self, batch: int, count: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Return uninitialised keys and values of ``batch`` times ``count`` tokens."""
+        shape, device = (batch, self.num_kv_heads, count), self._lengths.device
+        k, v = (torch.empty(*shape, size, dtype=dtype, device=device) for size in (self.head_dim, self.value_dim))
+        return k, v
 
     def _reserve(self, ends: list[int]) -> None:
         """Make room for sequences of these lengths, or raise ValueError and change nothing."""
@@ -413,8 +420,8 @@ class KVCache:
         """Check new tokens, and return their number in each sequence."""
         check_dense("k", k)
         check_dense("v", v)
-        for name, x in (("k", k), ("v", v)):
-            expected = (self.batch_size, self.num_kv_heads, k.shape[2] if k.dim() == 4 else "N", self.head_dim)
+        for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
+            expected = (self.batch_size, self.num_kv_heads, k.shape[2] if k.dim() == 4 else "N", size)
             if tuple(x.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
             if x.dtype != self.k.dtype or x.device != self.k.device:
@@ -453,7 +460,7 @@ class PagedKVCache(KVCache):
     The other arguments are those of :class:`KVCache`. The host assigns pages: append outside of a compiled region.
 
     Attributes (none can be assigned):
-        k, v: (num_pages, Hkv, page_size, D), the keys rotated.
+        k, v: (num_pages, Hkv, page_size, D) and (num_pages, Hkv, page_size, Dv), the keys rotated.
         lengths: int32 (B,), tokens appended to each sequence, even if their pages went back; a copy.
         block_table: int32 (B, max_pages), the pages of each sequence in order, then -1; a copy.
     """
@@ -478,9 +485,7 @@ class PagedKVCache(KVCache):
         max_pages = -(-self.capacity // self.page_size) + (self.window is not None)
         self.num_pages = self._num_pages or self.batch_size * max_pages
         device = self._lengths.device
-        shape = (self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        self.k, self.v = self._tokens(self.num_pages, self.page_size, dtype)
         self._block_table = torch.full((self.batch_size, max_pages), -1, dtype=torch.int32, device=device)
         self._dropped = torch.zeros_like(self._lengths)  # tokens whose pages went back
         self._forget()

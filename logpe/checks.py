@@ -44,8 +44,7 @@ def plain_value(value: Any) -> Any:
 def plain_int(name: str, value: Any) -> int:
     """Return ``value``, an integer of at least 1 of Python, of NumPy or in a tensor, as an int."""
     try:
-        boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-        plain = None if boolean else operator.index(value)
+        plain = None if isinstance(plain_value(value), bool) else operator.index(value)
     except TypeError:
         plain = None
     if plain is None:
@@ -149,17 +148,19 @@ def check_tensors(num_dims: int, **tensors: Tensor) -> list[torch.Size]:
             raise TypeError(f"{name} must have the dtype of {first}, {dtype}, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"{name} must be on the device of {first}, {device}, got {x.device}")
-        if shape[-1] != head_dim:
-            raise ValueError(f"{name} must have the head_dim of {first}, {head_dim}, got {shape[-1]}")
-        if head_dim > 1 and x.stride()[-1] != 1:
+        if name == "k" and shape[-1] != head_dim:
+            raise ValueError(f"k must have the head_dim of q, {head_dim}, got {shape[-1]}")
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be from 1 to {MAX_HEAD_DIM}, got {shape[-1]}")
+        if shape[-1] > 1 and x.stride()[-1] != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim of {first} must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if len(shapes) == 1:
         return shapes
     q_shape, k_shape, v_shape = shapes
-    if k_shape != v_shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v_shape)}")
+    if k_shape[:-1] != v_shape[:-1]:
+        raise ValueError(
+            f"v must have the shape of k, {tuple(k_shape)}, but for the last dimension, got {tuple(v_shape)}"
+        )
     heads, kv_heads = q_shape[1], k_shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"the number of heads of q must be a multiple of that of k and v, got {heads} and {kv_heads}")

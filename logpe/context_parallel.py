@@ -54,6 +54,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from logpe_kernels.options import new_output
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -267,7 +268,7 @@ class _Chunks:
             while runs:  # each is freed before the next ones come
                 self.merge(partials, runs.pop(0), q, parameters)
         merged = any(partial is not None and partial[0].dtype != q.dtype for partial in partials)
-        out, lse = torch.zeros_like(q, dtype=_compute_dtype(q) if merged else q.dtype), call.no_lse(q)
+        out, lse = new_output(q, True, v.shape[-1]).to(_compute_dtype(q) if merged else q.dtype), call.no_lse(q)
         row = 0
         for (first, end), partial in zip(self.queries, partials, strict=True):
             if partial is not None:
@@ -302,7 +303,7 @@ class _Chunks:
         """Return the gradients of q, k and v, and this rank's part of those of the parameters, in float64."""
         q, k, v, out, lse = saved
         call, me, compute = self.call, self.parallel.rank, _compute_dtype(q)
-        dout = torch.zeros_like(q) if dout is None else dout
+        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
         shift = -call.lse((dout.to(compute) * out).sum(-1, keepdim=True))
         if dlse is not None:
             shift = shift + dlse
@@ -473,7 +474,10 @@ class _Heads:
             *self.by_heads([q], call.num_queries, self.heads),
             *self.by_heads([k, v], call.num_keys, self.kv_heads),
         ]
-        out, lse = self.attend(*whole, *parameters) if self.kv_head_of else (whole[0], call.no_lse(whole[0]))
+        if self.kv_head_of:
+            out, lse = self.attend(*whole, *parameters)
+        else:
+            out, lse = new_output(whole[0], False, v.shape[-1]), call.no_lse(whole[0])
         out, column = self.by_tokens([out, call.column(lse)], call.num_queries, self.heads, self.num_heads)
         return out, call.lse(column), tuple(whole)
 
@@ -486,8 +490,9 @@ class _Heads:
         needed: Sequence[bool],
     ) -> list[Tensor]:
         """Return the gradients of q, k and v, and this rank's part of those of the parameters, in float64."""
-        call, q = self.call, saved[0]
+        call, (q, _, v) = self.call, saved
         local = call.empty(q, count_tokens(self.parallel.spans(call.num_queries)), self.num_heads)
+        local = new_output(local, False, v.shape[-1])
         if dout is None:
             dout = torch.zeros_like(local)
         if dlse is None:
@@ -682,7 +687,8 @@ class _Arguments:
         return {
             "layout, method and reduction of context_parallel": (parallel.layout, parallel.method, parallel.reduction),
             "the choice between log_attention and log_attention_varlen": self.packed,
-            "batch size, heads, key heads and head_dim": (None if self.packed else q.shape[0], *heads, q.shape[-1]),
+            "batch size, heads and key heads": (None if self.packed else q.shape[0], *heads),
+            "head_dim of q and of v": (q.shape[-1], self.v.shape[-1]),
             "dtype and kind of device of q": (str(q.dtype), q.device.type),
             "what requires a gradient": learned,
             "the parts of position": [name for name, x in zip(values._fields, values, strict=True) if x is not None],

@@ -224,7 +224,7 @@ class ContextParallel:
         return Exchange(dist.batch_isend_irecv(operations) if operations else [], operations)
 
     def merge(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return out (B, H, N, D) and lse (B, H, N) over the keys of all ranks, from those over this rank's, in parts.
+        """Return out (B, H, N, Dv) and lse (B, H, N) over the keys of all ranks, from those over this rank's, in parts.
 
         The same bits on every rank. Without a gradient.
         """

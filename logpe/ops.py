@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import numpy
 import torch
-from logpe_kernels.options import NUM_LEARNABLE, NUM_TENSORS, Options
+from logpe_kernels.options import NUM_LEARNABLE, NUM_TENSORS, Options, new_output
 from torch import Tensor
 
 from logpe import eager, reference
@@ -193,7 +193,8 @@ def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return torch.empty_like(q), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    out = new_output(q, False, v.shape[-1])
+    return out, q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _backward_fake(

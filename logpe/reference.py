@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from logpe_kernels.options import Options
+from logpe_kernels.options import Options, new_output
 from torch import Tensor
 
 
@@ -212,12 +212,12 @@ def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | N
     """Copy paged keys and values into dense ones.
 
     Args:
-        k, v: (num_pages, Hkv, page_size, D).
+        k, v: (num_pages, Hkv, page_size, D or Dv).
         block_table: int (B, max_pages). An entry that is no page hides its keys by a bias of -inf.
         key_bias: (B, max_pages * page_size), or None.
 
     Returns:
-        k and v (B, Hkv, max_pages * page_size, D), and the key_bias that goes with them.
+        k and v (B, Hkv, max_pages * page_size, D or Dv), and the key_bias that goes with them.
     """
     exists = (block_table >= 0) & (block_table < k.shape[0])
     pages = block_table.where(exists, 0)
@@ -244,15 +244,15 @@ def attention(
     inputs. In float16 a score before scaling may reach 4e6.
 
     Args:
-        q: (B, Hq, Nq, D). k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv.
+        q: (B, Hq, Nq, D). k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, Dv), with Hq a multiple of Hkv.
         options: everything but cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k. key_bias is clamped by
             :func:`bounded`.
         attn_mask: bool, where True is visible, or additive like key_bias. Broadcastable to (B, Hq, Nq, Nk).
         return_weights: also return the weights.
 
     Returns:
-        out: like q. lse: (B, Hq, Nq), natural log, before dropout. A query that sees no key gets zeros and -inf.
-        With ``return_weights``, the weights (B, Hq, Nq, Nk) after dropout.
+        out: (B, Hq, Nq, Dv), the dtype of q. lse: (B, Hq, Nq), natural log, before dropout. A query that sees no key
+        gets zeros and -inf. With ``return_weights``, the weights (B, Hq, Nq, Nk) after dropout.
     """
     key_bias, scale = options.key_bias, options.scale
     if options.block_table is not None:
@@ -333,12 +333,12 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
     """Run :func:`attention` on packed sequences, through a padded copy.
 
     Args:
-        q: (total_q, Hq, D). k, v: (total_k, Hkv, D).
+        q: (total_q, Hq, D). k: (total_k, Hkv, D), v: (total_k, Hkv, Dv).
         options: cu_seqlens_q and cu_seqlens_k, and the options of :func:`attention` except key_lengths, key_bias and
             block_table.
 
     Returns:
-        out: like q. lse: (Hq, total_q). Tokens outside every sequence get zeros and -inf.
+        out: (total_q, Hq, Dv). lse: (Hq, total_q). Tokens outside every sequence get zeros and -inf.
     """
     assert options.cu_seqlens_q is not None
     assert options.cu_seqlens_k is not None
@@ -348,7 +348,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
 
     index_q, lengths_q = _padded_index(options.cu_seqlens_q)
     index_k, lengths_k = _padded_index(options.cu_seqlens_k)
-    out = torch.zeros_like(q)
+    out = new_output(q, True, v.shape[-1])
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     if len(k) == 0:  # so that there is something to index, in the graph of k and v
         k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))

@@ -67,6 +67,7 @@ def make_call(
     num_keys: int | None = None,
     head_dim: int = 16,
     *,
+    value_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: Any = None,
     values: PositionValues | None = None,
@@ -75,8 +76,12 @@ def make_call(
     lse_gradient: bool = True,
     **options: Any,
 ) -> Call:
-    """Return a dense call on normal inputs, with ``values`` or else a fresh draw for ``preset``."""
+    """Return a dense call on normal inputs, with ``values`` or else a fresh draw for ``preset``.
+
+    value_dim: of v and the output; by default head_dim.
+    """
     kv_heads, num_keys = kv_heads or heads, num_queries if num_keys is None else num_keys
+    value_dim = value_dim or head_dim
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -86,10 +91,10 @@ def make_call(
     return Call(
         normal(batch, heads, num_queries, head_dim),
         normal(batch, kv_heads, num_keys, head_dim),
-        normal(batch, kv_heads, num_keys, head_dim),
+        normal(batch, kv_heads, num_keys, value_dim),
         values,
         options,
-        normal(batch, heads, num_queries, head_dim),
+        normal(batch, heads, num_queries, value_dim),
         torch.randn(batch, heads, num_queries, device=device) if lse_gradient else None,
     )
 
@@ -162,7 +167,7 @@ class Reference:
 
     * g = P (dP - delta + dlse) is a difference, and its rounding goes by the size of its terms: dq and dk of a
       query that sees one key are nothing else. So size is at least that of the gradient with nothing cancelled,
-      for dout = 0 and dlse = |dlse| + |dout| |v| / sqrt(D); in float32 that of the parameters too, where the
+      for dout = 0 and dlse = |dlse| + |dout| |v| / sqrt(Dv); in float32 that of the parameters too, where the
       errors of the rows add up as a random walk does.
     * Eager forms the weights once. The kernels form them again in the backward, from a float32 lse, with a
       relative error of eps * |lse|: in float32 size is taken 2 (1 + max |lse|) times; in half precision, where it
@@ -250,7 +255,7 @@ def _uncancelled(call: Call) -> dict[str, Tensor]:
     if call.lengths is not None:
         rows = rows.T  # (heads, total)
     keep = 1 - call.options.get("dropout_p", 0.0)
-    rows = rows * _largest(call.v.double().nan_to_num(0, 0, 0).norm(dim=-1)) / call.q.shape[-1] ** 0.5 / keep
+    rows = rows * _largest(call.v.double().nan_to_num(0, 0, 0).norm(dim=-1)) / call.v.shape[-1] ** 0.5 / keep
     if call.dlse is not None:
         rows = rows + call.dlse.double().nan_to_num(0, 0, 0).abs()
     return run(call.replace(dout=torch.zeros_like(call.dout), dlse=rows), "reference", torch.float64)

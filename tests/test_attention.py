@@ -77,12 +77,15 @@ REFUSED = [
     refused(
         "head_dim of q must be from 1 to 256, got 257", **dict(zip("qkv", normal(3, B, HEADS, NQ, 257), strict=True))
     ),
+    refused("head_dim of v must be from 1 to 256, got 0", v=normal(B, KV, NK, 0)),
+    refused("head_dim of v must be from 1 to 256, got 257", v=normal(B, KV, NK, 257)),
     refused("k must have the batch size of q, 2, got 3", k=normal(3, KV, NK, D), v=normal(3, KV, NK, D)),
-    refused("v must have the shape of k, (2, 2, 7, 8), got (2, 2, 6, 8)", v=normal(B, KV, 6, D)),
+    refused("v must have the shape of k, (2, 2, 7, 8), but for...got (2, 2, 6, 8)", v=normal(B, KV, 6, D)),
     refused("heads of q must be a multiple of that of k and v, got 3 and 2", q=normal(B, 3, NQ, D)),
     refused("must be a multiple...got 1 and 2", q=normal(B, 1, NQ, D)),
     refused("must be a multiple...got 4 and 0", k=normal(B, 0, NK, D), v=normal(B, 0, NK, D)),
     refused("q must be contiguous in its last dimension, got strides (160, 40, 1, 5)", q=normal(B, HEADS, D, NQ).mT),
+    refused("v must be contiguous in its last dimension, got strides (84, 42, 1, 7)", v=normal(B, KV, 6, NK).mT),
     refused("position must be a LogPosition, PositionValues or None, got str", TypeError, position="log-bias"),
     refused("position was built for num_heads 8, and q has 4 heads", position=LogPosition(8, D)),
     refused("position was built for head_dim 16, and q has head_dim 8", position=LogPosition(HEADS, 16)),
@@ -232,7 +235,7 @@ REFUSED = [
 REFUSED_PACKED = [
     refused("q must have 3 dimensions (total, H, D), got shape (1, 8, 4, 8)", q=normal(1, 8, HEADS, D)),
     refused("must be a multiple...got 3 and 2", q=normal(8, 3, D)),
-    refused("v must have the shape of k, (8, 2, 8), got (7, 2, 8)", v=normal(7, KV, D)),
+    refused("v must have the shape of k, (8, 2, 8), but for the last dimension, got (7, 2, 8)", v=normal(7, KV, D)),
     refused("cu_seqlens_q must start at 0, got 1", cu_seqlens_q=torch.tensor([1, 3, 8])),
     refused("cu_seqlens_k must never fall, got 5 followed by 3", cu_seqlens_k=torch.tensor([0, 5, 3])),
     refused("cu_seqlens_k must end at or before the 8 tokens given, got 9", cu_seqlens_k=torch.tensor([0, 4, 9])),
@@ -338,6 +341,10 @@ def test_plain_attention_is_torchs() -> None:
     torch.testing.assert_close(log_attention(**x), expected)
     expected = F.scaled_dot_product_attention(x["q"], x["k"], x["v"], scale=0.1, enable_gqa=True)
     torch.testing.assert_close(log_attention(**x, scale=0.1), expected)
+    for value_dim in (5, 11):  # the scale follows from q
+        x["v"] = normal(B, KV, NK, value_dim)
+        expected = F.scaled_dot_product_attention(x["q"], x["k"], x["v"], enable_gqa=True)
+        torch.testing.assert_close(log_attention(**x), expected)
 
 
 def test_is_causal_is_bottom_right() -> None:
@@ -476,7 +483,8 @@ def test_the_backends_agree(form: str) -> None:
     """One call uses every option at once."""
     values = make_values(4, 16, "log-invariant", query_gain=True)
     values = values._replace(theta=make_values(4, 16, "log-rotary").theta, rotary_scale=30.0)
-    options: dict[str, Any] = dict(kv_heads=2, head_dim=16, values=values, window=(25, 3), dropout_p=0.2)
+    sizes = dict(kv_heads=2, head_dim=16, value_dim=24)
+    options: dict[str, Any] = dict(sizes, values=values, window=(25, 3), dropout_p=0.2)
     options["dropout_seed"] = torch.randint(2**62, (1,))
     if form == "dense":
         bias = torch.randn(2, 45).masked_fill(torch.rand(2, 45) < 0.2, -INF)
@@ -559,7 +567,7 @@ def expanded(x: Tensor, rows: bool) -> Tensor:
 
 def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return all tensors that a public function takes, and the rest of its arguments."""
-    heads, kv_heads = 2, 1
+    heads, kv_heads, value_dim = 2, 1, 12
     if form == "rotate":
         theta = make_values(heads, D, "log-rotary").theta
         return dict(x=normal(B, heads, NQ, D), start=torch.tensor([3, -1]), theta=theta), {}
@@ -572,15 +580,17 @@ def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
     starts = dict(query_start=torch.tensor([2, 4]), key_start=torch.tensor([0, -1]))
     starts |= dict(context_length=torch.tensor([9, 30]))
     if form == "paged":
-        x |= dict(q=normal(B, heads, 1, D), k=normal(6, kv_heads, 16, D), v=normal(6, kv_heads, 16, D), **starts)
+        x |= dict(q=normal(B, heads, 1, D), k=normal(6, kv_heads, 16, D), **starts)
+        x |= dict(v=normal(6, kv_heads, 16, value_dim))
         return x | dict(block_table=torch.randperm(6)[:4].view(2, 2), key_mask=torch.rand(B, 32) < 0.7), rest
     x |= dict(theta=make_values(heads, D, "log-rotary").theta)
     if form == "packed":
-        x |= dict(q=normal(8, heads, D), k=normal(8, kv_heads, D), v=normal(8, kv_heads, D), **starts)
+        x |= dict(q=normal(8, heads, D), k=normal(8, kv_heads, D), v=normal(8, kv_heads, value_dim), **starts)
         x |= dict(cu_seqlens_q=torch.tensor([0, 3, 8]), cu_seqlens_k=torch.tensor([0, 4, 7], dtype=torch.int32))
         return x | dict(dropout_seed=torch.tensor([5])), rest | dict(max_seqlen_q=5, max_seqlen_k=4, dropout_p=0.2)
     num_queries, num_keys = (1, 513) if form == "decode" else (NQ, NK)
-    x |= dict(q=normal(B, heads, num_queries, D)) | {name: normal(B, kv_heads, num_keys, D) for name in "kv"}
+    x |= dict(q=normal(B, heads, num_queries, D), k=normal(B, kv_heads, num_keys, D))
+    x |= dict(v=normal(B, kv_heads, num_keys, value_dim))
     if form == "decode":
         return x | dict(key_mask=torch.rand(B, num_keys) < 0.7, **starts), rest
     if form == "dense":
@@ -745,7 +755,7 @@ def test_merge_partials(form: str) -> None:
     values = make_values(HEADS, D, "log-invariant", query_gain=True)
     chunks = list(itertools.pairwise((0, 0, 2, 5, 7, 7)))
     if form == "dense":
-        x = tensors()
+        x = tensors() | dict(v=normal(B, KV, NK, 5))
         whole = log_attention(**x, position=values, is_causal=True, return_lse=True)
         parts = [
             log_attention(
@@ -761,7 +771,7 @@ def test_merge_partials(form: str) -> None:
             for a, b in chunks
         ]
     else:
-        q, k, v = normal(NQ, HEADS, D), normal(NK, KV, D), normal(NK, KV, D)
+        q, k, v = normal(NQ, HEADS, D), normal(NK, KV, D), normal(NK, KV, 11)
         cu_q = torch.tensor([0, NQ])
         whole = log_attention_varlen(
             q, k, v, values, cu_q, torch.tensor([0, NK]), NQ, NK, is_causal=True, return_lse=True

@@ -63,7 +63,8 @@ def test_features_and_their_pairs(first: str, second: str) -> None:
     number = list(FEATURES).index(first) + 2 * list(FEATURES).index(second)
     heads, kv_heads = ((2, 2), (4, 2), (6, 1))[number % 3]
     values = make_values(heads, 6, PRESETS[number % len(PRESETS)], query_gain=True)
-    assert_exact(make_call(BATCH, heads, kv_heads, NUM_QUERIES, NUM_KEYS, 6, values=values, **options))
+    sizes = BATCH, heads, kv_heads, NUM_QUERIES, NUM_KEYS, 6
+    assert_exact(make_call(*sizes, value_dim=(6, 3, 10)[number // 3 % 3], values=values, **options))
 
 
 @pytest.mark.parametrize("query_gain", [False, True])
@@ -104,6 +105,7 @@ def test_rotations(scale: float, fraction: float) -> None:
         dict(preset="log-invariant", num_keys=131, window=(40, 10), query_start=0),
         dict(dropout_p=0.2, dropout_seed=torch.tensor([5]), is_causal=True),
         dict(lse_gradient=False, is_causal=True),
+        dict(value_dim=40, preset="log-invariant", is_causal=True),
     ],
     ids=lambda a: "-".join(map(str, a)),
 )
@@ -146,7 +148,7 @@ def test_error_is_that_of_eager_attention(arguments: dict[str, Any], dtype: torc
 @pytest.mark.usefixtures("small_tiles")
 def test_packed(arguments: dict[str, Any]) -> None:
     call = make_packed_call(
-        [5, 0, 17, 4, 1], [11, 3, 17, 0, 30], outside=3, heads=4, kv_heads=2, head_dim=6,
+        [5, 0, 17, 4, 1], [11, 3, 17, 0, 30], outside=3, heads=4, kv_heads=2, head_dim=6, value_dim=5,
         preset="log-rotary-bias", query_gain=True, **arguments,
     )  # fmt: skip
     assert_exact(call)
@@ -183,6 +185,7 @@ def test_any_shape(data: st.DataObject) -> None:
         options["key_mask"] = torch.rand(2, integer(1, 40, "num_keys")) > 0.5
     num_keys = options["key_mask"].shape[1] if "key_mask" in options else integer(1, 40, "num_keys")
     head_dim = integer(2, 9, "head_dim")
+    options["value_dim"] = integer(1, 9, "value_dim")
     preset = data.draw(st.sampled_from(presets_of(head_dim)), "preset")
     values = make_values(heads, head_dim, preset, query_gain=data.draw(st.booleans(), "query_gain"))
     assert_exact(
@@ -201,9 +204,9 @@ def test_gradcheck(packed: bool) -> None:
         theta=theta, query_start=1, key_start=0, window_left=4, window_right=1, max_seqlen_q=5, max_seqlen_k=6,
         rotary_scale=2.0, gain_length=3.0, scale=0.6, dropout_p=0.25, dropout_seed=torch.tensor([3]),
     )  # fmt: skip
-    shapes = [(2, 4, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4)]
+    shapes = [(2, 4, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)]
     if packed:
-        shapes = [(7, 4, 4), (8, 2, 4), (8, 2, 4)]
+        shapes = [(7, 4, 4), (8, 2, 4), (8, 2, 5)]
         options.update(cu_seqlens_q=torch.tensor([0, 5, 7]).int(), cu_seqlens_k=torch.tensor([0, 2, 8]).int())
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     inputs += [getattr(values, name).detach().double().requires_grad_() for name in PARAMETERS]

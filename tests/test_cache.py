@@ -35,8 +35,9 @@ def paged(position: Any, window: int | None = None, batch: int = B, **options: A
 CACHES = pytest.mark.parametrize("make", [static, paged])
 
 
-def tokens(batch: int = B, length: int = N, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.randn(batch, h, length, D, **options) for h in (HEADS, KV, KV))  # type: ignore[return-value]
+def tokens(batch: int = B, length: int = N, value_dim: int = D, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (HEADS, D), (KV, D), (KV, value_dim)
+    return tuple(torch.randn(batch, h, length, size, **options) for h, size in sizes)  # type: ignore[return-value]
 
 
 def steps(start: int, end: int, size: int = 1) -> list[slice]:
@@ -84,10 +85,32 @@ def test_the_kernels(make: Callable[..., KVCache], window: int | None, monkeypat
     monkeypatch.setattr(decode, "num_splits", lambda *sizes: 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True, gain_length=20, device=device)
-    x = tokens(device=device)
-    out = generate(make(position, window, device=device), x, [*steps(0, 40, 10), *steps(40, 43)], backend="triton")
-    expected = whole(x, position, window, backend="reference")[:, :, :43]
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for value_dim in (D, 8):
+        x = tokens(value_dim=value_dim, device=device)
+        cache = make(position, window, value_dim=value_dim, device=device)
+        out = generate(cache, x, [*steps(0, 40, 10), *steps(40, 43)], backend="triton")
+        expected = whole(x, position, window, backend="reference")[:, :, :43]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@CACHES
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("value_dim", [8, 24, 1])
+def test_values_of_another_size(make: Callable[..., KVCache], window: int | None, value_dim: int) -> None:
+    """Through steps, ragged ones, beams and a crop."""
+    position = LogPosition(HEADS, D, "log-rotary-bias", query_gain=True)
+    x = tokens(value_dim=value_dim)
+    cache = make(position, window, value_dim=value_dim)
+    assert (cache.k.shape[-1], cache.v.shape[-1]) == (D, value_dim)
+    outs = [generate(cache, x, [slice(0, 9), *steps(9, 20)])]
+    generate(cache, tokens(length=3, value_dim=value_dim), [slice(None)], lengths=[3, 1])
+    cache.crop(20)
+    cache.reorder([1, 0])
+    cache.reorder([1, 0])
+    outs.append(generate(cache, x, steps(20, N, 10)))
+    torch.testing.assert_close(torch.cat(outs, 2), whole(x, position, window))
+    with pytest.raises(ValueError, match=rf"v must have shape \(2, 2, 1, {value_dim}\), got \(2, 2, 1, 16\)"):
+        cache.append(*tokens(length=1)[1:])
 
 
 @CACHES
@@ -245,6 +268,7 @@ def test_what_cannot_be_assigned(make: Callable[..., KVCache]) -> None:
     generate(cache, tokens(), [slice(0, 20)])
     before = state(cache)
     names = ["lengths", "k", "v", "capacity", "window", "position", "batch_size", "num_kv_heads", "head_dim"]
+    names.append("value_dim")
     for name in names + ["block_table", "page_size"] * isinstance(cache, PagedKVCache):
         with pytest.raises(AttributeError, match=f"{name} of a .*KVCache cannot be assigned: append, crop, reset"):
             setattr(cache, name, getattr(cache, name))
@@ -466,6 +490,8 @@ def test_a_bad_option_leaves_the_tokens_to_be_given_again(
         (lambda: PagedKVCache(1, 1, 8, 8, page_size=16.0), r"page_size must be one of .* got 16.0"),  # type: ignore[arg-type]
         (lambda: PagedKVCache(1, 1, 8, 8, num_pages=2.5), r"num_pages must be .* got 2.5"),  # type: ignore[arg-type]
         (lambda: KVCache(1, 1, 8.0, 1), "capacity must be an integer, got 8.0"),  # type: ignore[arg-type]
+        (lambda: KVCache(1, 1, 8, 8, value_dim=0), "value_dim must be at least 1, got 0"),
+        (lambda: PagedKVCache(1, 1, 8, 8, value_dim=8.0), "value_dim must be an integer, got 8.0"),
         (lambda: KVCache(1, 1, 8, 8, window=-1), "window must be an int of at least 0 or None, got -1"),
         (lambda: KVCache(1, 1, 8, 8, window=(3, 0)), r"window must be an int .* got \(3, 0\)"),  # type: ignore[arg-type]
         (lambda: KVCache(1, 3, 8, 8, LogPosition(4, 8)), "num_kv_heads must divide the heads of the position, 4, got"),

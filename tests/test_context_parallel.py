@@ -168,8 +168,9 @@ def windows(rank: int, world: int) -> None:
 
 def grouped_heads(rank: int, world: int) -> None:
     """Fewer key heads than ranks, and heads that the ranks do not divide."""
-    for heads, kv_heads in [(6, 2), (6, 1), (2, 2), (8, 4)]:
-        check(make_call(2, heads, kv_heads, num_queries=19, head_dim=8, preset="log-invariant", is_causal=True))
+    for heads, kv_heads, value_dim in [(6, 2, 8), (6, 1, 3), (2, 2, 12), (8, 4, 8)]:
+        sizes: dict[str, Any] = dict(num_queries=19, head_dim=8, value_dim=value_dim)
+        check(make_call(2, heads, kv_heads, **sizes, preset="log-invariant", is_causal=True))
 
 
 def starts(rank: int, world: int) -> None:
@@ -212,7 +213,7 @@ def packed(rank: int, world: int) -> None:
         ("log-rotary", True, 4),
         ("log-bias", False, (3, 2)),
     ]:
-        options = dict(is_causal=causal, window=window, query_gain=True, head_dim=8, preset=preset)
+        options = dict(is_causal=causal, window=window, query_gain=True, head_dim=8, value_dim=12, preset=preset)
         check(make_packed_call([7, 0, 1, 16, 5], [7, 0, 1, 16, 5], outside=3, heads=4, kv_heads=2, **options))
     options = dict(is_causal=True, head_dim=8, preset="log-bias-rope")
     check(make_packed_call([3, 9, 1], [10, 9, 4], outside=2, **options))
@@ -260,7 +261,7 @@ def kernels(rank: int, world: int) -> None:
 
 def gradients_of_some(rank: int, world: int) -> None:
     """Only some inputs require a gradient, or only one result gets one."""
-    call = make_call(1, num_queries=18, head_dim=8, preset="log-invariant", is_causal=True)
+    call = make_call(1, num_queries=18, head_dim=8, value_dim=5, preset="log-invariant", is_causal=True)
     check(call.replace(dlse=None), backend="reference")
     frozen = call.values._replace(power=call.values.power.detach(), sharpness=call.values.sharpness.detach())
     check(call.replace(values=frozen))
@@ -358,6 +359,8 @@ def errors_of(parallel: ContextParallel, bad: bool) -> None:
         longer = torch.cat([q, q], 2) if bad else q
         assert "q must hold the tokens that shard() gives to each rank" in refused(longer, k, v, query_start=0)
         assert "x must hold the tokens that shard() gives" in raised(lambda: parallel.unshard(longer, 2))
+        text = "head_dim of q and of v must be the same on all ranks, got (8, 8) on rank 0 and (8, 5)"
+        assert text in refused(q, k, v[..., :5].contiguous() if bad else v)
         assert "what requires a gradient must be the same" in refused(q.clone().requires_grad_(bad), k, v)
     out = log_attention(q, k, v, call.values, context_parallel=parallel)
     torch.testing.assert_close(parallel.unshard(out, 2), log_attention(call.q, call.k, call.v, call.values))
@@ -508,14 +511,15 @@ def caches(rank: int, world: int) -> None:
             values = make_values(4, 8, preset, query_gain=True)
             start = torch.tensor([0, -3])
             steps = [prompt, 1, 3, 1, 1, 4]
-            options: dict[str, Any] = dict(window=window, key_start=start, dtype=dtype)
+            sizes = 8, 8 if window is None else 5  # of keys and values
+            options: dict[str, Any] = dict(window=window, key_start=start, value_dim=sizes[1], dtype=dtype)
             whole = logpe.KVCache(2, 2, sum(steps), 8, values, **options)
             capacity = max(-(-sum(steps) // world), len(parallel.positions(prompt)) + 1, 8)
             across = logpe.KVCache(2, 2, capacity, 8, values, context_parallel=parallel, **options)
             for turn in range(2):
                 for number, count in enumerate(steps):
                     q = torch.randn(2, 4, count, 8, dtype=dtype)
-                    k, v = torch.randn(2, 2, 2, count, 8, dtype=dtype)
+                    k, v = (torch.randn(2, 2, count, size, dtype=dtype) for size in sizes)
                     out, lse = whole.attend(q, k, v, return_lse=True)
                     if number == 0:
                         q, k, v, out, lse = (parallel.shard(x, 2) for x in (q, k, v, out, lse))

@@ -57,14 +57,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def paged(call: Call, page_size: int = 16, spare: int = 3) -> Call:
     """The same call with its keys in shuffled pages. What belongs to nobody is NaN, and so is the end of a page."""
-    batch, kv_heads, num_keys, head_dim = call.k.shape
+    batch, kv_heads, num_keys, _ = call.k.shape
     max_pages = -(-num_keys // page_size)
     order = torch.randperm(batch * max_pages + spare)[: batch * max_pages].view(batch, max_pages)
     table = order.to(call.k.device, torch.int32)
     pools = []
     for x in (call.k, call.v):
         padded = torch.nn.functional.pad(x, (0, 0, 0, max_pages * page_size - num_keys), value=NAN)
-        pool = x.new_full((batch * max_pages + spare, kv_heads, page_size, head_dim), NAN)
+        pool = x.new_full((batch * max_pages + spare, kv_heads, page_size, x.shape[-1]), NAN)
         pool[table.long()] = padded.unflatten(2, (max_pages, page_size)).transpose(1, 2)
         pools.append(pool)
     options = {"key_lengths": torch.full((batch,), num_keys, device=call.k.device), **call.options}
@@ -112,8 +112,8 @@ def test_presets_and_pages(options: dict[str, Any], launches: list[Any], device:
     """A group of query heads on one tile; two tiles of rows; ragged lengths, left padding and a window."""
     values = make_values(6, 24, **options, gain_length=20, device=device)
     call = make_call(
-        2, 6, 2, 6 if options["query_gain"] else 1, 83, 24, values=values, dtype=random.choice(DTYPES), device=device,
-        is_causal=True, query_start=torch.tensor([80, 40], device=device),
+        2, 6, 2, 6 if options["query_gain"] else 1, 83, 24, value_dim=random.choice((24, 40, 7)), values=values,
+        dtype=random.choice(DTYPES), device=device, is_causal=True, query_start=torch.tensor([80, 40], device=device),
         key_start=torch.tensor([0, -5], device=device), key_lengths=torch.tensor([83, 50], device=device),
         window=random.choice((None, 37)),
     )  # fmt: skip
@@ -176,7 +176,9 @@ def test_a_table_without_pages_holds_no_keys(backend: str, launches: list[Any], 
 
 
 def test_packed(launches: list[Any], device: torch.device) -> None:
-    check(make_packed_call([1, 3, 0, 2], [40, 3, 8, 17], outside=3, kv_heads=2, is_causal=True, device=device))
+    for value_dim in (16, 24):
+        sizes = dict(outside=3, kv_heads=2, value_dim=value_dim)
+        check(make_packed_call([1, 3, 0, 2], [40, 3, 8, 17], **sizes, is_causal=True, device=device))
     assert launches
 
 
@@ -198,8 +200,12 @@ def test_what_nobody_sees_may_hold_anything(launches: list[Any], device: torch.d
 
 
 def test_head_dims(launches: list[Any], device: torch.device) -> None:
-    for head_dim in (1, 40, 256):
-        check_forward(make_call(1, 2, 1, 1, 33, head_dim, dtype=random.choice(DTYPES), device=device, is_causal=True))
+    for head_dim, value_dim in ((1, 1), (40, 40), (256, 256), (16, 8), (24, 40), (192, 128), (32, 64)):
+        dtype = random.choice(DTYPES)
+        options: dict[str, Any] = dict(value_dim=value_dim, dtype=dtype, device=device, is_causal=True, query_start=32)
+        call = make_call(1, 2, 1, 1, 33, head_dim, **options)
+        assert check_forward(call)[0].shape[-1] == value_dim
+        check_forward(paged(call))
 
 
 # --- splits -------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "keys": (41, 70, 23),
     "group": (1, 2, 4),
     "head_dim": (16, 8, 40),
+    "value_dim": (None, 24, 8),  # None: head_dim
     "block": ((32, 32), (32, 16), (16, 64)),
     "start": ("default", "int", "tensor"),
     "learnable": (True, ("rate", "alpha"), False),
@@ -108,7 +109,8 @@ def build(features: dict[str, Any], device: torch.device) -> Call:
         heads, features["head_dim"], preset, learnable=features["learnable"], query_gain=features["gain"] != "none",
         gain_length=20, device=device, **rotation,
     )  # fmt: skip
-    sizes = dict(heads=heads, kv_heads=heads // features["group"], head_dim=features["head_dim"])
+    sizes = {name: features[name] for name in ("head_dim", "value_dim")}
+    sizes |= dict(heads=heads, kv_heads=heads // features["group"])
     options: dict[str, Any] = dict(
         sizes, values=values, dtype=features["dtype"], device=device, lse_gradient=features["lse_gradient"]
     )
@@ -236,6 +238,21 @@ def test_head_dim(head_dim: int, dtype: torch.dtype, device: torch.device) -> No
     check(make_call(1, 2, 1, 20, 40, head_dim, preset=preset, dtype=dtype, device=device, is_causal=True))
 
 
+VALUE_DIMS = [(16, 8), (1, 7), (24, 40), (64, 32), (32, 64), (100, 33), (192, 128), (16, 256), (256, 256)]
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), list(zip(VALUE_DIMS, DTYPES * 3, strict=True)), ids=str)
+def test_value_dim(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Values of another size than queries and keys, as in multi-head latent attention."""
+    head_dim, value_dim = sizes
+    preset = "log-invariant" if head_dim % 2 else "log-rotary-bias"
+    call = make_call(
+        1, 2, 1, 20, 40, head_dim, value_dim=value_dim, preset=preset, query_gain=True, dtype=dtype, device=device,
+        is_causal=True,
+    )  # fmt: skip
+    assert check(call)["out"].shape == (1, 2, 20, value_dim)
+
+
 @pytest.mark.parametrize("rotary_scale", [1.0, 100.0, INF])
 @pytest.mark.parametrize("start", [1_000_000, 20_000_000])
 def test_far_positions(start: int, rotary_scale: float, device: torch.device) -> None:
@@ -324,8 +341,8 @@ def test_merged_chunks_are_the_whole(device: torch.device) -> None:
     values = values._replace(theta=reference.inverse_frequencies(6, 10000.0, device=device), rotary_scale=10.0)
     mask = torch.rand(2, 70, device=device) < 0.7
     call = make_call(
-        2, 4, 2, 30, 70, 16, values=values, device=device, is_causal=True, window=(50, None), query_start=35,
-        key_mask=mask, dropout_p=0.3, dropout_seed=torch.tensor([99], device=device),
+        2, 4, 2, 30, 70, 16, value_dim=24, values=values, device=device, is_causal=True, window=(50, None),
+        query_start=35, key_mask=mask, dropout_p=0.3, dropout_seed=torch.tensor([99], device=device),
     )  # fmt: skip
     inputs = {f"d{name}": getattr(call, name).detach().requires_grad_() for name in "qkv"}
     q, k, v = inputs.values()
@@ -343,7 +360,7 @@ def test_merged_chunks_are_the_whole(device: torch.device) -> None:
 
 def test_merged_packed_chunks_are_the_whole(device: torch.device) -> None:
     call = make_packed_call(
-        [9, 14], [20, 12], device=device, head_dim=16, outside=2, query_start=int32([20, 0], device)
+        [9, 14], [20, 12], device=device, head_dim=16, value_dim=8, outside=2, query_start=int32([20, 0], device)
     )
     whole = run(call, "triton")
     cu_q = int32([0, 9, 23], device)
@@ -531,7 +548,7 @@ def test_descriptors(window: dict[str, Any], dtype: torch.dtype, device: torch.d
     packed = {name: value for name, value in window.items() if name != "query_start"}
     calls = [
         make_call(2, 2, 1, 60, 71, 16, dtype=dtype, preset="log-invariant", device=device, **window),
-        make_call(1, 1, 1, 50, 61, 40, dtype=dtype, preset="log-rotary-bias", device=device, **window),
+        make_call(1, 1, 1, 50, 61, 40, value_dim=16, dtype=dtype, preset="log-rotary-bias", device=device, **window),
         make_call(1, 1, 1, 50, 50, 20, dtype=dtype, device=device, **window),  # rows of 40 bytes: no descriptor
         make_packed_call([50, 3], [50, 3], heads=2, kv_heads=1, outside=5, dtype=dtype, device=device, **packed),
     ]
@@ -553,6 +570,9 @@ def test_descriptors_are_used(device: torch.device, monkeypatch: pytest.MonkeyPa
         check(call)
         assert [x[1:3] for x in made[:2]] == [([1, 1, 40, 16], [640, 640, 16, 1])] * 2
         assert [x[3] for x in made] == [[1, 1, rows, 16] for rows in (32, 32, 32, 32, 16, 16)]
+        made.clear()
+        check(make_call(1, 1, 1, 40, 40, 16, value_dim=40, dtype=torch.float16, device=device))
+        assert [x[3][-1] for x in made] == [16, 64] * 3  # k and v, twice; q and dout
         made.clear()
         expanded = call.k[:, :1].expand(-1, 2, -1, -1)
         shifted = torch.randn(2 * 40 * 16 + 1, device=device).half()[1:].view(1, 2, 40, 16)

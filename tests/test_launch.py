@@ -28,7 +28,7 @@ from logpe_kernels import configs, plan
 from logpe_kernels.forward import attention as launch_attention
 from logpe_kernels.launch import dtypes
 from logpe_kernels.launch import launch as launch_in
-from logpe_kernels.options import Options
+from logpe_kernels.options import Options, new_output
 from triton import knobs
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -293,6 +293,10 @@ def first_half(x: Tensor) -> Tensor:
     return x[:, :, : x.shape[2] // 2]
 
 
+def narrow(x: Tensor) -> Tensor:
+    return x[..., :8].contiguous()
+
+
 def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -320,6 +324,9 @@ CALLS: list[dict[str, Any]] = [
     dict(q=shifted),
     dict(k=shifted),
     dict(v=shifted),
+    dict(v=narrow),
+    dict(v=lambda x: torch.cat((x, x), -1)),
+    dict(v=narrow, q=transposed),
     dict(position=dict(query_gain=True)),
     dict(position=dict(query_gain=True, gain_length=9.0)),
     dict(position=dict(query_gain=True), is_causal=False),
@@ -341,6 +348,7 @@ CALLS: list[dict[str, Any]] = [
     dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024),
     dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=torch.tensor([3])),
     dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, k=first_half, v=first_half),
+    dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, v=narrow),
     dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=2),
     dict(shape=(1, HEADS, 1, HEAD_DIM), num_keys=1024, query_start=700),
     dict(key_lengths=torch.tensor([20])),
@@ -402,10 +410,11 @@ def test_calls_in_any_order_launch_what_each_alone_launches(
     remember(by, monkeypatch)
 
     def call(arguments: Any, options: Any) -> None:
-        q = arguments[0]
+        q, _, v, _ = arguments
         with torch.set_grad_enabled(bool(torch.randint(2, ()))):
             out = log_attention(*arguments, **options)
-        assert (out.shape, out.stride(), out.dtype) == (q.shape, torch.empty_like(q).stride(), q.dtype)
+        expected = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else new_output(q, False, v.shape[-1])
+        assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), q.dtype)
 
     calls = [functools.partial(call, *dense(**changed)) for changed in CALLS]
     in_any_order(repeated, calls, same=1)  # window=8 is (8, 0) where causal
@@ -418,6 +427,8 @@ BACKWARD: list[dict[str, Any]] = [
     dict(dout=shifted),
     dict(q=transposed),
     dict(v=first_half, k=first_half),
+    dict(v=narrow),
+    dict(v=narrow, dout=transposed),
     dict(lse=True),
     dict(lse=transposed),
     dict(frozen=("power",)),

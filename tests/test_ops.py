@@ -55,13 +55,16 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def everything(form: str, **sizes: Any) -> Call:
-    """A call with every option in it, dense or packed; "plain" has none; "gqa" shares keys and freezes a part."""
+    """A call with every option in it, dense or packed; "plain" has none; "gqa" shares keys and freezes a part.
+
+    With options, the values are wider than the keys; in "gqa" narrower.
+    """
     if form == "plain":
         return make_call(2, 2, 2, 9, 9, 8, preset="none")
     if form == "gqa":
-        return make_call(2, 4, 1, 9, 9, 8, values=make_values(4, 8, learnable=("rate",)), is_causal=True)
+        return make_call(2, 4, 1, 9, 9, 8, value_dim=4, values=make_values(4, 8, learnable=("rate",)), is_causal=True)
     values = make_values(4, 8, "log-invariant", query_gain=True)._replace(theta=make_values(4, 8, "log-rotary").theta)
-    options: dict[str, Any] = dict(kv_heads=2, head_dim=8, values=values, window=(6, 2), dropout_p=0.2)
+    options: dict[str, Any] = dict(kv_heads=2, head_dim=8, value_dim=12, values=values, window=(6, 2), dropout_p=0.2)
     options["dropout_seed"] = torch.tensor([5])
     if form == "packed":
         starts = dict(query_start=torch.tensor([2, 0, 5]), key_start=1)
@@ -119,15 +122,19 @@ def test_opcheck(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "one query", "packed transposed"])
-def test_fake_tensors_have_the_real_strides(layout: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value_dim", [8, 5, 12])
+def test_fake_tensors_have_the_real_strides(
+    value_dim: int, layout: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = dict(value_dim=value_dim, is_causal=True)
     if layout.startswith("packed"):
-        call = make_packed_call([5, 4], [5, 4], head_dim=8, is_causal=True)
+        call = make_packed_call([5, 4], [5, 4], head_dim=8, **options)
         call = call.replace(q=call.q.transpose(0, 1).contiguous().transpose(0, 1))
     else:
-        call = make_call(2, 4, 2, 1 if layout == "one query" else 9, 9, 8, is_causal=True, preset="log-rotary-bias")
+        call = make_call(2, 4, 2, 1 if layout == "one query" else 9, 9, 8, preset="log-rotary-bias", **options)
         change = {
             "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-            "sliced": lambda x: torch.zeros(2, x.shape[1], 12, 20)[:, :, 1 : 1 + x.shape[2], 3:11].copy_(x),
+            "sliced": lambda x: torch.zeros(2, x.shape[1], 12, 20)[:, :, 1:][:, :, : x.shape[2], : x.shape[3]].copy_(x),
             "expanded": lambda x: x[:1].expand_as(x),
         }.get(layout, lambda x: x)
         call = call.replace(q=change(call.q), k=change(call.k), v=change(call.v))
@@ -141,12 +148,15 @@ def test_fake_tensors_have_the_real_strides(layout: str, backend: str, monkeypat
             assert (x is None) == (y is None)
             if x is not None:
                 assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        if operator is torch.ops.logpe.attention:  # it lies like q, without what is between the rows
+            swapped = {"transposed": (1, 2), "packed transposed": (0, 1)}.get(layout, (0, 0))
+            assert real[0].transpose(*swapped).is_contiguous()
 
 
 def test_meta_tensors_give_shapes() -> None:
     q, k = torch.empty(2, 4, 9, 8, device="meta"), torch.empty(2, 2, 12, 8, device="meta")
-    out, lse = log_attention(q, k, k, LogPosition(4, 8, device="meta"), is_causal=True, return_lse=True)
-    assert (out.shape, out.device.type) == (q.shape, "meta")
+    out, lse = log_attention(q, k, k[..., :5], LogPosition(4, 8, device="meta"), is_causal=True, return_lse=True)
+    assert (out.shape, out.device.type) == ((2, 4, 9, 5), "meta")
     assert lse.shape == (2, 4, 9)
 
 

@@ -183,7 +183,7 @@ def test_visibility_by_hand() -> None:
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_without_a_position_it_is_torchs_attention(group: int) -> None:
-    q, k, v = normal(2, 6, 7, 5), normal(2, 6 // group, 9, 5), normal(2, 6 // group, 9, 5)
+    q, k, v = normal(2, 6, 7, 5), normal(2, 6 // group, 9, 5), normal(2, 6 // group, 9, 4 + group)
     out = attention(q, k, v, scale=0.7)[0]
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.7, enable_gqa=True))
     mask = torch.ones(7, 9, dtype=torch.bool).tril(2)  # bottom-right
@@ -209,8 +209,9 @@ def test_the_distance_bias_is_a_dense_mask_of_torchs_attention() -> None:
 @torch.no_grad()
 def test_everything_at_once_against_plain_loops() -> None:
     """The loops go through the formulas of the module's docstring, one float at a time."""
-    batch, heads, kv_heads, num_queries, num_keys, dim = 2, 4, 2, 6, 9, 7
-    q, k, v = normal(batch, heads, num_queries, dim), *normal(2, batch, kv_heads, num_keys, dim)
+    batch, heads, kv_heads, num_queries, num_keys, dim, value_dim = 2, 4, 2, 6, 9, 7, 5
+    q, k = normal(batch, heads, num_queries, dim), normal(batch, kv_heads, num_keys, dim)
+    v = normal(batch, kv_heads, num_keys, value_dim)
     values = wide(make_values(heads, dim, "log-invariant", query_gain=True, gain_length=4))
     values = values._replace(theta=doubles(0.9, 0.2), rotary_scale=3.0)
     query_starts, key_starts, key_lengths = [-2, 3], [0, -1], [8, 9]
@@ -244,7 +245,7 @@ def test_everything_at_once_against_plain_loops() -> None:
                     masses[n] = math.exp(math.sqrt(1 + sharpness * l) * s - power * l + float(key_bias[b, n]))
                 total = sum(masses.values())
                 assert float(lse[b, h, m]) == pytest.approx(math.log(total) if masses else -INF, rel=1e-11)
-                expected = torch.zeros(dim, dtype=torch.float64)
+                expected = torch.zeros(value_dim, dtype=torch.float64)
                 for n, mass in masses.items():
                     kept = philox4((key_starts[b] + n, i, b * heads + h, 0), seed)[0] >= p * 2**32
                     weight = kept * mass / total / (1 - p)
@@ -259,7 +260,7 @@ def test_gradcheck(preset: str, causal: bool) -> None:
     """Gradients of out and lse reach every input and parameter, beside rows without keys and with dropout."""
     values = wide(make_values(2, 4, preset, query_gain=True, gain_length=3))
     names = [name for name in PARAMETERS if getattr(values, name) is not None]
-    inputs = [normal(2, 2, 4, 4), normal(2, 1, 5, 4), normal(2, 1, 5, 4)]
+    inputs = [normal(2, 2, 4, 4), normal(2, 1, 5, 4), normal(2, 1, 5, 3)]
     key_bias = torch.zeros(2, 5).double()
     key_bias[0, :2] = -INF
 
@@ -356,7 +357,7 @@ def test_attention_over_no_keys_and_no_queries() -> None:
 def test_packed_sequences_are_separate_calls() -> None:
     lengths_q, lengths_k = [3, 0, 4, 2], [5, 2, 0, 2]
     cu_q, cu_k = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (lengths_q, lengths_k))
-    q, k, v = normal(11, 4, 6), normal(10, 2, 6), normal(10, 2, 6)  # two tokens and one outside
+    q, k, v = normal(11, 4, 6), normal(10, 2, 6), normal(10, 2, 9)  # two tokens and one outside
     values = wide(make_values(4, 6, "log-rotary-bias", query_gain=True))
     starts = torch.tensor([2, 0, 0, 1])
     out, lse = attention(
@@ -373,10 +374,12 @@ def test_packed_sequences_are_separate_calls() -> None:
 
 
 def test_packed_sequences_of_nothing_have_gradients() -> None:
-    q, k, v = (torch.empty(0, 2, 6, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.empty(0, 2, size, requires_grad=True) for size in (6, 6, 4))
     bounds = torch.tensor([0, 0, 0])
     out, lse = attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, scale=0.5)
-    assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)] == [q.shape] * 3
+    assert out.shape == v.shape
+    gradients = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     assert [x.shape for x in torch.autograd.grad(lse.sum(), (q, k))] == [q.shape] * 2
 
 

@@ -116,6 +116,7 @@ FEATURES = (
     "decode",
     "paged",
     "dlse",
+    "value_dim",
 )
 
 
@@ -187,8 +188,14 @@ class Row:
 
         The matrix unit counts in half precision alone; AMD's does the products of float32 too, at another rate.
         """
-        depth = self.head_dim * roofline.PRODUCTS[self.kernel] if self.dtype in HALF else None
-        return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
+        return roofline.clocks(self.bulk, self.depth if self.dtype in HALF else None, TARGETS[self.target].rates)
+
+    @property
+    def depth(self) -> int:
+        """The multiply-adds that a score needs in the products of the kernel."""
+        values = roofline.VALUE_PRODUCTS[self.kernel]
+        others = roofline.PRODUCTS[self.kernel] - values
+        return self.head_dim * others + value_dim(self.head_dim, self.feature) * values
 
     def figures(self) -> dict[str, Any]:
         """Return all of the row for a file, with the index of the loop that counts and its roofline."""
@@ -243,6 +250,11 @@ class Row:
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
 
+def value_dim(head_dim: int, feature: str) -> int:
+    """Return the head_dim of v in a call with these features, where that of q and k is given."""
+    return head_dim // 2 if "value_dim" in feature.split("+") else head_dim
+
+
 def call(case: Case, preset: str) -> None:
     """Run the launchers, forward and backward with everything learned, on tensors of the meta device."""
     import logpe_kernels
@@ -281,9 +293,10 @@ def call(case: Case, preset: str) -> None:
     if "window" in features:
         options |= dict(window_left=256)
     given = logpe_kernels.Options(**options)
+    rows = (heads, num_queries, head_dim), (kv_heads, LENGTH, head_dim)
     q, k, v = (
-        meta((batch * n, h, head_dim) if packed else (batch, h, n, head_dim), dtype=dtype)
-        for h, n in ((heads, num_queries), (kv_heads, LENGTH), (kv_heads, LENGTH))
+        meta((batch * n, h, size) if packed else (batch, h, n, size), dtype=dtype)
+        for h, n, size in (*rows, (kv_heads, LENGTH, value_dim(head_dim, case.feature)))
     )
     if "paged" in features:  # there is no backward over pages
         k = v = meta((LENGTH // PAGE_SIZE, kv_heads, PAGE_SIZE, head_dim), dtype=dtype)
@@ -319,7 +332,7 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
     rest = [
         ("float32", ("log-bias",), "full", "plain"),
-        ("float16", ("log-rotary-bias",), "causal", "packed+grouped"),
+        ("float16", ("log-rotary-bias",), "causal", "packed+grouped+value_dim"),
         ("float16", ("log-bias",), "causal", "lengths+window"),
         ("float16", ("log-bias",), "full", "ragged+key_bias"),
         ("bfloat16", ("none",), "causal", "dropout+dlse"),
@@ -445,8 +458,7 @@ def inspect_kernel(kernel: Any, row: Row) -> None:
     if row.kernel in roofline.PRODUCTS:
         warp_size = TARGETS[row.target].warp_size
         tile = row.config["BLOCK_M"] * row.config["BLOCK_N"] / (row.config["num_warps"] * warp_size)
-        depth = row.head_dim * roofline.PRODUCTS[row.kernel]
-        row.loops = roofline.loops_over_tiles(code, depth, tile, warp_size)
+        row.loops = roofline.loops_over_tiles(code, row.depth, tile, warp_size)
 
 
 def _output(*command: str) -> str:

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 #: Matrix products that each kernel forms from one tile of scores. dq: S, dP, dq; dkdv: S, dP, dv, dk.
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}
+#: Those of them with v or its gradient, whose rows may be shorter or longer than those of q and k: P v; dP; dP, dv.
+VALUE_PRODUCTS = {"forward": 1, "dq": 1, "dkdv": 2}
 
 MATRIX = re.compile(
     r"\bHGMMA\.(?P<M>\d+)x(?P<N>\d+)x(?P<K>\d+)"  # sm_90, of four warps
@@ -147,7 +149,7 @@ def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list
     """Return the loops over tiles of a disassembled kernel, in their order in the code.
 
     Args:
-        depth: multiply-adds that a score needs: head_dim times the kernel's PRODUCTS.
+        depth: multiply-adds that a score needs, head_dim in each of the kernel's PRODUCTS.
         tile: elements of the tile per thread, BLOCK_M * BLOCK_N / (num_warps * warp_size).
     """
     lines, before = instructions(code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from logpe_kernels import configs
-from logpe_kernels.plan import constants
 from torch import Tensor
 
 
@@ -59,5 +58,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: b
     grid = (triton.cdiv(length, config.BLOCK_M), batch * heads)
     scale = head_dim**-0.5 * 1.4426950408889634  # log2 e
     forward_kernel[grid](
-        q, k, v, out, lse, scale, length, CAUSAL=causal, **constants(head_dim, config)
+        q, k, v, out, lse, scale, length, CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=head_dim, enable_fp_fusion=True,
+        **config.launch(),
     )  # fmt: skip

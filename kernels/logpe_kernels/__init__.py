@@ -2,8 +2,8 @@
 
 The letters of shapes:
 
-    B   sequences              Hq   query heads    Nq   queries of a sequence    D   head_dim
-                               Hkv  key heads      Nk   keys of a sequence
+    B   sequences              Hq   query heads    Nq   queries of a sequence    D   head_dim of q and k
+                               Hkv  key heads      Nk   keys of a sequence       Dv  head_dim of v
 
 Hq is a multiple of Hkv: query head h attends to key head h // (Hq / Hkv). H and N stand for those of either side. In
 packed tensors, (total, H, D), sequences of any length lie one after the other.

@@ -69,7 +69,7 @@ class Traits(NamedTuple):
 
     device: torch.device
     itemsize: int
-    head_dim: int
+    head_dim: int  # the larger of that of q and k and that of v
     power: bool = False  # power and rate
     sharpness: bool = False
     alpha: bool = False
@@ -196,7 +196,7 @@ def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool 
 
 
 def padded(head_dim: int) -> int:
-    """Return BLOCK_D: head_dim rounded up to a power of two."""
+    """Return BLOCK_D or BLOCK_DV: a head_dim rounded up to a power of two."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import decode, tile
 from .launch import launch
-from .options import Options
-from .plan import RUNTIME_INTEGERS, Plan, cdiv, new_output, plan_of
+from .options import Options, new_output
+from .plan import RUNTIME_INTEGERS, Plan, cdiv, plan_of
 from .position import LN2, LOG2E, Parameters, query_gain
 from .rotation import turned
 
@@ -17,7 +17,8 @@ from .rotation import turned
 def forward_kernel(
     q, k, v, k_tma, v_tma, out, lse, parameters, sequences, dropout, strides, layer,
     num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
     SPLIT: tl.constexpr = (
@@ -44,7 +45,7 @@ def forward_kernel(
     row_scale = tl.full([BLOCK_M], layer.scale * LOG2E, tl.float32) * query_gain(n, head, layer.gain_length)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else UNMASKED, tile.MASKED_TILES + 1):
         start, stop, gap, jump = tile.loop_bounds(TILES, resident, keys, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
@@ -55,7 +56,7 @@ def forward_kernel(
             key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
             mask = mask if key_bias is None else key_bias > -float("inf")
             k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             _, _, a = tile.tile_logits(
                 tile.dot(q_tile, k_tile.T), row_scale[:, None], None, resident, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, TILES,
@@ -68,23 +69,24 @@ def forward_kernel(
     row_weight, lse_row = tile.softmax_end(m_i, l_i)
     row_weight = row_weight if dropout is None else row_weight * dropout.scale
     stored = resident.tokens < queries.count
-    tile.store_tile(out, m0, acc * row_weight[:, None], stored, HEAD_DIM, BLOCK_D)
+    tile.store_tile(out, m0, acc * row_weight[:, None], stored, VALUE_DIM, BLOCK_DV)
     tl.store(lse + resident.tokens, lse_row * LN2, mask=stored)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
     """Return attention with a log position.
 
-    q: (B, Hq, Nq, D), k and v: (B, Hkv, Nk, D); packed, with cu_seqlens: (total, H, D). float16, bfloat16 or
-    float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
-    (num_pages, Hkv, page_size, D), see :mod:`decode`. plan: that of an earlier call of the same layout and options,
-    but for the starts; a caller that has it saves looking for it.
+    q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, Dv); packed, with cu_seqlens: (total, H, D or Dv). float16,
+    bfloat16 or float32, contiguous in the last dimension. With a block_table, int32 (B, max_pages), k and v are
+    (num_pages, Hkv, page_size, D or Dv), see :mod:`decode`. plan: that of an earlier call of the same layout and
+    options, but for the starts; a caller that has it saves looking for it.
 
-    Returns out like q, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of the sum of exponentials.
+    Returns out, laid out like q but with v's Dv, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of
+    the sum of exponentials.
     """
     if plan is None:
         plan = plan_of(q, k, v, options)
-    out = new_output(q, plan.packed)
+    out = new_output(q, plan.packed, plan.value_dim)
     if plan.packed:
         lse = torch.full((plan.heads, plan.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:

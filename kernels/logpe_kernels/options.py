@@ -1,10 +1,11 @@
-"""What attention takes beside q, k and v: listed here, and nowhere else. Needs torch alone."""
+"""What attention takes beside q, k and v: listed here, and nowhere else; and how its output lies. Needs torch alone."""
 
 from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of q and k, and of v, whose head_dim may be another
 NUM_LEARNABLE: Final = 4  # the first fields of Options, which are the parts that are learned
 NUM_TENSORS: Final = 14  # the first fields of Options, which are tensors
 
@@ -26,7 +27,7 @@ class Options(NamedTuple):
     key_lengths: Tensor | None = None  # keys at this index and beyond are hidden
     key_bias: Tensor | None = None  # (B, Nk), float32: added to the logits; -inf hides a key
     context_lengths: Tensor | None = None  # int32 (B,): n of the query gain; None: the position of the query
-    block_table: Tensor | None = None  # int32 (B, max_pages): k and v are (num_pages, Hkv, page_size, D)
+    block_table: Tensor | None = None  # int32 (B, max_pages): k, v: (num_pages, Hkv, page_size, D or Dv)
     cu_seqlens_q: Tensor | None = None  # int32 (B + 1,): q is packed, (total_q, Hq, D)
     cu_seqlens_k: Tensor | None = None
     dropout_seed: Tensor | None = None  # int64, one element
@@ -43,3 +44,16 @@ class Options(NamedTuple):
 
 
 LEARNABLE_PARTS = Options._fields[:NUM_LEARNABLE]
+
+
+def new_output(x: Tensor, zeros: bool, size: int | None = None) -> Tensor:
+    """Return an output laid out like x (..., D), or as (..., size) would be in the layout of x.
+
+    zeros: whether it starts from zeros, as packed ones do: tokens outside every sequence keep them.
+    """
+    if size is None or size == x.shape[-1]:
+        return torch.zeros_like(x) if zeros else torch.empty_like(x)
+    rows = torch.empty_like(x[..., 0], device="meta")
+    shape, strides = (*rows.shape, size), (*(size * stride for stride in rows.stride()), 1)
+    out = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    return out.zero_() if zeros else out

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Traits, log2_length, padded
-from .options import MAX_HEAD_DIM, NUM_LEARNABLE, NUM_TENSORS, Options
+from .options import MAX_HEAD_DIM, NUM_LEARNABLE, NUM_TENSORS, Options, new_output
 from .position import Parameters
 from .tile import Dropout, Layer, Sequences, Strides
 
@@ -82,21 +82,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def new_output(x: Tensor, packed: bool) -> Tensor:
-    """Return an output laid out like x; packed ones start from zeros: tokens outside every sequence keep them."""
-    return torch.zeros_like(x) if packed else torch.empty_like(x)
-
-
-def constants(head_dim: int, config: Any) -> dict[str, Any]:
-    """Return the constexprs of a kernel that is launched with a configuration, and Triton's options."""
-    return dict(
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded(head_dim),
-        enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
-        **config.launch(),
-    )
-
-
 _sequences = operator.attrgetter(*Sequences._fields)
 
 
@@ -110,7 +95,9 @@ class Plan:
         cu_seqlens_q, dropout_p = options.cu_seqlens_q, options.dropout_p
         self.packed = cu_seqlens_q is not None
         self.batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        self.heads, self.kv_heads, self.head_dim = q.shape[1], k.shape[1], q.shape[-1]
+        self.heads, self.kv_heads = q.shape[1], k.shape[1]
+        self.head_dim, self.value_dim = q.shape[-1], v.shape[-1]
+        self.widest = max(self.head_dim, self.value_dim)  # its tiles fit: the other takes no more memory
         self.num_queries, self.num_keys = q.shape[-2], k.shape[-2]
         if self.packed:
             self.num_queries, self.num_keys = options.max_seqlen_q, options.max_seqlen_k
@@ -121,12 +108,13 @@ class Plan:
                 raise ValueError("a block_table goes without cu_seqlens, without theta and without dropout")
             if k.shape[2] < MIN_PAGE_SIZE or k.shape[2] & (k.shape[2] - 1) != 0:
                 raise ValueError(f"page_size must be a power of two from {MIN_PAGE_SIZE} on, got {k.shape[2]}")
-        if not 1 <= self.head_dim <= MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {self.head_dim}")
+        for name in ("head_dim", "value_dim"):
+            if not 1 <= getattr(self, name) <= MAX_HEAD_DIM:
+                raise ValueError(f"{name} must be from 1 to {MAX_HEAD_DIM}, got {getattr(self, name)}")
         self.traits = Traits(
             q.device,
             q.element_size(),
-            self.head_dim,
+            self.widest,
             power=options.power is not None,
             sharpness=options.sharpness is not None,
             alpha=options.alpha is not None,
@@ -143,9 +131,9 @@ class Plan:
         self._numbers = Layer(float(options.scale), float(options.gain_length), *heads, *window), *lengths
         rows = self.heads * self.num_queries
         self.lse_layout = (self.batch, self.heads, self.num_queries), (rows, self.num_queries, 1)  # shape, strides
-        like_q, like_k = (torch.empty_like(x, device="meta") for x in (q, k))  # as q, k and out are after a rotation
-        turned = options.theta is not None
-        self.strides = self.strides_of(q=like_q if turned else q, k=like_k if turned else k, v=v, out=like_q)
+        like_q, like_k = (torch.empty_like(x, device="meta") for x in (q, k))  # as q and k are after a rotation
+        q, k = (q, k) if options.theta is None else (like_q, like_k)
+        self.strides = self.strides_of(q=q, k=k, v=v, out=new_output(like_q, False, self.value_dim))
         self.options = Options._make((*(None,) * NUM_TENSORS, *options[NUM_TENSORS:]))
         self.kernels: dict[Hashable, Any] = {}
         self._once: dict[Hashable, Any] = {}
@@ -173,9 +161,20 @@ class Plan:
 
         def look_up() -> tuple[Any, dict[str, Any]]:
             config = configs.lookup(kernel, self.traits)
-            return config, constants(self.head_dim, config)
+            return config, self.constants(config)
 
         return self.once(kernel, look_up)
+
+    def constants(self, config: Any) -> dict[str, Any]:
+        """Return the constexprs of a kernel that is launched with a configuration, and Triton's options."""
+        return dict(
+            HEAD_DIM=self.head_dim,
+            VALUE_DIM=self.value_dim,
+            BLOCK_D=padded(self.head_dim),
+            BLOCK_DV=padded(self.value_dim),
+            enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
+            **config.launch(),
+        )
 
     def strides_of(self, **tensors: Tensor) -> Strides:
         """Return (batch, head, token) strides by name; the batches of packed (total, H, D) are rows apart."""
@@ -184,7 +183,7 @@ class Plan:
         return Strides(**{name: x.stride()[:3] for name, x in tensors.items()})
 
     def descriptors(self, config: Any, rows: int, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
-        """Return descriptors of tensors (B, H, N, D) for loads of [1, 1, rows, BLOCK_D]; None if config has no TMA.
+        """Return descriptors of tensors (B, H, N, D) for loads of [1, 1, rows, padded(D)]; None if config has no TMA.
 
         TMA wants steps of 16 bytes: a tensor that is aligned otherwise, expanded or empty is loaded through pointers.
         """
@@ -198,7 +197,7 @@ class Plan:
             steps = [stride * x.element_size() for stride in x.stride()[:-1]]
             if x.numel() == 0 or any(step == 0 or step % 16 for step in steps):
                 return None
-            return list(x.shape), list(x.stride()), [1, 1, rows, padded(self.head_dim)]
+            return list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[-1])]
 
         described = self.once((x.shape, x.stride(), rows), layout)
         return None if described is None or x.data_ptr() % 16 else TensorDescriptor(x, *described)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .options import Options
-from .plan import Plan, call_key, cdiv, find, new_output
+from .options import Options, new_output
+from .plan import Plan, call_key, cdiv, find
 from .position import rotation
 from .tile import cast, load_axis
 
