@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from logpe_kernels.options import Options
+from logpe_kernels.options import NUM_POSITIONAL, Options
 from torch import Tensor
 
 from logpe import checks, ops, reference
@@ -114,7 +114,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
         key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
         if key is not None and (plan := ops.plans().get(key)) is not None:
-            options = Options._make((*values[:5], *plan.options[5:]))
+            options = Options._make((*values[:NUM_POSITIONAL], *plan.options[NUM_POSITIONAL:]))
             result = ops.run(q, k, v, options, "triton", plan)
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
@@ -151,7 +151,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
 
     options = Options(
-        *values[:5],
+        *values[:NUM_POSITIONAL],
         query_starts=query_starts,
         key_starts=key_starts,
         key_lengths=key_lengths,
@@ -263,7 +263,7 @@ def log_attention_varlen(  # type: ignore[misc]
         context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
 
     options = Options(
-        *values[:5],
+        *values[:NUM_POSITIONAL],
         query_starts=query_starts,
         key_starts=key_starts,
         context_lengths=context_lengths,
@@ -440,12 +440,13 @@ def _key_of(
 
     None: not to be remembered. A compiler looks on, an option is a tensor, or the backend takes longer than checks.
     """
-    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *values[:5]):
+    if _resolve_backend(backend, q) != "triton" or not ops.direct(q, k, v, *values[:NUM_POSITIONAL]):
         return None
     if type(key_start) is not int or type(scale) not in (float, type(None)):
         return None
     return ops.plans().call_key(
-        (q, k, v, *values[:5]), "log_attention", is_causal, key_start, window, scale, *values[5:],
+        (q, k, v, *values[:NUM_POSITIONAL]), "log_attention", is_causal, key_start, window, scale,
+        *values[NUM_POSITIONAL:],
         values.theta is not None and values.theta.requires_grad,
         (position.local_heads, position.head_dim) if isinstance(position, LogPosition) else None,
     )  # fmt: skip
@@ -479,4 +480,4 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
 
 def _is_positional(values: PositionValues, left: int | None, right: int | None) -> bool:
     """Whether it matters where queries and keys stand."""
-    return left is not None or right is not None or any(x is not None for x in values[:5])
+    return left is not None or right is not None or any(x is not None for x in values[:NUM_POSITIONAL])

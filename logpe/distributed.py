@@ -176,8 +176,8 @@ class ContextParallel:
         dist.all_gather_object(everyone, mine, group=self.group)
         for rank, (failure, _, _) in enumerate(everyone):
             if failure is not None:
-                kind, message = failure
-                raise _agreed(_ERRORS.get(kind, RuntimeError)(f"{message} (on rank {rank} of {self.size})")) from error
+                name, message = failure
+                raise _agreed(_ERRORS.get(name, RuntimeError)(f"{message} (on rank {rank} of {self.size})")) from error
         expected = everyone[0][1]
         for rank, (_, values, _) in enumerate(everyone):
             for name in expected.keys() | values.keys():

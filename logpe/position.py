@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from logpe_kernels.options import LEARNABLE_PARTS
+from logpe_kernels.options import LEARNABLE_PARTS, NUM_POSITIONAL
 from torch import Tensor, nn
 
 from logpe import eager
@@ -430,7 +430,7 @@ def values_of(position: Position, q: Tensor) -> PositionValues:
         position = position(q.device)
     if not isinstance(position, PositionValues):
         raise TypeError(f"position must be a LogPosition, PositionValues or None, got {type(position).__name__}")
-    tensors = [x for x in position[:5] if x is not None]
+    tensors = [x for x in position[:NUM_POSITIONAL] if x is not None]
     if all(map(_ready, tensors)) and type(position.rotary_scale) is type(position.gain_length) is float:
         return position
     ready: dict[str, Any] = {}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -267,3 +270,25 @@ def status_of(main: Callable[..., int], *arguments: Any) -> Any:
         return main(*arguments)
     except SystemExit as refused:
         return refused.code
+
+
+def run_processes(file: str, world: int, *arguments: Any, **environment: str) -> None:
+    """Run a test file as a program in ``world`` processes, ``file RANK ARGUMENTS...``, and check that all end well."""
+    env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | environment
+    workers = [
+        subprocess.Popen(
+            [sys.executable, file, str(rank), *map(str, arguments)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output

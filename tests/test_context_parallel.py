@@ -9,7 +9,6 @@ import itertools
 import os
 import pickle
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import PARAMETERS, Call, Reference, make_call, make_packed_call, make_values, run
+from helpers import PARAMETERS, Call, Reference, make_call, make_packed_call, make_values, run, run_processes
 from torch import Tensor
 
 import logpe
@@ -38,26 +37,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_processes(world: int, tmp_path: Path) -> None:
     """All cases of a number of processes run in one group of them, for starting them takes most of the time."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["TRITON_INTERPRET"] = "1"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(tmp_path / "rendezvous")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output
+    run_processes(__file__, world, world, tmp_path / "rendezvous", TRITON_INTERPRET="1")
 
 
 # --- what each process runs -----------------------------------------------------------------------------------------

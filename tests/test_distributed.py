@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import run_processes
 from torch import Tensor, nn
 
 WORLD = 2
@@ -24,24 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_two_processes(tmp_path: Path) -> None:
     """All cases run in one pair of processes, for starting them takes most of the time."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output
+    run_processes(__file__, WORLD, tmp_path / "rendezvous")
 
 
 # --- what each process runs -----------------------------------------------------------------------------------------

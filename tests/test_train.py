@@ -93,8 +93,7 @@ def assert_same(out: Path, expected: Path) -> None:
 
 
 def run(arguments: list[str], *command: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *command, *arguments], env=env, capture_output=True, text=True, timeout=300, cwd=ROOT
     )

@@ -13,6 +13,7 @@ score_mod, compared with one process that holds all tokens.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -34,9 +35,11 @@ from torch import Tensor
 
 import logpe
 from bench import plots
-from bench.command import about, count, fill_in, new_parser, parse_device, program, stamp
-from bench.common import device_name, write_whole
+from bench.command import OUT, about, count, fill_in, new_parser, parse_device, program, stamp
+from bench.common import device_name
+from bench.speed.runner import write_json
 from logpe.distributed import LAYOUTS, METHODS
+from logpe.files import locked
 from logpe.worker import one_line
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -152,7 +155,7 @@ def measure(parallel: logpe.ContextParallel, settings: Settings) -> dict[str, An
     for x in (q, k, v):
         x.requires_grad_()
     window = None if settings.window is None else (settings.window, 0)
-    found: dict[str, Any] = dict(pairs=pairs(parallel, settings), keys=k.nbytes + v.nbytes)
+    figures: dict[str, Any] = dict(pairs=pairs(parallel, settings), keys=k.nbytes + v.nbytes)
     times: dict[str, list[float]] = {"forward": [], "backward": []}
     for repeat in range(settings.repeats + 1):  # the first warms up
         traffic, peak = Traffic(), memory_peak(q.device)
@@ -162,14 +165,14 @@ def measure(parallel: logpe.ContextParallel, settings: Settings) -> dict[str, An
             out = logpe.log_attention(q, k, v, position, is_causal=True, window=window, context_parallel=parallel)
             _wait(q)
             middle = time.perf_counter()
-            found["sent forward"] = traffic.sent
+            figures["sent forward"] = traffic.sent
             out.backward(dout)
             _wait(q)
         if repeat:
             times["forward"].append(middle - start)
             times["backward"].append(time.perf_counter() - middle)
-        found |= {"sent": traffic.sent, "received at once": traffic.peak, "memory": peak()}
-    return found | {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+        figures |= {"sent": traffic.sent, "received at once": traffic.peak, "memory": peak()}
+    return figures | {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def _wait(x: Tensor) -> None:
@@ -242,7 +245,7 @@ def torch_flex(mesh: Any, device: torch.device) -> dict[str, Any]:
 
 
 def worker(rank: int, size: int, folder: str, settings: Settings) -> None:
-    """Measure all methods and layouts on one rank; the first one writes what all found."""
+    """Measure all methods and layouts on one rank; the first one writes the figures of all."""
     device = torch.device(settings.device, rank) if settings.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -263,7 +266,7 @@ def worker(rank: int, size: int, folder: str, settings: Settings) -> None:
     if size == 2:
         peers = {"sdpa": torch_sdpa(mesh, settings), "flex": torch_flex(mesh, device)}
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(dict(rows=rows, peers=peers)))
+        Path(folder, "figures.json").write_text(json.dumps(dict(rows=rows, peers=peers)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -286,12 +289,18 @@ def show(rows: Sequence[dict[str, Any]], peers: dict[str, Any]) -> None:
             f"{megabytes[0]:5.2f} MB  {megabytes[1]:5.2f} MB  {megabytes[2]:13.2f} MB  {megabytes[3]:4.0f} MB  "
             f"{s['forward']:6.2f} s  {s['backward']:7.2f} s"
         )
-    for name, found in peers.items():
-        print(f"torch's context parallelism, {name}: {found}")
+    for name, outcome in peers.items():
+        print(f"torch's context parallelism, {name}: {outcome}")
 
 
-def draw(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
+def draw(path: Path, record: dict[str, Any]) -> None:
     """Draw bytes sent, what is received at once, memory and imbalance over the number of ranks."""
+    rows, size = record["rows"], record["settings"]
+    note = (
+        f"{size['length']:,} tokens, {size['heads']} heads, {size['kv_heads']} of keys, each {size['head_dim']} wide, "
+        f"{size['dtype']}; causal, log-bias, forward and backward\n"
+        f"{record['device']}, torch {record['torch']}, commit {record['commit']}, {record['date'][:10]}"
+    )
     figures = {
         "sent": ("sent by a rank, forward and backward [MB]", 1e6),
         "received at once": ("received and held at once [MB]", 1e6),
@@ -322,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("length", "heads", "kv-heads", "head-dim", "repeats"):
         p.add_argument(f"--{name}", type=count, metavar="N")
     p.add_argument("--window", type=count, metavar="N", help="tokens that a query sees before it (default: all)")
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the results (%(default)s)")
+    p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     args = p.parse_args(arguments)
     device = parse_device(args.device)
     fill_in(args, BUDGETS[device.type])
@@ -331,23 +340,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ("length", "heads", "kv_heads", "head_dim", "dtype", "repeats", "window")
     settings = Settings(**{name: getattr(args, name) for name in names}, device=device.type)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with locked(args.out, f"{settings.key}.json"):
+        return measure_all(settings, device, args, arguments)
+
+
+def measure_all(
+    settings: Settings, device: torch.device, args: argparse.Namespace, arguments: Sequence[str] | None
+) -> int:
+    """Measure for each number of processes, and write, print and draw the results; return the exit status."""
     rows: list[dict[str, Any]] = []
     peers: dict[str, Any] = {}
     for size in args.processes:
         with TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(worker, (size, folder, settings), nprocs=size)
-            found = json.loads(Path(folder, "found.json").read_text())
-        rows += found["rows"]
-        peers |= found["peers"]
+            measured = json.loads(Path(folder, "figures.json").read_text())
+        rows += measured["rows"]
+        peers |= measured["peers"]
     show(rows, peers)
     more = dict(device=device_name(device), torch=torch.__version__, rows=rows, torch_peers=peers)
-    text = json.dumps(about("bench scaling", arguments, settings, stamp(), **more), indent=1)
+    record = about("bench scaling", arguments, settings, stamp(), **more)
     path = args.out / f"{settings.key}.json"
-    write_whole(path, lambda temporary: temporary.write_text(text + "\n"))
-    note = (
-        f"{settings.length:,} tokens, {settings.heads} heads, {settings.kv_heads} of keys, each {settings.head_dim} "
-        f"wide, {settings.dtype}; causal, log-bias, forward and backward"
-    )
-    draw(path.with_suffix(".png"), rows, note)
+    write_json(path, record)
+    draw(path.with_suffix(".png"), record)
     print(f"written: {path}, {path.with_suffix('.png')}")
     return 0

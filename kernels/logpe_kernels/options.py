@@ -7,6 +7,7 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256  # of q and k, and of v, whose head_dim may be another
 NUM_LEARNABLE: Final = 4  # the first fields of Options, which are the parts that are learned
+NUM_POSITIONAL: Final = 5  # the first fields of Options, which a position gives: those, and theta
 NUM_TENSORS: Final = 14  # the first fields of Options, which are tensors
 
 

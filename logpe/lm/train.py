@@ -673,7 +673,6 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a language model on a text",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.set_defaults(run=main)
     p.add_argument("text", type=Path, nargs="+", help=(

@@ -312,7 +312,6 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="measure the fastest tiles for this GPU and keep them",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=main)
     gains = [f"{preset}+gain" for preset in PRESETS]
