@@ -56,6 +56,27 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         exec(compile("\n" * line + text, "README.md", "exec"), names)
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the names of the headings of a Markdown page, as links give them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    """So do the links of the other pages, and each record and picture stands on one of them."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("bench/results/*.md")]
+    linked = set()
+    for page in pages:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name} links to {target}"
+            linked.add(path)
+    results = {path for path in (ROOT / "bench/results").iterdir() if path.suffix in (".json", ".csv", ".png")}
+    assert not results - linked
+
+
 class Parsed(BaseException):
     """The options of a command are accepted."""
 
