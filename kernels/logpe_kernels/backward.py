@@ -88,8 +88,7 @@ def corrected(sums, error, weight):
 def dq_kernel(
     q, k, v, k_tma, v_tma, out, lse, dlse, delta, gain, dout, dq, dparameters, parameters, sequences, dropout, strides,
     layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
     ASYNCHRONOUS: tl.constexpr = asynchronous_products(q.dtype.element_ty.primitive_bitwidth)
@@ -112,9 +111,9 @@ def dq_kernel(
     lse_row = tl.load(lse + row + resident.tokens, mask=stored, other=-float("inf"))
     alive = lse_row > -float("inf")
     lse2 = tl.where(alive, lse_row * LOG2E, float("inf"))
-    q_tile = tile.load_tile(q, None, m0, alive, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do_tile = tile.load_tile(dout, None, m0, alive, BLOCK_M, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    o_tile = tile.load_tile(out, None, m0, alive, BLOCK_M, VALUE_DIM, BLOCK_DV)
+    q_tile = tile.load_tile(q, None, m0, alive, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    do_tile = tile.load_tile(dout, None, m0, alive, BLOCK_M, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
+    o_tile = tile.load_tile(out, None, m0, alive, BLOCK_M, VALUE_DIM)
     dlse_row = tl.zeros([BLOCK_M], tl.float32)
     if dlse is not None:
         dlse_row = tl.load(dlse + row + resident.tokens, mask=alive, other=0.0)
@@ -123,7 +122,7 @@ def dq_kernel(
     gain_row = tl.zeros([BLOCK_M], tl.float32) + query_gain(n, head, layer.gain_length)
     row_scale = gain_row * (layer.scale * LOG2E)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, tile.padded(HEAD_DIM)], tl.float32)  # [BLOCK_M, BLOCK_D]
     g_sum = tl.zeros([BLOCK_M, tile.num_partials()], tl.float32)
     sums = [Sums(g_sum, g_sum) for pointer in dparameters]
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else tile.FULL_TILES, tile.MASKED_TILES + 1):
@@ -135,8 +134,8 @@ def dq_kernel(
             mask = tile.within(j, keys) if TILES == tile.MASKED_TILES else None
             key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
             mask = mask if key_bias is None else key_bias > -float("inf")
-            k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+            k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
             distance, score, a = tile.tile_logits(
                 tile.dot(q_tile, k_tile.T), row_scale[:, None], lse2[:, None], resident, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, TILES,
@@ -152,7 +151,7 @@ def dq_kernel(
                 for PARAMETER in (POWER, RATE, SHARPNESS, ALPHA)
             ]
 
-    tile.store_tile(dq, m0, acc * (gain_row * layer.scale)[:, None], stored, HEAD_DIM, BLOCK_D)
+    tile.store_tile(dq, m0, acc * (gain_row * layer.scale)[:, None], stored, HEAD_DIM)
     error = tl.sum(g_sum, 1) - dlse_row  # of delta
     tl.store(delta + row + resident.tokens, delta_row + error, mask=stored)
     if gain is not None:
@@ -171,8 +170,7 @@ def dq_kernel(
 def dkdv_kernel(
     q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv, parameters, sequences, dropout, strides, layer,
     num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
     MASKED_STAGES: tl.constexpr = (
@@ -196,10 +194,10 @@ def dkdv_kernel(
     j = resident.positions  # [BLOCK_N]
     key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, resident.tokens, resident.exist)
     exist = resident.exist if key_bias is None else key_bias > -float("inf")
-    k_tile = tile.load_tile(k, None, n0, exist, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = tile.load_tile(v, None, n0, exist, BLOCK_N, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    k_tile = tile.load_tile(k, None, n0, exist, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+    v_tile = tile.load_tile(v, None, n0, exist, BLOCK_N, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
+    dk_acc = tl.zeros([BLOCK_N, tile.padded(HEAD_DIM)], tl.float32)  # [BLOCK_N, BLOCK_D]
+    dv_acc = tl.zeros([BLOCK_N, tile.padded(VALUE_DIM)], tl.float32)  # [BLOCK_N, BLOCK_DV]
     # One loop over the query heads of the group and their tiles: the state that a loop in a loop keeps alive spills.
     first_head = kv_head * group_size
     first_parameters = [None if pointer is None else tl.load(pointer + first_head) for pointer in parameters]
@@ -223,8 +221,8 @@ def dkdv_kernel(
                 mask = lse_row > -float("inf")
                 lse_row = tl.where(mask, lse_row, float("inf"))
             delta_row = tile.load_masked(delta + row + tokens, mask, 0.0)
-            q_tile = tile.load_tile(q_rows, q_tma, m0, mask, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do_tile = tile.load_tile(do_rows, dout_tma, m0, mask, BLOCK_M, VALUE_DIM, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            q_tile = tile.load_tile(q_rows, q_tma, m0, mask, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+            do_tile = tile.load_tile(do_rows, dout_tma, m0, mask, BLOCK_M, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
             gain_row = tl.full([BLOCK_M], 1.0, tl.float32)
             if gain is not None:
                 gain_row = tile.load_masked(gain + row + tokens, mask, 0.0)
@@ -248,8 +246,8 @@ def dkdv_kernel(
     stored = resident.tokens < keys.count
     dk_acc = tl.where(exist[:, None], dk_acc * layer.scale, 0.0)
     dv_acc = tl.where(exist[:, None], dv_acc, 0.0)
-    tile.store_tile(dk, n0, dk_acc, stored, HEAD_DIM, BLOCK_D)
-    tile.store_tile(dv, n0, dv_acc, stored, VALUE_DIM, BLOCK_DV)
+    tile.store_tile(dk, n0, dk_acc, stored, HEAD_DIM)
+    tile.store_tile(dv, n0, dv_acc, stored, VALUE_DIM)
 
 
 def attention_backward(

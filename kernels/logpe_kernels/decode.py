@@ -37,8 +37,7 @@ BLOCK_S = 16  # splits that are merged at once
 def decode_kernel(
     q, k, v, partial, partial_lse, block_table, parameters, sequences, strides, num_pages, page_size, num_splits,
     layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows that meet the same keys run side by side, for the sake of the L2 cache.
     group_size, kv_heads = layer.group_size, layer.num_heads // layer.group_size
@@ -65,12 +64,12 @@ def decode_kernel(
         block_table += b64 * (num_keys // page_size)
 
     q_offsets = heads.to(tl.int64) * strides.q[1] + resident.tokens.to(tl.int64) * strides.q[2]
-    q_tile = tile.load_rows(q, q_offsets, 1, resident.exist, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q_tile = tile.load_rows(q, q_offsets, 1, resident.exist, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     n = tile.load_lengths(sequences, b, i, layer.window_left)
     row_scale = tl.full([BLOCK_M, 1], layer.scale * LOG2E, tl.float32) * query_gain(n[:, None], head, layer.gain_length)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, tile.padded(VALUE_DIM)], tl.float32)  # [BLOCK_M, BLOCK_DV]
     share = tl.cdiv(tl.cdiv(resident.end - resident.begin, BLOCK_N), num_splits) * BLOCK_N
     begin = resident.begin + split * share
     for x in range(begin, tl.minimum(resident.end, begin + share), BLOCK_N):
@@ -85,8 +84,8 @@ def decode_kernel(
             page, row = tl.load(block_table + n0 // page_size), n0 % page_size
             mask &= (page >= 0) & (page < num_pages)
         k_page, v_page = k + page.to(tl.int64) * strides.k[0], v + page.to(tl.int64) * strides.v[0]
-        k_tile = tile.load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v_tile = tile.load_rows(v_page, row + columns, strides.v[2], mask, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        k_tile = tile.load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        v_tile = tile.load_rows(v_page, row + columns, strides.v[2], mask, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
         _, _, a = tile.tile_logits(
             tile.dot(q_tile, k_tile.T), row_scale, None, resident, j, keys.start + n0,
             None if key_bias is None else key_bias[None, :], head, tile.MASKED_TILES,
@@ -100,14 +99,14 @@ def decode_kernel(
     stored = resident.tokens < queries.count
     # Row of the workspace: (batch, query head, query, split).
     place = ((b64 * layer.num_heads + heads) * num_queries + resident.tokens) * num_splits + split
-    tile.store_rows(partial, place, VALUE_DIM, acc * row_weight[:, None], stored, VALUE_DIM, BLOCK_DV)
+    tile.store_rows(partial, place, VALUE_DIM, acc * row_weight[:, None], stored, VALUE_DIM)
     tl.store(partial_lse + place, lse, mask=stored)
 
 
 @triton.jit(do_not_specialize=["num_queries", "total_queries", "num_splits"])
 def merge_kernel(
     partial, partial_lse, out, lse, cu_seqlens_q, strides, num_heads, num_queries, total_queries, num_splits,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program merges the splits of one query of one head."""
     place = tl.program_id(0).to(tl.int64) * num_splits
@@ -120,17 +119,17 @@ def merge_kernel(
 
     m_i = tl.full([1], -float("inf"), tl.float32)
     l_i = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    acc = tl.zeros([1, tile.padded(VALUE_DIM)], tl.float32)  # [1, BLOCK_DV]
     for s0 in range(0, num_splits, BLOCK_S):
         splits = s0 + tl.arange(0, BLOCK_S)
         a = tl.load(partial_lse + place + splits, mask=splits < num_splits, other=-float("inf"))[None, :]
-        values = tile.load_rows(partial, place + splits, VALUE_DIM, splits < num_splits, VALUE_DIM, BLOCK_DV)
+        values = tile.load_rows(partial, place + splits, VALUE_DIM, splits < num_splits, VALUE_DIM)
         p, correction, m_i, l_i = tile.softmax_step(a, m_i, l_i)  # p: [1, BLOCK_S]
         acc = acc * correction[:, None] + tl.sum(p.T * values, 0)[None, :]
 
     row_weight, lse_row = tile.softmax_end(m_i, l_i)
     stored = rows < queries.count
-    tile.store_rows(out.pointer, rows, out.stride, acc * row_weight[:, None], stored, VALUE_DIM, BLOCK_DV)
+    tile.store_rows(out.pointer, rows, out.stride, acc * row_weight[:, None], stored, VALUE_DIM)
     tl.store(lse + rows, lse_row * LN2, mask=stored)
 
 
@@ -191,8 +190,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: O
         decode_kernel, programs * splits, (q, k, v, partial, partial_lse, options.block_table, parameters, sequences),
         (plan.strides, v.shape[0], page_size, splits, *plan.numbers(options)), constexprs, plan.kernels,
     )  # fmt: skip
-    size = dict(VALUE_DIM=plan.value_dim, BLOCK_DV=padded(plan.value_dim))
-    constexprs = dict(**size, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
+    constexprs = dict(VALUE_DIM=plan.value_dim, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
     launch(
         merge_kernel, shape[0], (partial, partial_lse, out, lse, sequences.cu_seqlens_q),
         (plan.strides, plan.heads, plan.num_queries, plan.total_queries, splits), constexprs, plan.kernels,

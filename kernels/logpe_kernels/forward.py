@@ -17,8 +17,7 @@ from .rotation import turned
 def forward_kernel(
     q, k, v, k_tma, v_tma, out, lse, parameters, sequences, dropout, strides, layer,
     num_queries, num_keys, total_queries, total_keys, query_start, key_start,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
     SPLIT: tl.constexpr = (
@@ -40,12 +39,12 @@ def forward_kernel(
 
     resident = tile.resident(m0, queries, keys, layer.window_left, layer.window_right, BIASED, BLOCK_M, BLOCK_N)
     i = resident.positions  # [BLOCK_M]
-    q_tile = tile.load_tile(q, None, m0, resident.exist, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q_tile = tile.load_tile(q, None, m0, resident.exist, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     n = tile.load_lengths(sequences, b, i, layer.window_left)
     row_scale = tl.full([BLOCK_M], layer.scale * LOG2E, tl.float32) * query_gain(n, head, layer.gain_length)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, tile.padded(VALUE_DIM)], tl.float32)  # [BLOCK_M, BLOCK_DV]
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else UNMASKED, tile.MASKED_TILES + 1):
         start, stop, gap, jump = tile.loop_bounds(TILES, resident, keys, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
@@ -55,8 +54,8 @@ def forward_kernel(
             mask = tile.within(j, keys) if TILES == tile.MASKED_TILES else None
             key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, tokens, mask)
             mask = mask if key_bias is None else key_bias > -float("inf")
-            k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+            k_tile = tile.load_tile(k, k_tma, n0, mask, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            v_tile = tile.load_tile(v, v_tma, n0, mask, BLOCK_N, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
             _, _, a = tile.tile_logits(
                 tile.dot(q_tile, k_tile.T), row_scale[:, None], None, resident, j, keys.start + n0,
                 None if key_bias is None else key_bias[None, :], head, TILES,
@@ -69,7 +68,7 @@ def forward_kernel(
     row_weight, lse_row = tile.softmax_end(m_i, l_i)
     row_weight = row_weight if dropout is None else row_weight * dropout.scale
     stored = resident.tokens < queries.count
-    tile.store_tile(out, m0, acc * row_weight[:, None], stored, VALUE_DIM, BLOCK_DV)
+    tile.store_tile(out, m0, acc * row_weight[:, None], stored, VALUE_DIM)
     tl.store(lse + resident.tokens, lse_row * LN2, mask=stored)
 
 

@@ -170,8 +170,6 @@ class Plan:
         return dict(
             HEAD_DIM=self.head_dim,
             VALUE_DIM=self.value_dim,
-            BLOCK_D=padded(self.head_dim),
-            BLOCK_DV=padded(self.value_dim),
             enable_fp_fusion=True,  # a * b + c in one instruction; Triton 3.10 no longer does so by default
             **config.launch(),
         )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from . import configs
 from .position import FAR, INTERPRETED, LOG2E, far_logit, logit
 
 
@@ -188,6 +189,9 @@ def resident(
     )
 
 
+#: BLOCK_D or BLOCK_DV of a head_dim.
+padded = triton.constexpr_function(configs.padded)
+
 #: What the tiles of a loop have in common; the kernels run through them in this order.
 FAR_TILES = tl.constexpr(0)  # visible in full, and so far from the diagonal that a polynomial gives the distance
 FULL_TILES = tl.constexpr(1)
@@ -250,8 +254,9 @@ def load_masked(pointers, mask, other):
 
 
 @triton.jit
-def load_rows(x, rows, stride, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(x, rows, stride, mask, HEAD_DIM: tl.constexpr):
     """Return rows of a (tokens, D) slice as [rows, BLOCK_D]; zeros where mask (or None) is False."""
+    BLOCK_D: tl.constexpr = padded(HEAD_DIM)
     columns = tl.arange(0, BLOCK_D)
     pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
     keep = None if mask is None else mask[:, None]
@@ -279,21 +284,21 @@ def rows_of(x, strides, axis, h):
 
 
 @triton.jit
-def load_tile(x, descriptor, start, mask, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(x, descriptor, start, mask, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Return rows start to start + COUNT as [COUNT, BLOCK_D]; zeros where mask (or None) is False.
 
     descriptor: of the whole tensor, (B, H, N, D) in tiles of [1, 1, COUNT, BLOCK_D], or None; serves without a mask.
     """
     if descriptor is None or mask is not None:
-        return load_rows(x.pointer, start + tl.arange(0, COUNT), x.stride, mask, HEAD_DIM, BLOCK_D)
+        return load_rows(x.pointer, start + tl.arange(0, COUNT), x.stride, mask, HEAD_DIM)
     else:
-        return tl.reshape(descriptor.load([x.batch, x.h, x.first + start, 0]), [COUNT, BLOCK_D])
+        return tl.reshape(descriptor.load([x.batch, x.h, x.first + start, 0]), [COUNT, padded(HEAD_DIM)])
 
 
 @triton.jit
-def store_tile(x, start, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(x, start, value, mask, HEAD_DIM: tl.constexpr):
     """Store [count, BLOCK_D] into Rows from ``start`` where mask is True."""
-    store_rows(x.pointer, start + tl.arange(0, value.shape[0]), x.stride, value, mask, HEAD_DIM, BLOCK_D)
+    store_rows(x.pointer, start + tl.arange(0, value.shape[0]), x.stride, value, mask, HEAD_DIM)
 
 
 @triton.jit
@@ -307,8 +312,9 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(x, rows, stride, value, mask, HEAD_DIM: tl.constexpr):
     """Store [rows, BLOCK_D] into a (tokens, D) slice where mask is True."""
+    BLOCK_D: tl.constexpr = padded(HEAD_DIM)
     columns = tl.arange(0, BLOCK_D)
     pointers = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]  # [rows, BLOCK_D]
     keep = mask[:, None]
