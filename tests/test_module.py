@@ -1003,7 +1003,7 @@ def test_half_precision_and_autocast() -> None:
         for need_weights in (False, True):
             out, _ = ours(x, x, x, need_weights=need_weights)
             assert out.dtype == torch.bfloat16
-            torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+            assert (out - expected).norm() < 0.015 * expected.norm()  # of one element, chance decides
     half = copy.deepcopy(ours).to(torch.bfloat16)
     assert isinstance(half.position, LogPosition)
     assert half.position.raw_rate is not None
@@ -1014,7 +1014,7 @@ def test_half_precision_and_autocast() -> None:
         out, weights = half(y, y, y, need_weights=need_weights)
         assert out.dtype == torch.bfloat16
         assert weights is None or weights.dtype == torch.bfloat16
-        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+        assert (out - expected).norm() < 0.015 * expected.norm()
     normed = LogAttention(EMBED, HEADS, qk_norm=True, batch_first=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert normed(x, x, x, need_weights=False)[0].dtype == torch.bfloat16
