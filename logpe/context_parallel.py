@@ -189,7 +189,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        tensors = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+        saved, parameters = tensors[: ctx.count], tensors[ctx.count :]
         needed = ctx.needs_input_grad[1:]
         gradients = ctx.plan.backward(dout, dlse, saved, parameters, needed)
         learned = [n for n, need in enumerate(needed) if need and n >= 3]
@@ -590,6 +591,7 @@ def attend(
     (arguments,) = resolved
     num_queries = sum(parallel.check_counts("q", [theirs["queries"] for theirs in everyone]))
     num_keys = sum(parallel.check_counts("k", [theirs["keys"] for theirs in everyone]))
+    parallel.check_close([theirs["values"] for theirs in everyone])
     if arguments.seed is not None:
         arguments.seed = torch.full_like(arguments.seed, everyone[0]["seed"])
     call = arguments.call(num_queries, num_keys)
@@ -713,7 +715,10 @@ class _Arguments:
         """What may differ between ranks."""
         dim = 0 if self.packed else 2
         seed = None if self.seed is None else int(self.seed)
-        return {"queries": self.q.shape[dim], "keys": self.k.shape[dim], "seed": seed}
+        tensors = {f"position.{name}": x for name, x in self.values._asdict().items() if isinstance(x, Tensor)}
+        readable = (checks.readable(x, self.options["validate"]) for x in tensors.values())
+        values = {name: x.tolist() for name, x in tensors.items()} if all(readable) else {}
+        return {"queries": self.q.shape[dim], "keys": self.k.shape[dim], "seed": seed, "values": values}
 
     def call(self, num_queries: int, num_keys: int) -> _Call:
         """Return the call on sequences of these lengths, with defaults filled in as log_attention has them.

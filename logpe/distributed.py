@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -80,6 +81,8 @@ class ContextParallel:
                     f'mesh must have one dimension, got {mesh.ndim}: pass one of a larger mesh, as in mesh["context"]'
                 )
             group = mesh.get_group()
+        elif mesh is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("mesh must be a group that this process belongs to, got another one")
         else:
             raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
         self.group, self.layout, self.method, self.reduction = group, layout, method, reduction
@@ -180,7 +183,7 @@ class ContextParallel:
                 raise _agreed(_ERRORS.get(name, RuntimeError)(f"{message} (on rank {rank} of {self.size})")) from error
         expected = everyone[0][1]
         for rank, (_, values, _) in enumerate(everyone):
-            for name in expected.keys() | values.keys():
+            for name in {**expected, **values}:  # in the same order on all ranks, unlike a set of strings
                 if expected.get(name) != values.get(name):
                     message = f"{expected.get(name)} on rank 0 and {values.get(name)} on rank {rank}"
                     raise _agreed(ValueError(f"{name} must be the same on all ranks, got {message}"))
@@ -197,6 +200,15 @@ class ContextParallel:
                 )
                 raise _agreed(ValueError(f"{name} must hold the tokens that shard() gives to each rank: {message}"))
         return counts
+
+    def check_close(self, values: Sequence[Mapping[str, Sequence[float]]]) -> None:
+        """Raise ValueError where named numbers differ between ranks by more than rounding can."""
+        for rank, theirs in enumerate(values):
+            for name, numbers in theirs.items():
+                for index, (first, other) in enumerate(zip(values[0].get(name, numbers), numbers, strict=True)):
+                    if not math.isclose(first, other, rel_tol=1e-3, abs_tol=1e-6):
+                        message = f"element {index} is {first:g} on rank 0 and {other:g} on rank {rank}"
+                        raise _agreed(ValueError(f"{name} must be the same on all ranks, got values whose {message}"))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -390,10 +390,12 @@ def _checked_call(
     if parallel is not None:
         cached = cache is not None and cache.get_seq_length() > 0
         hidden = visible is not None and not visible.all()
-        for name, given_too in (("position_ids", position_ids is not None), ("past_key_values", cached),
-                                ("attention_mask", hidden)):  # fmt: skip
-            if given_too:
-                raise ValueError(f"{name} must be None with context_parallel: a rank sees its tokens alone")
+        given_too = {"position_ids": position_ids is not None, "past_key_values": cached, "attention_mask": hidden}
+        if refused := [name for name, present in given_too.items() if present]:
+            raise ValueError(
+                f"{refused[0]} must be None with context_parallel: a rank sees its tokens alone. generate() runs in "
+                "one process"
+            )
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
     if mask is None and cache is None and position_ids is not None and tokens:
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.

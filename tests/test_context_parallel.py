@@ -342,6 +342,13 @@ def errors_of(parallel: ContextParallel, bad: bool) -> None:
         text = "head_dim of q and of v must be the same on all ranks, got (8, 8) on rank 0 and (8, 5)"
         assert text in refused(q, k, v[..., :5].contiguous() if bad else v)
         assert "what requires a gradient must be the same" in refused(q.clone().requires_grad_(bad), k, v)
+        power = call.values.power * (1 + bad * torch.eye(4)[2])  # of one head, on one rank
+        other = call.values._replace(power=power)
+        text = raised(lambda: log_attention(q, k, v, other, context_parallel=parallel))
+        assert text.startswith("position.power must be the same on all ranks, got values whose element 2 is ")
+        # Where much differs, all ranks name the same first difference.
+        doubled, other = [x.double() if bad else x for x in (q, k, v)], (good, logpe.LogPosition(4, 8, "alibi"))[bad]
+        assert "must be the same on all ranks" in refused(*doubled, values=other, window=3 + bad)
     out = log_attention(q, k, v, call.values, context_parallel=parallel)
     torch.testing.assert_close(parallel.unshard(out, 2), log_attention(call.q, call.k, call.v, call.values))
 
@@ -382,12 +389,44 @@ def traffic(rank: int, world: int) -> None:
         dist.batch_isend_irecv = original
 
 
+def checkpointing(rank: int, world: int) -> None:
+    """Activation checkpointing of both kinds gives the same gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    if world != 2:
+        return
+    for method in METHODS:
+        parallel = ContextParallel(dist.group.WORLD, method=method)
+        part = shard_call(parallel, make_call(1, num_queries=15, is_causal=True))
+        position = logpe.LogPosition(part.q.shape[1], part.q.shape[-1])
+        leaves = [part.q.requires_grad_(), part.k.requires_grad_(), part.v.requires_grad_(), *position.parameters()]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *, position: Any = position, parallel: Any = parallel) -> Tensor:
+            return log_attention(q, k, v, position, is_causal=True, context_parallel=parallel)
+
+        results = []
+        for options in (None, dict(use_reentrant=False), dict(use_reentrant=True)):
+            out = attend(*leaves[:3]) if options is None else checkpoint(attend, *leaves[:3], **options)
+            out.backward(part.dout)
+            results.append([x.grad for x in leaves])
+            for x in leaves:
+                x.grad = None
+        for others in zip(*results, strict=True):
+            assert all(torch.equal(others[0], x) for x in others)
+
+
 def mesh(rank: int, world: int) -> None:
-    """One dimension of a mesh of data x context; a mesh of two is refused."""
+    """One dimension of a mesh of data x context; a mesh of two is refused, and a group without this process."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if world != 4:
         return
+    group = dist.new_group([1, 2])
+    if rank in (0, 3):
+        with pytest.raises(ValueError, match="mesh must be a group that this process belongs to"):
+            ContextParallel(group)
+    else:
+        assert ContextParallel(group).rank == rank - 1
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     with pytest.raises(ValueError, match=r'mesh must have one dimension, got 2: .*mesh\["context"\]'):
         ContextParallel(both)
@@ -477,6 +516,40 @@ def sharded(rank: int, world: int) -> None:
     ((loss(alone, x[0]) + loss(alone, x[1])) / 2).backward()
     for p, q in zip(alone.parameters(), across.parameters(), strict=True):
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
+
+
+def tokens_and_heads(rank: int, world: int) -> None:
+    """Context x tensor parallelism, and FSDP2 over data x tensor parallelism: outputs and gradients of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    if world != 4:
+        return
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "tensor"))
+    for other in ("context", "data"):
+        alone = logpe.LogAttention(16, 4, batch_first=True, num_kv_heads=2, position="log-invariant")
+        heads = parallelize_module(copy.deepcopy(alone), both["tensor"], logpe.HeadParallel())
+        x = torch.randn(2, 13, 16)
+        expected = alone(x, x, x, need_weights=False, is_causal=True)[0]
+        expected.square().sum().backward()
+        if other == "context":
+            heads.context_parallel = parallel = ContextParallel(both["other"])
+            own, expected = parallel.shard(x, 1), parallel.shard(expected, 1)
+        else:
+            fully_shard(heads, mesh=both["other"])
+            own = x[rank // 2 :][:1]
+            expected = expected[rank // 2 :][:1]
+        out = heads(own, own, own, need_weights=False, is_causal=True)[0]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        out.square().sum().backward()
+        for (name, p), q in zip(alone.named_parameters(), heads.parameters(), strict=True):
+            gradient = q.grad.full_tensor()
+            if other == "data":
+                gradient = 2 * gradient  # FSDP takes the mean
+            elif not name.startswith("position."):
+                dist.all_reduce(gradient, group=both["other"].get_group())
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
 def caches(rank: int, world: int) -> None:
@@ -580,7 +653,7 @@ def transformers(rank: int, world: int) -> None:
 
 CASES = (
     sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, dtypes, kernels, gradients_of_some,
-    repeats, errors, traffic, mesh, modules, sharded, caches, transformers,
+    repeats, errors, traffic, checkpointing, mesh, modules, sharded, tokens_and_heads, caches, transformers,
 )  # fmt: skip
 
 
