@@ -233,7 +233,7 @@ def test_windows_take_turns_and_do_not_overlap():
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", ["needle", "after", "recall"])
 @pytest.mark.parametrize("length", [8, 57])
 def test_answer_is_found_by_a_plain_search(name, length):
     task = tasks.TASKS[name]
@@ -257,9 +257,28 @@ def test_answer_is_found_by_a_plain_search(name, length):
     assert len(drawn[:, -1].unique()) > 5
 
 
+@pytest.mark.parametrize("vocabulary", [256, 300])
+def test_phone_book_asks_for_a_name_that_stands_once(vocabulary):
+    task = tasks.with_names(tasks.TASKS["phone-book"], vocabulary)
+    names = range(128, 256) if vocabulary == 256 else range(256, 300)
+    for length, depth in ((20, None), (57, 0.0), (57, 0.5), (57, 1.0)):
+        entries = (length - 1) // 2
+        for row in task.draw(torch.Generator().manual_seed(1), 50, length, depth).tolist():
+            *prompt, asked, answer = row
+            assert prompt[: len(prompt) - 2 * entries] == [ord(" ")] * (length % 2 == 0)
+            book = prompt[len(prompt) - 2 * entries :]
+            assert set(book[::2]) <= set(names)
+            assert bytes(book[1::2]).isalnum()
+            place = book[::2].index(asked)
+            assert book[::2].count(asked) == 1
+            assert book[2 * place + 1] == answer
+            assert depth is None or place == round(depth * (entries - 1))
+    assert tasks.with_names(tasks.TASKS["needle"], vocabulary) is tasks.TASKS["needle"]
+
+
 def test_short_prompts_come_often_and_many():
     """Check that batches have as many bytes in every step, of lengths uniform in their logarithm, none too long."""
-    job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16), torch.arange(256))
     shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
     lengths = sorted(length - 1 for _, length in shapes)
     assert lengths[0] >= 16
