@@ -292,8 +292,9 @@ def stages(jobs: Mapping[str, Job], settings: Settings, symbols: Tensor, device:
 
     # YaRN changes nothing at the training length: it reads with the weights that RoPE learned.
     same = {"rope-yarn": "rope"}
+    common: dict[str, Any] = dict(loss=loss, steps=text.steps, trained_as="text", same_training=same)
     return {
-        name: replace(each, loss=loss, steps=text.steps, trained_as="text", same_training=same)
+        name: replace(each, **common, step_work=found["text"].step_work if name == "text" else 0)
         for name, each in found.items()
     }
 

@@ -351,7 +351,8 @@ def measure(
     plan = []
     pairs = enumerate(itertools.product(seeds, encodings))
     for (pair, (seed, name)), (turn, (job, stage)) in itertools.product(pairs, enumerate(stages.items())):
-        if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
+        # Everybody gets some of each job; but what one model is put to stays together.
+        if (pair + (0 if stage.trained_as else turn)) % shard[1] != shard[0]:
             continue
         missing = stage.tests.keys() - results.look(name, seed, job)["lengths"].keys()
         work = stage.training_work + sum(stage.tests.values())
