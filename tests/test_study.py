@@ -14,7 +14,7 @@ from studies import numbers, stop_at, write_texts
 from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
-from bench.study import corpus, extrapolation, findings, protocol, runner, tables, tasks
+from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, TIME_IS_OVER
@@ -233,7 +233,7 @@ def test_windows_take_turns_and_do_not_overlap():
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", ["needle", "after", "recall"])
 @pytest.mark.parametrize("length", [8, 57])
 def test_answer_is_found_by_a_plain_search(name, length):
     task = tasks.TASKS[name]
@@ -257,9 +257,62 @@ def test_answer_is_found_by_a_plain_search(name, length):
     assert len(drawn[:, -1].unique()) > 5
 
 
+@pytest.mark.parametrize("vocabulary", [256, 300])
+def test_phone_book_asks_for_a_name_that_stands_once(vocabulary):
+    task = tasks.with_names(tasks.TASKS["phone-book"], vocabulary)
+    names = range(128, 256) if vocabulary == 256 else range(256, 300)
+    for length, depth in ((20, None), (57, 0.0), (57, 0.5), (57, 1.0)):
+        entries = (length - 1) // 2
+        for row in task.draw(torch.Generator().manual_seed(1), 50, length, depth).tolist():
+            *prompt, asked, answer = row
+            assert prompt[: len(prompt) - 2 * entries] == [ord(" ")] * (length % 2 == 0)
+            book = prompt[len(prompt) - 2 * entries :]
+            assert set(book[::2]) <= set(names)
+            assert bytes(book[1::2]).isalnum()
+            place = book[::2].index(asked)
+            assert book[::2].count(asked) == 1
+            assert book[2 * place + 1] == answer
+            assert depth is None or place == round(depth * (entries - 1))
+    assert tasks.with_names(tasks.TASKS["needle"], vocabulary) is tasks.TASKS["needle"]
+
+
+def test_a_collage_repeats_the_start_of_its_window():
+    windows = torch.arange(90).expand(40, -1) + 1000 * torch.arange(40)[:, None]
+    found = mixture.collage(windows, torch.Generator().manual_seed(0))
+    assert torch.equal(found[:, :30], windows[:, :30])
+    assert torch.isin(found - 1000 * torch.arange(40)[:, None], torch.arange(30)).all()
+    jumps = (found[:, 30:].diff(dim=1) != 1).float().mean()
+    assert 1 / 30 < jumps < 1 / 8  # a new piece every 16 tokens, and a turn at the end of the source
+    assert len(found[:, 30].unique()) > 30
+
+
+@pytest.mark.parametrize("name", ["needle", "recall", "phone-book"])
+def test_rows_of_prompts_mark_the_answers(name):
+    task = tasks.with_names(tasks.TASKS[name], 256)
+    row, answers = mixture.prompts(task, 6, 129, torch.Generator().manual_seed(2))
+    assert row.shape == answers.shape == (6, 129)
+    assert answers[:, -1].all()
+    assert 1 <= answers[0].sum() <= 129 // 17
+    for tokens, ends in zip(row.tolist(), answers.tolist(), strict=True):
+        for place in (i for i, end in enumerate(ends) if end):
+            mark = tokens[place - 1] if name == "phone-book" else ord("=")
+            last = max(i for i in range(place - 1) if tokens[i] == mark)
+            assert tokens[place] == tokens[last + 1]
+
+
+def test_repeats_from_afar_equal_a_plain_search():
+    windows = torch.randint(4, (5, 60), generator=torch.Generator().manual_seed(0))
+    found = protocol.repeats_from_afar(windows, 20, 9)
+    for row, text in zip(found.tolist(), windows.tolist(), strict=True):
+        for end, far in zip(range(40, 60), row, strict=True):
+            distances = [end - i for i in range(2, end) if text[i - 2 : i + 1] == text[end - 2 : end + 1]]
+            assert far == (bool(distances) and min(distances) >= 9)
+    assert 0.1 < found.float().mean() < 0.9
+
+
 def test_short_prompts_come_often_and_many():
     """Check that batches have as many bytes in every step, of lengths uniform in their logarithm, none too long."""
-    job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16))
+    job = protocol.Retrieval(tasks.TASKS["recall"], settings(train_length=128, batch=16), torch.arange(256))
     shapes = [job.draw(torch.Generator().manual_seed(seed)).shape for seed in range(200)]
     lengths = sorted(length - 1 for _, length in shapes)
     assert lengths[0] >= 16
@@ -503,6 +556,30 @@ def test_training_goes_on_to_the_same_weights(name, error, tmp_path, monkeypatch
     assert all(torch.equal(x, expected.state_dict()[key]) for key, x in model.state_dict().items())
     lost = [1, 1] if error is RuntimeError else [0, 0]  # steps after the last checkpoint
     assert len(taken) == 3 + 6 + sum(lost)
+
+
+def test_a_mixture_trains_one_model_for_all_tasks(folder, tmp_path, monkeypatch):
+    """In tokens; and YaRN reads with the weights of RoPE."""
+    steps = []
+    draw, shape = mixture.Mixture.draw, Shape(dim=16, layers=2, heads=2, vocabulary=300)
+    monkeypatch.setattr(findings, "report", lambda *_: [])
+    monkeypatch.setattr(mixture.Mixture, "draw", lambda *args: steps.append(1) or draw(*args))
+    command = arguments(folder, tmp_path, "--encodings", "rope", "rope-yarn", "--seeds", "0", "--tasks", "phone-book")
+    command += ["--tokens", "300", "--smeared-keys", "--batch", "8", "--mixture", "collage=0.25", "phone-book=0.25"]
+    assert extrapolation.main(command, shape) == 0
+    assert len(steps) == 4
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == f"extrapolation-cpu-{folder.name}-32-far.json"
+    found = json.loads(path.read_text())
+    assert found["settings"]["mixture"] == [["collage", 0.25], ["phone-book", 0.25]]
+    assert found["corpus"]["tokens"]["train"] < found["corpus"]["train"]["bytes"]
+    rope, yarn = (found["runs"][name]["0"] for name in ("rope", "rope-yarn"))
+    assert rope["text"]["train"].keys() >= {"bits_at_the_end", "collage_bits_at_the_end", "answer_bits_at_the_end"}
+    assert rope["text"]["lengths"]["32"]["bits_per_token"] == yarn["text"]["lengths"]["32"]["bits_per_token"]
+    assert rope["text"]["lengths"]["128"]["bits_per_token"] != yarn["text"]["lengths"]["128"]["bits_per_token"]
+    assert rope["phone-book"]["lengths"].keys() == {"32", "64", "128"}
+    for bad in (["collage=1"], ["recal=0.5"], ["collage=0.5", "needle=0.6"]):
+        assert status_of(extrapolation.main, [*command, "--mixture", *bad]) == 2
 
 
 def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):

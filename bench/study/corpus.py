@@ -18,6 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from bench.study.vocabulary import train_bpe
 from logpe.lm import text
 from logpe.lm.text import Document, stable_hash
 
@@ -36,7 +40,12 @@ class Corpus:
     def describe(self) -> dict[str, object]:
         """Return name, digest and sizes, for the record."""
         about = {"name": self.name, "sha256": self.digest, "min_document_bytes": MIN_BYTES}
-        return {**about, **sizes(train=self.train, test=self.test)}
+        return {**about, **sizes(**self.sides)}
+
+    @property
+    def sides(self) -> dict[str, list[Document]]:
+        """Both sides of the split."""
+        return {"train": self.train, "test": self.test}
 
     @property
     def source(self) -> str:
@@ -112,6 +121,32 @@ def load(source: str) -> Corpus:
         )
     digest = hashlib.sha256(b"".join(d.name + b"\0" + hashlib.sha256(d.text).digest() for d in documents))
     return Corpus(name, train, test, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class TokenDocument(Document):
+    """A text and its tokens."""
+
+    ids: Tensor  # int64 (N,)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens, int64 (N,)."""
+        return self.ids
+
+
+def tokenized(text: Corpus, size: int) -> tuple[Corpus, Any]:
+    """Return the corpus in tokens of a byte-pair encoding that its training side teaches, and that encoding.
+
+    Raises ValueError where the library tokenizers is not installed.
+    """
+    bpe = train_bpe((d.text.decode(errors="replace") for d in text.train), size)
+
+    def encode(documents: list[Document]) -> list[Document]:
+        encoded = bpe.encode_batch([d.text.decode(errors="replace") for d in documents])
+        return [TokenDocument(d.path, d.text, torch.tensor(e.ids)) for d, e in zip(documents, encoded, strict=True)]
+
+    return replace(text, train=encode(text.train), test=encode(text.test)), bpe
 
 
 # --- reviews ----------------------------------------------------------------------------------------------------------

@@ -16,14 +16,17 @@ On many GPUs one process each does its part of the same study:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import command
-from bench.command import at_least, count
-from bench.study import corpus, findings, protocol, runner, tasks
+from bench.command import at_least, count, share
+from bench.study import corpus, findings, mixture, protocol, runner, tasks
 from bench.study.model import ENCODINGS, OPTIONS, Attention, Shape, encoding
 from bench.study.tables import Runs
 
@@ -85,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     add("samples", count, "questions per length and depth")
     add("depths", count, "how many depths, from 0 to 1")
     p.add_argument("--qk-norm", action="store_true", help="normalise queries and keys in every model")
+    add("tokens", at_least(256), "read tokens of a vocabulary of N; 256: bytes. Lengths then count tokens", 256)
+    what = f"shares of every batch of text, of {', '.join(mixture.KINDS)}; one model then serves all tasks"
+    p.add_argument("--mixture", nargs="+", type=parse_share, default=[], metavar="KIND=F", help=what)
+    p.add_argument("--smeared-keys", action="store_true", help="mix each key with the one before, in every model")
     add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
@@ -98,6 +105,14 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard must be I/N with 0 <= I < N, got {text!r}")
     return int(index), int(count)
+
+
+def parse_share(text: str) -> tuple[str, float]:
+    """Return ("collage", 0.25) for "collage=0.25"."""
+    kind, _, number = text.partition("=")
+    if kind not in mixture.KINDS:
+        raise argparse.ArgumentTypeError(f"must be KIND=F, KIND one of {', '.join(mixture.KINDS)}, got {text!r}")
+    return kind, share(number)
 
 
 def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> protocol.Settings:
@@ -118,14 +133,24 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int
         depths=tuple(round(i / max(1, args.depths - 1), 4) for i in range(args.depths)),
         learning_rate=args.learning_rate,
         whole_windows=args.whole,
+        smeared_keys=args.smeared_keys,
+        mixture=tuple(args.mixture),
     )
 
 
 def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.Settings) -> runner.Study:
     """Return what is measured with these settings, and what is shown of the encodings that were asked for."""
+    about: dict[str, Any] = {"corpus": text.describe()}
+    symbols = torch.arange(settings.shape.vocabulary)
+    if settings.unit == "token":
+        text, bpe = corpus.tokenized(text, settings.shape.vocabulary)
+        symbols[:128] = torch.tensor([bpe.encode(chr(code)).ids[0] for code in range(128)])
+        sides = {side: sum(len(d.tokens) for d in documents) for side, documents in text.sides.items()}
+        about["corpus"] |= {"tokens": sides, "tokenizer_sha256": hashlib.sha256(bpe.to_str().encode()).hexdigest()}
     reading = protocol.Text(text, settings)
+    about["corpus"]["windows"] = len(reading.windows)
     jobs: dict[str, protocol.Job] = {"text": reading}
-    jobs |= {name: protocol.Retrieval(tasks.TASKS[name], settings) for name in args.tasks}
+    jobs |= {name: protocol.Retrieval(tasks.TASKS[name], settings, symbols) for name in args.tasks}
 
     def chosen(runs: Runs) -> tuple[Runs, list[str]]:
         runs = {name: runs[name] for name in args.encodings if name in runs}
@@ -147,12 +172,12 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.S
         findings.write_csv(path.with_suffix(".csv"), everything, settings)
         return [path.with_suffix(".csv"), *findings.report(path, runs, settings, shown, note)]
 
-    name = f"{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}"
+    name = f"{args.device.type}-{'-'.join(text.name.split())}-{settings.train_length}{'-far' * bool(settings.mixture)}"
     return runner.Study(
         name="extrapolation-quick" if args.quick else f"extrapolation-{name}",
         settings=settings,
-        about={"corpus": {**text.describe(), "windows": len(reading.windows)}},
-        plan=[({name: protocol.stage(job, settings, args.device) for name, job in jobs.items()}, args.encodings)],
+        about=about,
+        plan=[(protocol.stages(jobs, settings, symbols, args.device), args.encodings)],
         table=table,
         draw=draw,
         shard=parse_shard(args.shard),
@@ -165,7 +190,9 @@ def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> 
     args = runner.parse(parser(), arguments, BUDGETS)
     if parse_shard(args.shard)[1] > 1 and args.fresh:
         raise ValueError("--fresh is for one process alone: others would lose what they measured")
-    shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm)
+    shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm, args.tokens)
+    if sum(part for _, part in args.mixture) >= 1:
+        raise ValueError("--mixture must leave room for text: its shares must sum to less than 1")
     for name in args.encodings:
         Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
     text = corpus.load(args.corpus)

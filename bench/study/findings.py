@@ -43,19 +43,20 @@ def table(runs: Runs, settings: Settings, shown: Sequence[str]) -> str:
     def cells(values: Sequence[float], form: str, width: int) -> str:
         return "".join(f"{'-' if math.isnan(v) else format(v, form):>{width}}" for v in values)
 
-    head = f"{'':<20}{' bits per byte ':-^{7 * len(lengths)}}{'':9}"
-    names = f"{'context in bytes':<20}{cells(lengths, 'd', 7)}{'ratio':>9}"
+    head = f"{'':<20}{f' bits per {settings.unit} ':-^{7 * len(lengths)}}{'':9}"
+    names = f"{f'context in {settings.unit}s':<20}{cells(lengths, 'd', 7)}{'ratio':>9}"
     for task in shown:
         head += f"   {f' {task} accuracy ':-^{6 * len(lengths)}}"
         names += f"   {cells(lengths, 'd', 6)}"
     lines = [head, names, "-" * len(names)]
     for encoding in runs:
-        bits = means(encoding, "text", "bits_per_byte")
+        bits = means(encoding, "text", settings.bits)
         line = f"{encoding:<20}{cells(bits, '.3f', 7)}{cells([2 ** (bits[-1] - bits[0])], '.3f', 9)}"
         lines.append(line + "".join("   " + cells(means(encoding, task, "accuracy"), ".2f", 6) for task in shown))
     lines += [
-        f"Trained at {settings.train_length} bytes. The same {settings.target} last bytes of each window.",
-        f"ratio: perplexity per byte with {long:,} bytes of context over that with {short:,}; lower is better.",
+        f"Trained at {settings.train_length} {settings.unit}s. The same {settings.target} last ones of each window.",
+        f"ratio: perplexity per {settings.unit} with {long:,} {settings.unit}s of context over that with {short:,}; "
+        "lower is better.",
         *(f"{t}: {TASKS[t].summary}; mean over depths, a guess scores {TASKS[t].chance:g}." for t in shown),
     ]
     return "\n".join(lines)
@@ -63,14 +64,14 @@ def table(runs: Runs, settings: Settings, shown: Sequence[str]) -> str:
 
 def figure(path: Path, runs: Runs, settings: Settings, shown: Sequence[str], note: str) -> None:
     """Draw, left, bits per byte by context length; then one panel per task."""
-    panes = [("text", "bits_per_byte", "bits per byte of the same text")]
+    panes = [("text", settings.bits, f"bits per {settings.unit} of the same text")]
     panes += [(task, "accuracy", f"{task} retrieval accuracy") for task in shown]
     small = dict(textcoords="offset points", fontsize=8, color="0.45")
     with panels(path, len(panes), note) as axes:
         for axis, (job, value, label) in zip(axes, panes, strict=True):
             for encoding in runs:
                 curve(axis, by_length(runs, encoding, job, value), **style(encoding, list(runs)))
-            length_axis(axis, settings.lengths, "context in bytes", settings.train_length)
+            length_axis(axis, settings.lengths, f"context in {settings.unit}s", settings.train_length)
             place, coords = (settings.train_length, 0.5), ("data", "axes fraction")
             axis.annotate(f"trained at {settings.train_length:,}", place, (4, 0), coords, rotation=90, **small)
             axis.set_ylabel(label)
@@ -85,10 +86,11 @@ def caption(runs: Runs, windows: int, source: str, settings: Settings) -> str:
     """Return what the pictures show, in two lines."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
     return (
-        f"Byte-level transformers, {parameters(runs)}, trained on {settings.train_length}-byte windows "
+        f"{settings.unit.capitalize()}-level transformers, {parameters(runs)}, trained on "
+        f"{settings.train_length}-{settings.unit} windows "
         f"of {source}, {settings.steps:,} steps of {settings.batch}, "
         f"{'seed' if len(seeds) == 1 else 'mean of seeds'} {', '.join(map(str, seeds))}.\n"
-        f"Scored: the last {settings.target} bytes of the same {windows} held-out windows at every length; "
+        f"Scored: the last {settings.target} {settings.unit}s of the same {windows} held-out windows at every length; "
         f"{settings.samples} retrieval questions at each of {len(settings.depths)} depths."
     )
 
@@ -127,18 +129,24 @@ def _growth(value: str) -> Callable[[Runs, int, int], float]:
     return lambda run, short, long: 2 ** (_read(run, "text", long, value) - _read(run, "text", short, value))
 
 
-def _against_cut(run: Runs, short: int, long: int) -> float:
-    far, cut = _read(run, "text", long, "bits_per_byte"), _read(run, "text", short, "cut_bits_per_byte")
-    return 100 * (2 ** (far - cut) - 1)
+def _against_cut(run: Runs, short: int, long: int, value: str, cut: str) -> float:
+    return 100 * (2 ** (_read(run, "text", long, value) - _read(run, "text", short, cut)) - 1)
 
 
-TEXT_MEASURES = (
-    Measure("bits/byte at T", ".3f", lambda run, short, long: _read(run, "text", short, "bits_per_byte")),
-    Measure("bits/byte at L", ".3f", lambda run, short, long: _read(run, "text", long, "bits_per_byte")),
-    Measure("same-target ratio", ".3f", _growth("bits_per_byte")),
-    Measure("whole-window ratio", ".3f", _growth("whole_bits_per_byte")),
-    Measure("L against cut, %", "+.2f", _against_cut),
-)
+def text_measures(settings: Settings) -> list[Measure]:
+    """Return the columns of the text."""
+    bits, unit = settings.bits, settings.unit
+    measures = [
+        Measure(f"bits/{unit} at T", ".3f", lambda run, short, long: _read(run, "text", short, bits)),
+        Measure(f"bits/{unit} at L", ".3f", lambda run, short, long: _read(run, "text", long, bits)),
+        Measure("same-target ratio", ".3f", _growth(bits)),
+        Measure("whole-window ratio", ".3f", _growth(f"whole_{bits}")),
+        Measure("L against cut, %", "+.2f", functools.partial(_against_cut, value=bits, cut=f"cut_{bits}")),
+    ]
+    if settings.mixture:
+        far = functools.partial(_against_cut, value=f"far_{bits}", cut=f"far_cut_{bits}")
+        measures.append(Measure("the same of repeats from afar, %", "+.1f", far))
+    return measures
 
 
 def task_measures(task: str) -> list[Measure]:
@@ -151,13 +159,16 @@ def task_measures(task: str) -> list[Measure]:
     ]
 
 
-LEGEND = """T: {train} bytes, the training length. L: {long:,}, the longest tested. Mean ± standard deviation of seeds.
-bits/byte: of the same last {target} bytes of each window, with growing context; same-target ratio: their perplexity per
-byte at L over that at T. whole-window ratio: the same with every byte of the windows scored, in chunks of T and of L.
-L against cut: perplexity of the last {target} bytes at L, against the same model that sees at most T bytes of context
-(at least 7/8 T) before each; below 0 far context helps.
+LEGEND = """T: {train} {unit}s, the training length. L: {long:,}, the longest tested. Mean ± standard deviation.
+bits/{unit}: of the same last {target} {unit}s of each window, with growing context; same-target ratio: their perplexity
+per {unit} at L over that at T. whole-window ratio: the same with every {unit} of the windows scored, in chunks of T and
+of L. L against cut: perplexity of the last {target} {unit}s at L, against the same model that sees at most T {unit}s of
+context (at least 7/8 T) before each; below 0 far context helps.
 Paired differences: same seed, same batches, same initial weights. In brackets the 95% interval by Student's t over
 seeds, so with "seeds" - 1 degrees of freedom. What a task shows at L counts where training accuracy came near 1."""
+
+REPEATS = """
+Repeats from afar: targets that end three tokens which stood in the longest window before, but not within T."""
 
 
 def spread_table(runs: Runs, settings: Settings, columns: Sequence[Measure]) -> str:
@@ -194,9 +205,10 @@ def paired_table(runs: Runs, settings: Settings, columns: Sequence[Measure], bas
 def tables(runs: Runs, settings: Settings, shown: Sequence[str], baseline: str) -> str:
     """Return what the text says, then each task: the spread over seeds, then paired differences."""
     parts = []
-    for columns in (TEXT_MEASURES, *map(task_measures, shown)):
+    for columns in (text_measures(settings), *map(task_measures, shown)):
         parts += [spread_table(runs, settings, columns), paired_table(runs, settings, columns, baseline)]
-    parts.append(LEGEND.format(train=settings.train_length, long=max(settings.lengths), target=settings.target))
+    about = dict(unit=settings.unit, train=settings.train_length, long=max(settings.lengths), target=settings.target)
+    parts.append(LEGEND.format(**about) + REPEATS * bool(settings.mixture))
     notes = [f"{name}: {TASKS[name].summary}; a guess scores {TASKS[name].chance:.2g}." for name in shown]
     return "\n\n".join(parts) + "\n" + "\n".join(notes)
 
@@ -243,10 +255,11 @@ def perplexity_axis(axis: Any) -> None:
 
 
 def perplexity_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None:
-    """Draw perplexity per byte by context length: of the same last bytes, and of whole windows. Bands: the seeds."""
+    """Draw perplexity by context length: of the same last bytes, and of whole windows. Bands: the seeds."""
+    bits = settings.bits
     panes = [
-        ("bits_per_byte", f"perplexity of the same last {settings.target} bytes", "context in bytes"),
-        ("whole_bits_per_byte", "perplexity of whole windows", "length of the window in bytes"),
+        (bits, f"perplexity of the same last {settings.target} {settings.unit}s", f"context in {settings.unit}s"),
+        (f"whole_{bits}", "perplexity of whole windows", f"length of the window in {settings.unit}s"),
     ]
     with panels(path, len(panes), note, size=(5.6, 4.6), legend="right center") as axes:
         for axis, (value, label, what) in zip(axes, panes, strict=True):
@@ -282,7 +295,7 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
             axis.set_yticks(range(len(depths)), depths, fontsize=8)
             axis.set_title(style(encoding, shown)["label"], fontsize=9.5)
         axes[0].set_ylabel(f"{task}: depth of the answer")
-        axes[-1].set_xlabel("length in bytes")
+        axes[-1].set_xlabel(f"length in {settings.unit}s")
         axes[0].figure.colorbar(image, ax=axes, label="accuracy", shrink=min(0.7, 2.5 / len(shown)))
 
 
@@ -315,7 +328,7 @@ def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None
             axis.set_ylim(1e-6, 1.5)
             axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
             axis.set_title(look["label"], fontsize=9.5)
-            axis.set_xlabel("distance + 1, in bytes")
+            axis.set_xlabel(f"distance + 1, in {settings.unit}s")
             axis.set_ylabel("weight against distance 0")
             if len(layers) > 1:
                 axis.legend(frameon=False, fontsize=7)
@@ -339,9 +352,9 @@ def position_picture(path: Path, runs: Runs, settings: Settings, note: str) -> N
             right.plot(list(entropy), means, marker="o", markersize=3.5, **look)
         left.set_xscale("log", base=2)
         left.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
-        left.set_xlabel("position in the window + 1, in bytes")
-        left.set_ylabel("bits per byte")
-        length_axis(right, settings.lengths, "context in bytes", settings.train_length)
+        left.set_xlabel(f"position in the window + 1, in {settings.unit}s")
+        left.set_ylabel(f"bits per {settings.unit}")
+        length_axis(right, settings.lengths, f"context in {settings.unit}s", settings.train_length)
         right.plot(settings.lengths, [math.log(n) for n in settings.lengths], color="0.6", linestyle=":")
         place = (longest, math.log(longest))
         right.text(*place, "attention to all alike  ", ha="right", va="bottom", fontsize=8, color="0.45")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from logpe_kernels.options import LEARNABLE_PARTS, Options
 from torch import Tensor, nn
 
@@ -148,9 +149,10 @@ class Attention(language_model.Attention):
     theta: Tensor | None
     cache: logpe.KVCache | None = None  # of the tokens before those that come next, see Model.decoding
 
-    def __init__(self, shape: Shape, encoding: Encoding) -> None:
+    def __init__(self, shape: Shape, encoding: Encoding, smeared_keys: bool = False) -> None:
         position = dict(preset=encoding.preset, **encoding.options)
         super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm), position)
+        self.smear = nn.Parameter(torch.zeros(shape.heads)) if smeared_keys else None
         self.encoding = encoding
         head_dim = shape.dim // shape.heads
         encoding.start(self.position)
@@ -161,6 +163,18 @@ class Attention(language_model.Attention):
                 raise ValueError(f"rotary={encoding.rotary:g} of head_dim {head_dim} leaves no plane to rotate")
             theta = reference.inverse_frequencies(planes, self.position.rotary_base)
         self.register_buffer("theta", theta, persistent=False)
+
+    def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (B, H, last or N, D), k and v (B, H, N, D).
+
+        A smeared key is a mean of its own and of the token's before, by a share that each head learns (Olsson et al.,
+        2022, "smeared keys"): then one layer can find what followed a token, for which else it takes two.
+        """
+        q, k, v = super().project(x, last)
+        if self.smear is not None:
+            before = F.pad(k, (0, 0, 1, 0))[:, :, :-1]
+            k = torch.lerp(k, before, self.smear.sigmoid()[:, None, None].to(k.dtype))
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
@@ -181,6 +195,8 @@ class Attention(language_model.Attention):
         """
         if self.encoding.gain_on_bias:
             raise ValueError("a gain on the whole logit (logit-gain) has no kernel, and so it cannot use a cache")
+        if self.smear is not None:
+            raise ValueError("smeared keys need the token before, which a cache does not keep")
         heads, head_dim = self.heads, self.qkv.in_features // self.heads
         options["device"] = self.qkv.weight.device
         return logpe.KVCache(batch_size, heads, capacity, head_dim, self.values(capacity)[0], **options)
@@ -216,8 +232,8 @@ class Attention(language_model.Attention):
 class Model(LanguageModel):
     """The language model with any encoding. The same seed gives every encoding the same weights."""
 
-    def __init__(self, shape: Shape, encoding: Encoding, seed: int) -> None:
-        super().__init__(shape, {}, seed, lambda shape, _: Attention(shape, encoding))
+    def __init__(self, shape: Shape, encoding: Encoding, seed: int, smeared_keys: bool = False) -> None:
+        super().__init__(shape, {}, seed, lambda shape, _: Attention(shape, encoding, smeared_keys))
         if encoding.shared:
             for attention in self.attentions:
                 attention.position = self.attentions[0].position

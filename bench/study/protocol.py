@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.study import corpus, runner, tasks
+from bench.study import corpus, mixture, runner, tasks
 from bench.study.model import Attention, Model, Shape, autocast, encoding
 from bench.study.runner import Advance, Stage
 from logpe.lm.text import Sampler, document_windows
@@ -33,13 +33,26 @@ class Settings(runner.Settings):
     samples: int  # retrieval questions per length and depth
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     whole_windows: int = 0  # so many of the windows are also read whole, and their attention is looked at
+    smeared_keys: bool = False  # see model.Attention
+    mixture: tuple[tuple[str, float], ...] = ()  # shares of each batch of text that are something else, see mixture
 
     def content(self) -> dict[str, Any]:
         """Return what the key is made of."""
         content = super().content()
-        if not self.whole_windows:  # as before it existed, so that older results keep their names
-            del content["whole_windows"]
+        for name in ("whole_windows", "smeared_keys", "mixture"):
+            if not content[name]:  # as before it existed, so that older results keep their names
+                del content[name]
         return content
+
+    @property
+    def unit(self) -> str:
+        """What a length counts."""
+        return "byte" if self.shape.vocabulary == 256 else "token"
+
+    @property
+    def bits(self) -> str:
+        """The name under which bits per byte, or per token, are recorded."""
+        return f"bits_per_{self.unit}"
 
 
 # --- jobs: what a model is trained for, and how it is scored at one length -------------------------------------------
@@ -54,6 +67,22 @@ def position_bins(length: int) -> list[int]:
     """Return the first positions of bins that grow with the position: 0, 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     starts = {0, 1} | {n << k for k in range(length.bit_length()) for n in (2, 3)}
     return sorted(n for n in starts if n < length)
+
+
+def repeats_from_afar(windows: Tensor, target: int, near: int) -> Tensor:
+    """Return which of the last ``target`` tokens end three that stood in the window before, but not ``near`` by.
+
+    windows: int64 (B, N). Returns bool (B, target).
+    """
+    triples = windows.unfold(1, 3, 1)
+    ends = triples[:, -target:]
+    far = []
+    for all_of, last in zip(triples, ends, strict=True):
+        same = (last[:, None] == all_of).all(dim=2)  # (target, N - 2)
+        here = torch.arange(len(all_of) - target, len(all_of))[:, None]
+        distance = here - torch.arange(len(all_of))
+        far.append((same & (distance >= near)).any(dim=1) & ~(same & (distance > 0) & (distance < near)).any(dim=1))
+    return torch.stack(far)
 
 
 class Text:
@@ -75,6 +104,9 @@ class Text:
         reach = [n + settings.target - piece for n in settings.lengths for piece in self.pieces(n).values()]
         self.windows = document_windows(text.test, max(self.longest, *reach) + 1, settings.windows)
         self.whole = self.windows[: settings.whole_windows, -self.longest - 1 :]
+        self.far = None
+        if settings.mixture:
+            self.far = repeats_from_afar(self.windows[:, -self.longest - 1 :], settings.target, settings.train_length)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return a batch to train on, int64 (batch, train_length + 1)."""
@@ -107,14 +139,20 @@ class Text:
         """Return what to record, from losses in nats and hits, both (sequences, bytes scored)."""
         bits = {name: loss / math.log(2) for name, loss in losses.items()}
         text = bits["text"].view(len(self.windows), -1).mean(dim=1)
-        record = {"bits_per_byte": round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
+        name = self.settings.bits
+        record = {name: round(text.mean().item(), 5), "per_window": [round(b, 4) for b in text.tolist()]}
         if "cut" in bits:
-            record["cut_bits_per_byte"] = round(bits["cut"].mean().item(), 5)
+            record[f"cut_{name}"] = round(bits["cut"].mean().item(), 5)
+        if self.far is not None and self.far.any():
+            for reading, prefix in (("text", "far_"), ("cut", "far_cut_")):
+                if reading in bits:
+                    far = bits[reading].view(len(self.windows), -1)[self.far]
+                    record[prefix + name] = round(far.mean().item(), 5)
         if "whole" in bits:
             by_position = bits["whole"].mean(dim=0)
             starts = position_bins(len(by_position))
             means = [round(part.mean().item(), 4) for part in by_position.tensor_split(starts[1:])]
-            record["whole_bits_per_byte"] = round(by_position.mean().item(), 5)
+            record[f"whole_{name}"] = round(by_position.mean().item(), 5)
             record["by_position"] = dict(zip(map(str, starts), means, strict=True))
         return record
 
@@ -122,8 +160,8 @@ class Text:
 class Retrieval:
     """One of the tasks in bench.study.tasks; prompts of any length up to the training length."""
 
-    def __init__(self, task: tasks.Task, settings: Settings) -> None:
-        self.task, self.settings = task, settings
+    def __init__(self, task: tasks.Task, settings: Settings, symbols: Tensor) -> None:
+        self.task, self.settings, self.symbols = tasks.with_names(task, settings.shape.vocabulary), settings, symbols
         self.answer: int | None = task.answer
         self.steps = max(1, round(task.steps * settings.steps))
 
@@ -133,16 +171,16 @@ class Retrieval:
         shortest = min(16, longest)
         if self.task.mostly_short:
             length = round(shortest * (longest / shortest) ** torch.rand((), generator=generator).item())
-            return self.task.draw(generator, self.settings.batch * longest // length, length, None)
+            return self.symbols[self.task.draw(generator, self.settings.batch * longest // length, length, None)]
         length = int(torch.randint(shortest, longest + 1, (), generator=generator))
-        return self.task.draw(generator, 2 * self.settings.batch, length, None)
+        return self.symbols[self.task.draw(generator, 2 * self.settings.batch, length, None)]
 
     def questions(self, length: int, seed: int) -> Iterator[tuple[str, Tensor, int]]:
         """Yield as Text.questions does: a set of prompts per depth, the same for every encoding."""
         for depth in self.settings.depths:
             generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * length + round(100 * depth))
             prompts = self.task.draw(generator, self.settings.samples, length, depth)
-            yield f"{depth:g}", prompts, self.task.answer
+            yield f"{depth:g}", self.symbols[prompts], self.task.answer
 
     def sequences(self, length: int) -> int:
         """Return how many prompts there are in all questions."""
@@ -240,11 +278,36 @@ def attention_entropy(model: Model, tokens: Tensor) -> list[list[float]]:
     return entropy
 
 
+def stages(jobs: Mapping[str, Job], settings: Settings, symbols: Tensor, device: torch.device) -> dict[str, Stage]:
+    """Return the stage of each job. With a mixture one model of each encoding and seed serves all of them."""
+    found = {name: stage(job, settings, device) for name, job in jobs.items()}
+    text = jobs["text"]
+    if not settings.mixture or not isinstance(text, Text):
+        return found
+    known = {name: tasks.with_names(task, settings.shape.vocabulary) for name, task in tasks.TASKS.items()}
+    mixed = mixture.Mixture(text, known, symbols)
+
+    def loss(model: Model, seed: int) -> runner.BatchLoss:
+        return mixture.loss(model, lambda tokens: predict(model, tokens, None), mixed, seed)
+
+    # YaRN changes nothing at the training length: it reads with the weights that RoPE learned.
+    same = {"rope-yarn": "rope"}
+    common: dict[str, Any] = dict(loss=loss, steps=text.steps, trained_as="text", same_training=same)
+    return {
+        name: replace(each, **common, step_work=found["text"].step_work if name == "text" else 0)
+        for name, each in found.items()
+    }
+
+
 def stage(job: Job, settings: Settings, device: torch.device) -> Stage:
     """Return a job's stage: training, then the scores at every length."""
+
+    def build(name: str, seed: int) -> Model:
+        return Model(settings.shape, encoding(name, settings.train_length), seed, settings.smeared_keys).to(device)
+
     return Stage(
         settings,
-        build=lambda name, seed: Model(settings.shape, encoding(name, settings.train_length), seed).to(device),
+        build=build,
         loss=lambda model, seed: byte_loss(model, job.draw, seed, job.answer),
         score=lambda model, test, seed, advance: score(model, job, int(test), seed, advance),
         step_work=3 * work(settings.batch, settings.train_length),  # backward costs twice the forward pass

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -301,6 +301,8 @@ class Stage:
     tests: name and work of each.
     steps: of training, if not those of the settings.
     kept: folder of a checkpoint that all seeds share, and that stays; None: each model has one, until it is scored.
+    trained_as: the job whose models are put to these tests, too; their checkpoints stay.
+    same_training: an encoding that trains as another does, which may have done so already.
     """
 
     settings: Settings
@@ -311,6 +313,8 @@ class Stage:
     tests: Mapping[str, int]
     steps: int | None = None
     kept: Path | None = None
+    trained_as: str | None = None
+    same_training: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def training_work(self) -> int:
@@ -347,7 +351,8 @@ def measure(
     plan = []
     pairs = enumerate(itertools.product(seeds, encodings))
     for (pair, (seed, name)), (turn, (job, stage)) in itertools.product(pairs, enumerate(stages.items())):
-        if (pair + turn) % shard[1] != shard[0]:  # everybody gets some of each job
+        # Everybody gets some of each job; but what one model is put to stays together.
+        if (pair + (0 if stage.trained_as else turn)) % shard[1] != shard[0]:
             continue
         missing = stage.tests.keys() - results.look(name, seed, job)["lengths"].keys()
         work = stage.training_work + sum(stage.tests.values())
@@ -359,7 +364,10 @@ def measure(
         return
     with Progress(total, done, deadline) as progress:
         for name, seed, job, stage in plan:
-            checkpoint = stage.kept or results.cache / f"{results.about['key']}-{name}-{seed}-{job}"
+            weights = stage.same_training.get(name, name)
+            checkpoint = (
+                stage.kept or results.cache / f"{results.about['key']}-{weights}-{seed}-{stage.trained_as or job}"
+            )
             with locked(results.cache, checkpoint.name):
                 record = results.record(name, seed, job)  # others may have measured it in the meantime
                 missing_tests = [test for test in stage.tests if test not in record["lengths"]]
@@ -379,7 +387,7 @@ def measure(
                     seconds = round(time.perf_counter() - start, 2)
                     record["lengths"][test] = {**scores, "seconds": seconds, **(stamp or {})}
                     results.save()
-                if stage.kept is None:
+                if stage.kept is None and stage.trained_as is None:
                     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -25,20 +25,27 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Any:
     return tokenizer
 
 
+def train_bpe(texts: Iterable[str], size: int) -> Any:
+    """Return a byte-pair encoding of the library tokenizers; the first 256 tokens are bytes, in an order of its own."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("the library tokenizers is not installed: python -m pip install tokenizers") from None
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
+    return bpe
+
+
 class Vocabulary:
     """A byte-pair encoding, one for both languages, learned from `texts`; no text is beyond it."""
 
     def __init__(self, texts: Iterable[str], size: int) -> None:
-        import tokenizers
-
-        self.bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        self.bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self.bpe.decoder = tokenizers.decoders.ByteLevel()
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=size - FIRST, initial_alphabet=alphabet, show_progress=False
-        )
-        self.bpe.train_from_iterator(texts, trainer)
+        self.bpe = train_bpe(texts, size - FIRST)
         self.size = FIRST + self.bpe.get_vocab_size()
         self.sha256 = hashlib.sha256(self.bpe.to_str().encode()).hexdigest()
 

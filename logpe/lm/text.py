@@ -45,6 +45,11 @@ class Document:
     text: bytes
 
     @property
+    def tokens(self) -> Tensor:
+        """The bytes, uint8 (len(text),)."""
+        return bytes_tensor(self.text)
+
+    @property
     def name(self) -> bytes:
         """The path as the file system has it."""
         return os.fsencode(self.path)
@@ -510,11 +515,11 @@ class Sampler:
     """
 
     def __init__(self, documents: list[Document], length: int) -> None:
-        documents = [d for d in documents if len(d.text) >= length]
-        if not documents:
+        texts = [x for d in documents if len(x := d.tokens) >= length]
+        if not texts:
             raise ValueError(f"no document has {length} bytes to train on")
-        sizes = torch.tensor([len(d.text) for d in documents])
-        self.text = bytes_tensor(b"".join(d.text for d in documents))
+        sizes = torch.tensor([len(x) for x in texts])
+        self.text = torch.cat(texts)
         self.ends = (sizes - length + 1).cumsum(0)  # of each document's run of starts
         self.skipped = torch.arange(len(sizes)) * (length - 1)  # bytes before it in which no window starts
         self.span = torch.arange(length)
@@ -551,14 +556,14 @@ def document_windows(documents: Iterable[Document], length: int, count: int) -> 
     Raises ValueError where no document is long enough.
     """
     documents = sorted(documents, key=lambda d: d.hash)
-    chosen = spread([len(d.text) for d in documents], length, count)
+    texts = [d.tokens for d in documents]
+    chosen = spread([len(x) for x in texts], length, count)
     if not chosen:
         raise ValueError(f"no held-out document has {length} bytes")
     rows = []
     for i, turn in chosen:
-        text = documents[i].text
-        start = documents[i].hash // TEST_SHARE % (len(text) % length + 1) + turn * length
-        rows.append(bytes_tensor(text[start : start + length]))
+        start = documents[i].hash // TEST_SHARE % (len(texts[i]) % length + 1) + turn * length
+        rows.append(texts[i][start : start + length])
     return torch.stack(rows).long()
 
 
