@@ -56,7 +56,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -68,7 +68,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_tracing
 
-from logpe.attention import log_attention
+from logpe.attention import log_attention, log_attention_varlen
 from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, plain_options
@@ -89,11 +89,15 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_te
 IMPLEMENTATION = "logpe"
 #: The keyword by which :func:`_check_call` tells the attention that it has checked the call.
 CHECKED = "log_position_checked"
+#: The keyword by which it hands over what it knows of packed sequences.
+PACKING = "log_position_packing"
 #: The keywords that say that a row of the batch holds several sequences. position_ids that start again say so, too.
 PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-PACKED = (
-    "log positions do not serve packed sequences: pad the sequences, with an attention_mask, and leave "
-    "DataCollatorWithFlattening and padding-free training off"
+TRACED_PACKING = "position_ids start again: tell a traced model of packed sequences by cu_seq_lens_q and max_length_q"
+BYPASSED = "position_ids hold packed sequences: call the whole model, not the forward method of a part of it"
+HOLES = (
+    "attention_mask hides tokens between visible ones: their positions are undefined. Pad on the left (or, where "
+    "nothing follows, on the right)"
 )
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -374,19 +378,20 @@ def _checked_call(
     """Return what the forward is called with; see :func:`_check_call`."""
     _check_implementation(base.config._attn_implementation, RuntimeError)
     given = dict(zip(names, arguments, strict=False)) | options
-    for name in PACKING_OPTIONS:
-        if given.get(name) is not None:
-            raise ValueError(f"{name} is not supported: {PACKED}")
+    told = {name: given.pop(name, None) for name in PACKING_OPTIONS}
     mask, position_ids, cache = (given.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
     padding_mask = mask if isinstance(mask, Tensor) and mask.dim() < 4 else None
     conditions = {}
     if padding_mask is not None and padding_mask.dtype != torch.bool:
-        conditions[f"attention_mask must hold 0 and 1; if it numbers packed sequences: {PACKED}"] = (
-            (padding_mask == 0) | (padding_mask == 1)
-        ).all()
-    conditions |= _counting(position_ids, mask, cache)
+        message = "attention_mask must hold 0 and 1. Tell packed sequences by position_ids or cu_seq_lens_q"
+        conditions[message] = ((padding_mask == 0) | (padding_mask == 1)).all()
     visible = None if padding_mask is None else padding_mask.to(torch.bool, copy=True)
-    padding = _left_padding(visible, conditions)
+    packing = _told_packing(told, visible, conditions)
+    breaks = None
+    if packing is None:
+        breaks = _breaks(position_ids, told["seq_idx"], _real_tokens(mask, cache, position_ids))
+    packed, padding = _read(visible, breaks, conditions)
+    tokens = _tokens(given)
     if parallel is not None:
         cached = cache is not None and cache.get_seq_length() > 0
         hidden = visible is not None and not visible.all()
@@ -396,66 +401,131 @@ def _checked_call(
                 f"{refused[0]} must be None with context_parallel: a rank sees its tokens alone. generate() runs in "
                 "one process"
             )
-    tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
-    if mask is None and cache is None and position_ids is not None and tokens:
+    if packed or packing is not None:
+        for name, allowed in (("past_key_values", cache is None), ("use_cache", not given.get("use_cache"))):
+            if not allowed:
+                raise ValueError(f"{name} must be None or False with packed sequences, which no cache keeps apart")
+        if mask is not None and padding_mask is None:
+            raise ValueError("attention_mask must have two dimensions, or be None, with packed sequences")
+        given |= {"use_cache": False, PACKING: packing or _found_packing(tokens, breaks, visible)}
+        visible, padding = tokens.new_ones(tokens.shape[:2], dtype=torch.bool), 0
+    elif mask is None and cache is None and position_ids is not None and tokens is not None:
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
-        visible = torch.ones_like(tokens[0][..., 0] if tokens[0].is_floating_point() else tokens[0], dtype=torch.bool)
+        visible = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
     if visible is not None and not is_tracing(visible):
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
         given["attention_mask"] = visible
     return (), given | {CHECKED: True}
 
 
-def _counting(position_ids: Tensor | None, mask: Any, cache: Any) -> dict[str, Tensor]:
-    """Return the condition for :func:`_require` that ``position_ids`` count up by one from real token to real token."""
-    if position_ids is None or position_ids.shape[-1] < 2:
-        return {}
-    steps = position_ids.diff() == 1
-    if (real := _real_tokens(mask, cache, position_ids.shape[-1])) is not None:
-        steps = steps | ~(real[..., 1:] & real[..., :-1]).to(steps.device)
-    return {f"position_ids hold packed sequences, or do not count up by one: {PACKED}": steps.all()}
+class _Packing(NamedTuple):
+    """Sequences that lie side by side, in one row or in several: see :func:`logpe.log_attention_varlen`."""
+
+    cu_seqlens: Tensor  # int32, over the tokens of all rows in turn
+    max_seqlen: int
 
 
-def _real_tokens(mask: Any, cache: Any, length: int) -> Tensor | None:
-    """Return which of the next ``length`` tokens are real, (B, length).
+def _told_packing(told: Mapping[str, Any], visible: Tensor | None, conditions: dict[str, Tensor]) -> _Packing | None:
+    """Return the packing that a caller tells as flash attention takes it, and add what must hold for it."""
+    cu_seqlens, keys, longest, longest_key = (told[name] for name in PACKING_OPTIONS[:4])
+    if cu_seqlens is None:
+        if name := next((name for name in PACKING_OPTIONS[:4] if told[name] is not None), None):
+            raise ValueError(f"cu_seq_lens_q must be given with {name}")
+        return None
+    if keys is not None and keys is not cu_seqlens:
+        if keys.shape != cu_seqlens.shape:
+            raise ValueError(f"cu_seq_lens_k must have the shape of cu_seq_lens_q, got {tuple(keys.shape)}")
+        conditions["cu_seq_lens_k must be cu_seq_lens_q"] = (keys == cu_seqlens).all()
+    if visible is not None:
+        conditions["attention_mask must hide nothing with cu_seq_lens_q"] = visible.all()
+    if longest is None and longest_key is None:
+        longest = cu_seqlens.diff().max() if len(cu_seqlens) > 1 else 0
+    return _Packing(cu_seqlens.int(), max(int(n) for n in (longest, longest_key) if n is not None))
+
+
+def _breaks(position_ids: Tensor | None, seq_idx: Tensor | None, real: Tensor | None) -> Tensor | None:
+    """Return before which tokens, from the second on, another sequence begins: bool (B or 1, N - 1), or None.
+
+    Args:
+        position_ids: they count up by one within a sequence.
+        seq_idx: number of the sequence.
+        real: see :func:`_real_tokens`; position_ids may be anything at padding.
+    """
+    breaks = None if seq_idx is None else seq_idx.diff() != 0
+    if position_ids is not None:
+        jumps = position_ids.diff() != 1
+        if real is not None:
+            jumps = jumps & (real[..., 1:] & real[..., :-1]).to(jumps.device)
+        breaks = jumps if breaks is None else jumps | breaks
+    return None if breaks is None or breaks.shape[-1] == 0 else breaks
+
+
+def _found_packing(tokens: Tensor, breaks: Tensor | None, visible: Tensor | None) -> _Packing:
+    """Return the packing that ``breaks`` show. Padding counts as sequences of its own, which no other sees."""
+    starts = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+    if breaks is not None:
+        starts[:, 1:] = breaks
+    if visible is not None:
+        starts[:, 1:] |= visible.diff()
+    first = starts.flatten().nonzero()[:, 0].int()
+    cu_seqlens = torch.cat([first, first.new_tensor([starts.numel()])])
+    return _Packing(cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def _tokens(given: Mapping[str, Any]) -> Any:
+    """Return input_ids (B, N) or inputs_embeds (B, N, dim), whichever is given."""
+    return next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+
+
+def _real_tokens(mask: Any, cache: Any, position_ids: Tensor | None) -> Tensor | None:
+    """Return which of the next tokens, as many as ``position_ids``, are real, (B, N).
 
     None means that all are, or that the mask will be refused later.
     """
     if isinstance(mask, dict):  # by type of layer
         mask = next((x for x in mask.values() if x is not None), None)
-    if mask is None:
+    if mask is None or position_ids is None:
         return None
-    index = torch.arange(length, device=mask.device)
+    index = torch.arange(position_ids.shape[-1], device=mask.device)
     if mask.dim() < 4:
         index = index + (0 if cache is None else cache.get_seq_length())
         return mask.bool()[..., index.clamp(max=mask.shape[-1] - 1)]
     return mask[:, 0, 0, :1] + index >= 0 if mask.dtype == torch.int32 else None
 
 
-def _left_padding(visible: Tensor | None, conditions: dict[str, Tensor]) -> int | Tensor:
-    """Return how many tokens are hidden before the first visible one, int32 (B,), or 0 if none are hidden anywhere.
+def _read(visible: Tensor | None, breaks: Tensor | None, conditions: dict[str, Tensor]) -> tuple[bool, int | Tensor]:
+    """Return whether rows hold several sequences, and how many tokens are hidden before the first visible one.
 
-    This is the only time that a forward waits for the GPU.
+    That is int32 (B,), or 0 if none are hidden anywhere. This is the only time that a forward waits for the GPU. In a
+    trace, whose values come later, the graph asserts that rows hold one sequence each.
 
     Args:
         visible: bool (B, N), True for a real token; None if all are.
+        breaks: see :func:`_breaks`.
         conditions: bool tensors () that must be True, by the message if one is not.
 
     Raises:
         ValueError: a condition does not hold, or tokens are hidden between visible ones.
     """
-    if visible is None:
-        _require(conditions)
-        return 0
-    runs = visible[..., :1].sum(-1) + (visible[..., 1:] & ~visible[..., :-1]).sum(-1)
-    one_run = {
-        "attention_mask hides tokens between visible ones: their positions are undefined. Pad on the left (or, where "
-        "nothing follows, on the right)": (runs <= 1).all()
-    }
-    if _require(conditions | one_run, visible.all()):
-        return 0
+    unbroken = {} if breaks is None else {TRACED_PACKING: ~breaks.any()}
+    one_run: dict[str, Tensor] = {}
+    shown: dict[str, Tensor] = {}
+    if visible is not None:
+        runs = visible[..., :1].sum(-1) + (visible[..., 1:] & ~visible[..., :-1]).sum(-1)
+        one_run, shown = {HOLES: (runs <= 1).all()}, {"all": visible.all()}
+    if any(map(is_tracing, (conditions | unbroken | one_run).values())):
+        _require(conditions | unbroken | one_run)
+        values = {"all": False}
+    else:
+        values = _values(conditions | unbroken | one_run | shown)
+        packed = not values.get(TRACED_PACKING, True)
+        _raise_unless({name: values[name] for name in (conditions if packed else conditions | one_run)})
+        if packed:
+            return True, 0
+    if visible is None or values["all"]:
+        return False, 0
     # Right padding needs no treatment: no real query comes after it.
-    return (visible.cumsum(-1) == 0).sum(-1, dtype=torch.int32).flatten()
+    return False, (visible.cumsum(-1) == 0).sum(-1, dtype=torch.int32).flatten()
 
 
 class _HeadStyle(TensorParallelLayer):
@@ -567,11 +637,15 @@ def log_attention_forward(
         )
     if not (module.is_causal if is_causal is None else is_causal):
         raise ValueError("is_causal must be True: log positions serve causal self-attention")
-    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache", *PACKING_OPTIONS):
+    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
     if not options.get(CHECKED):  # the base model's hook was bypassed: a layer or a forward() was called directly
-        _require(_counting(options.get("position_ids"), attention_mask, None))
+        if any(options.get(name) is not None for name in PACKING_OPTIONS):
+            raise ValueError(BYPASSED)
+        position_ids = options.get("position_ids")
+        breaks = _breaks(position_ids, None, _real_tokens(attention_mask, None, position_ids))
+        _require({} if breaks is None else {BYPASSED: ~breaks.any()})
     starts = {}
     if attention_mask is not None:
         shape = (query.shape[0], 1, 1, 2)
@@ -587,19 +661,22 @@ def log_attention_forward(
     if owner is not module:  # one position serves layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
-    out = log_attention(
-        query,
-        key,
-        value,
-        values,
+    common: Any = dict(
         is_causal=True,
         window=None if sliding_window is None else (sliding_window - 1, None),
         scale=scaling,
         dropout_p=dropout,
         context_parallel=getattr(module, "context_parallel", None),
-        **starts,
     )
-    return out.transpose(1, 2).contiguous(), None
+    packing: _Packing | None = options.get(PACKING)
+    if packing is None:
+        out = log_attention(query, key, value, values, **common, **starts).transpose(1, 2)
+    else:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * N, H, D)
+        cu_seqlens, longest = packing.cu_seqlens.to(query.device), packing.max_seqlen
+        out = log_attention_varlen(q, k, v, values, cu_seqlens, cu_seqlens, longest, longest, **common)
+        out = out.unflatten(0, (len(query), -1))
+    return out.contiguous(), None
 
 
 def log_position_mask(
@@ -636,7 +713,7 @@ def log_position_mask(
         plain = ~mask_function(batch, 0, index, index + 1)
         if local_size is None or local_size > 1:
             plain = plain & mask_function(batch, 0, index + 1, index)
-        _require({f"position_ids hold packed sequences, or the mask is not causal: {PACKED}": plain.all()})
+        _require({f"the mask is not causal, or {BYPASSED}": plain.all()})
     padding: Any = 0
     if attention_mask is not None:
         if attention_mask.shape[0] != batch_size:
@@ -653,7 +730,7 @@ def log_position_mask(
         else:
             padding = None
         if padding is None:
-            padding = _left_padding(attention_mask, {})
+            _, padding = _read(attention_mask, None, {})
     static = not isinstance(padding, Tensor) and not isinstance(q_offset, Tensor) and allow_is_causal_skip
     if static and kv_offset == 0 and q_offset + q_length == kv_length:
         return None
@@ -662,24 +739,26 @@ def log_position_mask(
     return starts.T[:, None, None]
 
 
-def _require(conditions: dict[str, Tensor], also: Tensor | None = None) -> bool:
-    """Raise ValueError unless all conditions hold, bool tensors () by message; return the value of ``also``.
-
-    All are read from the GPU at once. Under tracing there are no values yet: the graph will assert the conditions when
-    it runs, and False is returned.
-    """
-    tensors = [*conditions.values(), *([] if also is None else [also])]
-    if not tensors:
-        return False
-    if is_tracing(tensors[0]):
+def _require(conditions: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless bool tensors () hold, by message. In a trace the graph will assert them."""
+    if any(map(is_tracing, conditions.values())):
         for message, condition in conditions.items():
             torch._assert_async(condition, message)
-        return False
-    values = torch.stack([x.to(tensors[0].device) for x in tensors]).tolist()
-    for message, value in zip(conditions, values, strict=False):
-        if not value:
+    else:
+        _raise_unless(_values(conditions))
+
+
+def _values(tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Read bool tensors () from the GPU, all at once."""
+    devices = [x.device for x in tensors.values()]
+    together = [x.to(devices[0]) for x in tensors.values()]
+    return dict(zip(tensors, torch.stack(together).tolist() if together else [], strict=True))
+
+
+def _raise_unless(conditions: Mapping[str, bool]) -> None:
+    for message, holds in conditions.items():
+        if not holds:
             raise ValueError(message)
-    return also is not None and values[-1]
 
 
 AttentionInterface.register(IMPLEMENTATION, log_attention_forward)
