@@ -25,8 +25,12 @@ Positions follow from the cache and from the 2D ``attention_mask``. They count f
 shows, so that a left-padded batch gives the results of its rows without padding. ``position_ids`` serve only positions
 that the model keeps. Keys are cached without rotation; a log rotation turns them anew at each call.
 
-What cannot be honoured is refused by name: masks that are not causal, tokens hidden between others, packed sequences
-(``position_ids`` that start again, ``DataCollatorWithFlattening``, padding-free training), attention weights,
+Several sequences may be packed into a row, and each is attended to as if it were alone: ``position_ids`` that start
+again say so (``DataCollatorWithFlattening``, padding-free training and packing with TRL), or ``cu_seq_lens_q`` and
+``max_length_q``, as flash attention takes them, which a compiled model needs; or ``seq_idx``. No mask of N x N is
+built, and no cache is filled.
+
+What cannot be honoured is refused by name: masks that are not causal, tokens hidden between others, attention weights,
 softcapping (load a Gemma 2 with ``attn_logit_softcapping=None``, and train on). Transformers itself refuses continuous
 batching (``generate_batch``), which it offers only with its own attentions.
 
@@ -412,8 +416,10 @@ def _checked_call(
     elif mask is None and cache is None and position_ids is not None and tokens is not None:
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
         visible = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-    if visible is not None and not is_tracing(visible):
+    traced = visible is not None and is_tracing(visible)
+    if visible is not None and not traced:
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
+    if visible is not None and (PACKING in given or not traced):
         given["attention_mask"] = visible
     return (), given | {CHECKED: True}
 
