@@ -1138,6 +1138,21 @@ def test_compiled_training() -> None:
 
 
 @torch.no_grad()
+def test_compiled_packed() -> None:
+    """One graph serves packed sequences of any number and length."""
+    torch._dynamo.reset()
+    model = use_log_position(make(num_hidden_layers=1), "log-rotary-bias")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for lengths in ((5, 6), (3, 3, 6), (7, 2, 2, 5)):
+        ids, cu_seqlens = tokens(1, sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)
+        options = dict(cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths), use_cache=False)
+        options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+        parts = [model(part).logits for part in ids.split(lengths, 1)]
+        close(compiled(ids, **options).logits, torch.cat(parts, 1))
+        torch._dynamo.config.error_on_recompile = True
+
+
+@torch.no_grad()
 def test_compiled_with_padding() -> None:
     """A compiled model asserts what an eager one checks about masks."""
     torch._dynamo.reset()
