@@ -29,7 +29,9 @@ import logpe
 import logpe.__main__
 import logpe.transformers
 from logpe.position import LogPosition
-from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
+from logpe.transformers import attention as interface
+from logpe.transformers import from_pretrained, use_log_position
+from logpe.transformers.calls import PACKING_OPTIONS
 
 VOCABULARY = 97
 SIZES = dict(
@@ -109,11 +111,7 @@ def position_of(model: PreTrainedModel) -> list[LogPosition]:
 # --- conversion ---------------------------------------------------------------------------------------------
 
 
-def test_every_supported_model_is_tested() -> None:
-    assert tuple(CONFIGS) == SUPPORTED
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_own_positions_kept(name: str) -> None:
     model, ids = make(name), tokens()
@@ -141,7 +139,7 @@ def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.Monk
         calls.append(options)
         return logpe.log_attention(q, k, v, values, backend="reference", **options)
 
-    monkeypatch.setattr(logpe.transformers, "log_attention", by_the_reference)
+    monkeypatch.setattr(interface, "log_attention", by_the_reference)
     close(model(ids).logits, logits)
     windows = [call["window"] for call in calls]
     assert windows == ([(WINDOW - 1, None), None] if name == "gemma3_text" else [None, None])
@@ -363,11 +361,11 @@ def packed_batch(ids: Tensor) -> dict[str, Any]:
     collator = transformers.DataCollatorWithFlattening
     batch = collator(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
     assert torch.equal(batch["position_ids"], PACKED)
-    assert set(logpe.transformers.PACKING_OPTIONS) < batch.keys()
+    assert set(PACKING_OPTIONS) < batch.keys()
     return dict(batch)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients are those of the separate sequences, however a batch says that it is packed."""
     ids, ones = tokens(1), torch.ones(1, 11, dtype=torch.long)
@@ -383,8 +381,8 @@ def test_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected_gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     expected = torch.cat([model(part).logits for part in parts], 1).detach()
     # log_attention never sees what belongs to log_attention_varlen.
-    monkeypatch.setattr(logpe.transformers, "log_attention", None)
-    told = {key: batch[key] for key in logpe.transformers.PACKING_OPTIONS}
+    monkeypatch.setattr(interface, "log_attention", None)
+    told = {key: batch[key] for key in PACKING_OPTIONS}
     flash = {key: x for key, x in told.items() if key != "seq_idx"}
     ways = [dict(position_ids=PACKED), dict(position_ids=PACKED + 7), dict(position_ids=PACKED, attention_mask=ones)]
     ways += [flash, dict(cu_seq_lens_q=told["cu_seq_lens_q"]), dict(seq_idx=told["seq_idx"])]
@@ -508,7 +506,7 @@ class Looks(torch.overrides.TorchFunctionMode):
 @torch.no_grad()
 def test_a_forward_waits_for_the_gpu_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, nothing looks at position_ids."""
-    monkeypatch.setattr(logpe.transformers, "log_attention", lambda q, *_, **options: q)  # on a CPU it looks at starts
+    monkeypatch.setattr(interface, "log_attention", lambda q, *_, **options: q)  # on a CPU it looks at starts
     model, ids = use_log_position(make(name)), tokens()
     model.config.use_cache = False
     positions = torch.arange(11)[None]
@@ -542,7 +540,7 @@ def test_another_attention_is_refused() -> None:
 # --- padding and caches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("preset", ["log-bias", "log-rotary-bias"])
 @torch.no_grad()
 def test_padding(name: str, preset: str) -> None:
@@ -567,7 +565,7 @@ def test_kernels(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     model, ids = use_log_position(make(name), "log-rotary-bias", query_gain=True), tokens()
     mask = left_padding(ids)
     expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    monkeypatch.setattr(logpe.transformers, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
+    monkeypatch.setattr(interface, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
     model, ids, mask = model.to(device), ids.to(device), mask.to(device)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     logits = [
@@ -583,11 +581,11 @@ def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, **options
     return model.generate(ids, attention_mask=mask, pad_token_id=0, **(settings | options))
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_caches(name: str) -> None:
     """Every cache gives the tokens and logits of no cache: padded, and longer than the sliding window."""
-    preset = ("log-bias", "log-rotary-bias")[SUPPORTED.index(name) % 2]
+    preset = ("log-bias", "log-rotary-bias")[list(CONFIGS).index(name) % 2]
     model, ids = use_log_position(make(name), preset, query_gain=True), tokens()
     mask = left_padding(ids)
     for mode in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, num_beams=2)):
@@ -733,11 +731,11 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_auto_models(name: str, tmp_path: Path) -> None:
     """Each AutoModel loads a converted language model as it was saved; another head is new, positions are kept."""
-    share, plain, ids = bool(SUPPORTED.index(name) % 2), make(name), tokens()
+    share, plain, ids = bool(list(CONFIGS).index(name) % 2), make(name), tokens()
     plain.save_pretrained(tmp_path / "plain")
     model = use_log_position(plain, share_position=share, learnable=["power"])
     for parameter in logpe.position_parameters(model):
