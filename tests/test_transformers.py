@@ -211,11 +211,9 @@ def test_other_heads(head: str) -> None:
 
 
 def test_unsupported_models() -> None:
-    bert = transformers.BertModel(
-        transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-    with pytest.raises(ValueError, match=r"BertModel is of model type 'bert'.*supported are llama, .*gpt_neox"):
-        use_log_position(bert)
+    bloom = transformers.BloomModel(transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match=r"BloomModel is of model type 'bloom'.*supported are llama, .*gpt_neox"):
+        use_log_position(bloom)
     with pytest.raises(TypeError, match=r"PreTrainedModel, got Linear"):
         use_log_position(torch.nn.Linear(2, 2))  # type: ignore[type-var]
     with torch.device("meta"):

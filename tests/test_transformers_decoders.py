@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from test_transformers import CONFIGS, SIZES, WINDOW, close, left_padding, tokens
+from test_transformers_encoders import ENCODERS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import logpe
@@ -72,7 +73,7 @@ def make(name: str, layers: int = 2) -> PreTrainedModel:
 
 
 def test_every_supported_model_is_tested() -> None:
-    assert sorted([*CONFIGS, *OTHERS]) == sorted(SUPPORTED)
+    assert sorted([*CONFIGS, *OTHERS, *ENCODERS]) == sorted(SUPPORTED)
 
 
 @pytest.mark.parametrize("name", OTHERS)

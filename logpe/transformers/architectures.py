@@ -1,6 +1,7 @@
 """Which models of Transformers can be converted, and what a conversion must know of them.
 
-To add one, add it to :data:`ARCHITECTURES` and to the configurations in ``tests/test_transformers_decoders.py``.
+To add one, add it to :data:`ARCHITECTURES` and to the configurations in ``tests/test_transformers_decoders.py`` or
+``tests/test_transformers_encoders.py``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ class Architecture:
     Args:
         positions: the path, from the base model, of the module with the model's own positions.
         rotary: whether that module gives the angles of a rotary embedding; else it is added to the token embedding.
+        attention: what the names of its classes of self-attention end with.
+        causal: whether a token sees those before it alone, as in a decoder; in an encoder it sees all.
         packs: whether the model hands its attention what it is not told by name, and so packed sequences.
     """
 
     positions: str = "rotary_emb"
     rotary: bool = True
+    attention: str = "Attention"
+    causal: bool = True
     packs: bool = True
+
+    def attentions(self, base: nn.Module) -> list[nn.Module]:
+        """Return the modules of self-attention, from the first layer on."""
+        return [module for module in base.modules() if type(module).__name__.endswith(self.attention)]
 
     def remove_positions(self, base: nn.Module, rotary_dim: int) -> None:
         """Put a stand-in where ``base`` has its own positions; ``rotary_dim`` says how much of a head they turn."""
@@ -53,6 +62,8 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=next(given).device)
 
 
+BERT = Architecture("embeddings.position_embeddings", rotary=False, attention="SelfAttention", causal=False)
+
 #: By ``config.model_type``.
 ARCHITECTURES = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"), Architecture()),
@@ -65,6 +76,9 @@ ARCHITECTURES = {
     **dict.fromkeys(("starcoder2", "helium", "arcee", "apertus", "persimmon"), Architecture()),
     **dict.fromkeys(("stablelm", "nemotron"), Architecture(packs=False)),
     "gpt_bigcode": Architecture("wpe", rotary=False),
+    # Encoders: tested in test_transformers_encoders.py.
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"), BERT),
+    "modernbert": Architecture(causal=False),
 }
 
 #: Values of ``config.model_type`` that can be converted.

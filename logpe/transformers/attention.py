@@ -12,6 +12,7 @@ from transformers.utils.import_utils import is_tracing
 
 from logpe.attention import log_attention, log_attention_varlen
 from logpe.reference import PositionValues
+from logpe.transformers.architectures import ARCHITECTURES
 from logpe.transformers.calls import (
     BYPASSED,
     CHECKED,
@@ -54,8 +55,10 @@ def log_attention_forward(
             f"this {type(module).__name__} has no log position: convert its model with "
             "logpe.transformers.use_log_position, or load it with logpe.transformers.from_pretrained"
         )
-    if not (module.is_causal if is_causal is None else is_causal):
-        raise ValueError("is_causal must be True: log positions serve causal self-attention")
+    model_type = owner.config.model_type
+    causal = ARCHITECTURES[model_type].causal
+    if (module.is_causal if is_causal is None else is_causal) != causal:
+        raise ValueError(f"is_causal must be {causal} for model type {model_type!r}")
     for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
@@ -73,16 +76,19 @@ def log_attention_forward(
                 f"attention_mask must be 2D, padding alone: got a mask of {attention_mask.dtype} and shape "
                 f"{tuple(attention_mask.shape)}, which log positions cannot honour"
             )
-        query_start, key_start = attention_mask[:, 0, 0].unbind(-1)
-        starts = dict(query_start=query_start, key_start=key_start)
+        first, second = attention_mask[:, 0, 0].unbind(-1)
+        if causal:
+            starts = dict(query_start=first, key_start=second)
+        else:
+            starts = dict(query_start=first, key_start=first, key_lengths=second)
     # Called as a module, so that wrappers of sharding and of PEFT see it.
     values: PositionValues = owner.log_position(query.device)
     if owner is not module:  # one position serves layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
     common: Any = dict(
-        is_causal=True,
-        window=None if sliding_window is None else (sliding_window - 1, None),
+        is_causal=causal,
+        window=None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1),
         scale=scaling,
         dropout_p=dropout,
         context_parallel=getattr(module, "context_parallel", None),
@@ -110,6 +116,7 @@ def log_position_mask(
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **options: Any,
 ) -> Tensor | None:
     """Say where queries and keys stand, once per forward: see ``transformers.AttentionMaskInterface``.
@@ -119,13 +126,17 @@ def log_position_mask(
         attention_mask: bool (B, N), True for a real token, with at least as many columns as there are tokens so far.
 
     Returns:
-        int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding. It has four
-        dimensions, so that Transformers passes it on as it is. None where log_attention assumes the same: keys from
-        0, the last query at the last key.
+        int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding; in an encoder,
+        position of the first token, and the number of tokens before right padding. It has four dimensions, so that
+        Transformers passes it on as it is. None where log_attention assumes the same: keys from 0, the last query at
+        the last key.
     """
-    if use_vmap or "allow_is_bidirectional_skip" in options:
-        raise ValueError("the model asks for a mask that is not causal, which log positions cannot honour")
-    if not allow_is_causal_skip and q_length > 1:
+    causal = "allow_is_bidirectional_skip" not in options
+    expected = causal if config is None else ARCHITECTURES[config.model_type].causal
+    if use_vmap or causal != expected:
+        wanted = "causal" if expected else "that of an encoder"
+        raise ValueError(f"the model asks for a mask that is not {wanted}, which log positions cannot honour")
+    if causal and not allow_is_causal_skip and q_length > 1:
         # Possibly this is not a causal mask: the diagonals beside the main one show it.
         batch = torch.arange(batch_size, device=device)[:, None]
         index = torch.arange(q_length - 1, device=device) + q_offset
@@ -150,6 +161,11 @@ def log_position_mask(
             padding = None
         if padding is None:
             _, padding = read(attention_mask, None, {})
+    if not causal:
+        if attention_mask is None or not isinstance(padding, Tensor):
+            return None
+        end = padding + attention_mask.sum(-1, dtype=torch.int32)
+        return torch.stack((-padding, end)).int().T[:, None, None]
     static = not isinstance(padding, Tensor) and not isinstance(q_offset, Tensor) and allow_is_causal_skip
     if static and kv_offset == 0 and q_offset + q_length == kv_length:
         return None

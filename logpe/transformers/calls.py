@@ -84,16 +84,19 @@ def _checked_call(
                 f"{refused[0]} must be None with context_parallel: a rank sees its tokens alone. generate() runs in "
                 "one process"
             )
+    architecture = ARCHITECTURES[base.config.model_type]
     if packed or packing is not None:
-        model_type = base.config.model_type
-        if not ARCHITECTURES[model_type].packs:
-            raise ValueError(f"packed sequences are not supported for model type {model_type!r}: pad them instead")
+        if not architecture.packs:
+            message = f"packed sequences are not supported for model type {base.config.model_type!r}: pad them instead"
+            raise ValueError(message)
         for name, allowed in (("past_key_values", cache is None), ("use_cache", not given.get("use_cache"))):
             if not allowed:
                 raise ValueError(f"{name} must be None or False with packed sequences, which no cache keeps apart")
         if mask is not None and padding_mask is None:
             raise ValueError("attention_mask must have two dimensions, or be None, with packed sequences")
-        given |= {"use_cache": False, PACKING: packing or _found_packing(tokens, breaks, visible)}
+        given[PACKING] = packing or _found_packing(tokens, breaks, visible)
+        if "use_cache" in names:
+            given["use_cache"] = False
         visible, padding = tokens.new_ones(tokens.shape[:2], dtype=torch.bool), 0
     elif mask is None and cache is None and position_ids is not None and tokens is not None:
         # Nothing is hidden. Without a mask, Transformers would look at position_ids once more.
@@ -103,6 +106,10 @@ def _checked_call(
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
     if visible is not None and (PACKING in given or not traced):
         given["attention_mask"] = visible
+    takes_types = "token_type_ids" in names and not architecture.causal
+    if takes_types and given.get("token_type_ids") is None and tokens is not None:
+        # Those that an encoder keeps are no longer than its learned positions.
+        given["token_type_ids"] = tokens.new_zeros(tokens.shape[:2], dtype=torch.long)
     return (), given | {CHECKED: True}
 
 

@@ -107,7 +107,10 @@ def set_context_parallel(model: PreTrainedModel, context_parallel: ContextParall
         raise ValueError("model must have log positions: convert it with use_log_position")
     _check_context_parallel(context_parallel, settings)
     base = model.base_model
-    for module in (base, *_attentions(base)):
+    architecture = ARCHITECTURES[model.config.model_type]
+    if context_parallel is not None and not architecture.causal:
+        raise ValueError("context_parallel must be None for an encoder: what it makes of a text, one rank must hold")
+    for module in (base, *architecture.attentions(base)):
         module.context_parallel = context_parallel
 
 
@@ -177,10 +180,6 @@ def _check_context_parallel(context_parallel: Any, settings: Mapping[str, Any]) 
         raise ValueError("keep_positions must be False with context_parallel: the model counts from 0 on every rank")
 
 
-def _attentions(base: nn.Module) -> list[nn.Module]:
-    return [module for module in base.modules() if type(module).__name__.endswith("Attention")]
-
-
 def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Convert ``model``, which may lie on the meta device, and put the settings into its config."""
     config, base = model.config, model.base_model
@@ -192,7 +191,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         plain["learnable"] = sorted(plain["learnable"])  # JSON has no tuples
     options = dict(plain)
     preset, share, keep = (options.pop(name) for name in ("preset", "share_position", "keep_positions"))
-    attentions = _attentions(base)
+    architecture = ARCHITECTURES[config.model_type]
+    attentions = architecture.attentions(base)
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     preset_rotates = preset in PRESET_ROTATION  # in its own way, not in the model's
@@ -227,7 +227,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             attention.log_position = position
     if not keep:
         turned = int(head_dim * _rotary_options(config, attentions[0])["rotary_fraction"])
-        ARCHITECTURES[config.model_type].remove_positions(base, turned)
+        architecture.remove_positions(base, turned)
     for owner in {model, base}:
         if TensorParallelLayer is not object and owner._tp_plan:
             rules = {replace_layer_number_by_wildcard(n) for n, m in owner.named_modules() if m in attentions}
@@ -254,8 +254,11 @@ def _check_supported(model: PreTrainedModel) -> None:
                     f"{type(model).__name__} has {name}={value}, which is not supported: log positions need causal "
                     "self-attention with plain logits. Load it with None or False there"
                 )
-    if not getattr(config, "is_causal", True):
+    causal = ARCHITECTURES[config.model_type].causal
+    if causal and not getattr(config, "is_causal", True):
         raise ValueError(f"{type(model).__name__} has is_causal=False, which is not supported")
+    if not causal and getattr(config, "is_decoder", False):
+        raise ValueError(f"{type(model).__name__} has is_decoder=True, which is not supported: it is an encoder")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"{type(model).__name__} has head_dim {head_dim}, supported is at most {MAX_HEAD_DIM}")
