@@ -129,6 +129,6 @@ def test_encoders_that_are_refused() -> None:
         use_log_position(make("bert", transformers.AutoModelForCausalLM, is_decoder=True))
     model = use_log_position(make("bert"))
     x = torch.zeros(1, 4, 3, 8)
-    with pytest.raises(ValueError, match="is_causal must be False for model type 'bert'"):
+    with pytest.raises(ValueError, match="is_causal must be False for this BertSelfAttention"):
         logpe.transformers.log_attention_forward(model.base_model.encoder.layer[0].attention.self, x, x, x, None,
                                                  is_causal=True)  # fmt: skip

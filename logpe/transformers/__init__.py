@@ -30,15 +30,20 @@ again say so (``DataCollatorWithFlattening``, padding-free training and packing 
 ``max_length_q``, as flash attention takes them, which a compiled model needs; or ``seq_idx``. No mask of N x N is
 built, and no cache is filled.
 
-Decoders with rotary or learned positions can be converted: Llama, Mistral, Mixtral, Qwen 2 and 3 and their MoE, Gemma
-1 to 3 (text), OLMo 1 to 3, Phi and Phi-3, SmolLM3, Granite and its MoE, GLM and GLM-4, Cohere, Ernie 4.5, EXAONE 4,
-Seed-OSS, Hunyuan, StarCoder 2, StableLM, Nemotron, Helium, Arcee, Apertus, Persimmon, GPT-2, GPT-BigCode, GPT-NeoX.
-And encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, with any head. They then read
-texts of any length, whatever ``max_position_embeddings`` says; padding may be left or right. A bias on the distance
-alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says ``rotary``.
+What can be converted (:data:`SUPPORTED`), with any head:
 
-:data:`SUPPORTED` lists all types. StableLM and Nemotron take no packed sequences, encoders no ``context_parallel``. Not
-yet: encoder-decoders, Llama 4 (chunks), gpt-oss (attention sinks), BLOOM, MPT and Falcon (attention of their own).
+* decoders: Llama, Mistral, Mixtral, Qwen 2 and 3 and their MoE, Gemma 1 to 3 (text), OLMo 1 to 3, Phi and Phi-3,
+  SmolLM3, Granite and its MoE, GLM and GLM-4, Cohere, Ernie 4.5, EXAONE 4, Seed-OSS, Hunyuan, StarCoder 2, StableLM,
+  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, GPT-2, GPT-BigCode, GPT-NeoX;
+* encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, whose windows stay. A bias on the
+  distance alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says
+  ``rotary``;
+* encoder-decoders: BART, mBART, Marian, Pegasus, T5, mT5, whose own relative bias goes. Cross-attention has no positions.
+
+They then read texts of any length, whatever ``max_position_embeddings`` says, with padding on the left or the right.
+StableLM, Nemotron, OPT and encoder-decoders take no packed sequences; what is not a decoder alone takes no
+``context_parallel``. Not yet: Llama 4 (chunks), gpt-oss (attention sinks), BLOOM, MPT and Falcon (attention of their
+own).
 
 What cannot be honoured is refused by name: masks other than those of a decoder or an encoder, tokens hidden between
 others, attention weights, softcapping (load a Gemma 2 with ``attn_logit_softcapping=None``, and train on). Transformers

@@ -50,15 +50,16 @@ def log_attention_forward(
         (B, Nq, Hq, D), and None for the weights.
     """
     owner: Any = getattr(module, "_log_position_owner", module)
-    if not hasattr(owner, "log_position"):
+    if not hasattr(module, "log_position_causal"):
         raise RuntimeError(
             f"this {type(module).__name__} has no log position: convert its model with "
             "logpe.transformers.use_log_position, or load it with logpe.transformers.from_pretrained"
         )
-    model_type = owner.config.model_type
-    causal = ARCHITECTURES[model_type].causal
-    if (module.is_causal if is_causal is None else is_causal) != causal:
-        raise ValueError(f"is_causal must be {causal} for model type {model_type!r}")
+    causal: Any = module.log_position_causal  # None in cross-attention, where nothing stands anywhere
+    if causal is not None and (module.is_causal if is_causal is None else is_causal) != causal:
+        raise ValueError(f"is_causal must be {causal} for this {type(module).__name__}")
+    if isinstance(bias := options.get("position_bias"), Tensor) and bias.dim() == 0:  # what stands in for that of T5
+        del options["position_bias"]
     for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache"):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
@@ -68,7 +69,7 @@ def log_attention_forward(
         position_ids = options.get("position_ids")
         breaks = breaks_between(position_ids, None, real_tokens(attention_mask, None, position_ids))
         require({} if breaks is None else {BYPASSED: ~breaks.any()})
-    starts = {}
+    starts: dict[str, Any] = {}
     if attention_mask is not None:
         shape = (query.shape[0], 1, 1, 2)
         if attention_mask.dtype != torch.int32 or attention_mask.shape != shape:
@@ -77,17 +78,16 @@ def log_attention_forward(
                 f"{tuple(attention_mask.shape)}, which log positions cannot honour"
             )
         first, second = attention_mask[:, 0, 0].unbind(-1)
-        if causal:
-            starts = dict(query_start=first, key_start=second)
-        else:
-            starts = dict(query_start=first, key_start=first, key_lengths=second)
+        starts = dict(query_start=first, key_start=second)
+        if not causal:
+            starts = dict(query_start=first if causal is False else 0, key_start=first, key_lengths=second)
     # Called as a module, so that wrappers of sharding and of PEFT see it.
-    values: PositionValues = owner.log_position(query.device)
-    if owner is not module:  # one position serves layers on many devices
+    values: PositionValues | None = None if causal is None else owner.log_position(query.device)
+    if values is not None and owner is not module:  # one position serves layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
     common: Any = dict(
-        is_causal=causal,
+        is_causal=bool(causal),
         window=None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1),
         scale=scaling,
         dropout_p=dropout,
@@ -132,10 +132,9 @@ def log_position_mask(
         the last key.
     """
     causal = "allow_is_bidirectional_skip" not in options
-    expected = causal if config is None else ARCHITECTURES[config.model_type].causal
-    if use_vmap or causal != expected:
-        wanted = "causal" if expected else "that of an encoder"
-        raise ValueError(f"the model asks for a mask that is not {wanted}, which log positions cannot honour")
+    known = {causal} if config is None else {part.causal for part in ARCHITECTURES[config.model_type]}
+    if use_vmap or causal not in known:
+        raise ValueError("the model asks for a mask of its own making, which log positions cannot honour")
     if causal and not allow_is_causal_skip and q_length > 1:
         # Possibly this is not a causal mask: the diagonals beside the main one show it.
         batch = torch.arange(batch_size, device=device)[:, None]

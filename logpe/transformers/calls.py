@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from logpe.distributed import ContextParallel
-from logpe.transformers.architectures import ARCHITECTURES
+from logpe.transformers.architectures import Stack
 
 #: The name under which Transformers knows our attention, and the masks that go with it.
 IMPLEMENTATION = "logpe"
@@ -39,28 +39,25 @@ def check_implementation(implementation: Any, error: type[Exception]) -> None:
 
 
 def check_call(
-    names: tuple[str, ...], base: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    part: Stack, names: tuple[str, ...], stack: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """Refuse, before each forward of the base model, what the attention cannot see or would wait for once more.
+    """Refuse, before each forward of a stack, what the attention cannot see or would wait for once more.
 
     Args:
+        part: what is known of the stack.
         names: names of the forward's arguments.
     """
-    parallel = getattr(base, "context_parallel", None)
+    parallel = getattr(stack, "context_parallel", None)
     with contextlib.nullcontext() if parallel is None else parallel.together():
-        return _checked_call(names, base, arguments, options, parallel)
+        check_implementation(stack.config._attn_implementation, RuntimeError)
+        given = dict(zip(names, arguments, strict=False)) | options
+        return (), _checked_call(part, names, given, stack.config.model_type, parallel)
 
 
 def _checked_call(
-    names: tuple[str, ...],
-    base: Any,
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    parallel: ContextParallel | None,
-) -> tuple[tuple[()], dict[str, Any]]:
+    part: Stack, names: tuple[str, ...], given: dict[str, Any], model_type: str, parallel: ContextParallel | None
+) -> dict[str, Any]:
     """Return what the forward is called with; see :func:`check_call`."""
-    check_implementation(base.config._attn_implementation, RuntimeError)
-    given = dict(zip(names, arguments, strict=False)) | options
     told = {name: given.pop(name, None) for name in PACKING_OPTIONS}
     mask, position_ids, cache = (given.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
     padding_mask = mask if isinstance(mask, Tensor) and mask.dim() < 4 else None
@@ -84,11 +81,9 @@ def _checked_call(
                 f"{refused[0]} must be None with context_parallel: a rank sees its tokens alone. generate() runs in "
                 "one process"
             )
-    architecture = ARCHITECTURES[base.config.model_type]
     if packed or packing is not None:
-        if not architecture.packs:
-            message = f"packed sequences are not supported for model type {base.config.model_type!r}: pad them instead"
-            raise ValueError(message)
+        if not part.packs:
+            raise ValueError(f"packed sequences are not supported for model type {model_type!r}: pad them instead")
         for name, allowed in (("past_key_values", cache is None), ("use_cache", not given.get("use_cache"))):
             if not allowed:
                 raise ValueError(f"{name} must be None or False with packed sequences, which no cache keeps apart")
@@ -106,11 +101,11 @@ def _checked_call(
         visible.left_padding = padding  # type: ignore[attr-defined]  # for log_position_mask
     if visible is not None and (PACKING in given or not traced):
         given["attention_mask"] = visible
-    takes_types = "token_type_ids" in names and not architecture.causal
+    takes_types = "token_type_ids" in names and not part.causal
     if takes_types and given.get("token_type_ids") is None and tokens is not None:
         # Those that an encoder keeps are no longer than its learned positions.
         given["token_type_ids"] = tokens.new_zeros(tokens.shape[:2], dtype=torch.long)
-    return (), given | {CHECKED: True}
+    return given | {CHECKED: True}
 
 
 class Packing(NamedTuple):

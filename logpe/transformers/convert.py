@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, plain_options
-from logpe.transformers.architectures import ARCHITECTURES, SUPPORTED
+from logpe.transformers.architectures import ARCHITECTURES, RELATIVE_BIAS, SUPPORTED, Stack
 from logpe.transformers.calls import IMPLEMENTATION, check_call, check_implementation
 
 try:
@@ -50,7 +50,8 @@ def use_log_position(
             its own, so that other models made from the same config stay as they are.
         preset: see :class:`logpe.LogPosition`. ``log-invariant`` assumes logits of unit variance: of these models,
             Qwen3 and Gemma 3 normalise queries and keys.
-        share_position: one LogPosition for all layers, not one for each. It becomes ``log_position`` of the base model.
+        share_position: one LogPosition for all layers, not one for each. It becomes ``log_position`` of the base model,
+            or one of the encoder and one of the decoder.
         keep_positions: keep the model's own positions, rotary or learned. With preset ``none`` the model then computes
             what it did before. Not possible with a preset that rotates.
         context_parallel: see :func:`set_context_parallel`.
@@ -106,12 +107,13 @@ def set_context_parallel(model: PreTrainedModel, context_parallel: ContextParall
     if settings is None:
         raise ValueError("model must have log positions: convert it with use_log_position")
     _check_context_parallel(context_parallel, settings)
-    base = model.base_model
-    architecture = ARCHITECTURES[model.config.model_type]
-    if context_parallel is not None and not architecture.causal:
+    parts = ARCHITECTURES[model.config.model_type]
+    if context_parallel is not None and not all(part.causal for part in parts):
         raise ValueError("context_parallel must be None for an encoder: what it makes of a text, one rank must hold")
-    for module in (base, *architecture.attentions(base)):
-        module.context_parallel = context_parallel
+    for part in parts:
+        stack: Any = part.find(model.base_model)
+        for module in (stack, *part.attentions(stack)[0]):
+            module.context_parallel = context_parallel
 
 
 def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
@@ -191,52 +193,81 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         plain["learnable"] = sorted(plain["learnable"])  # JSON has no tuples
     options = dict(plain)
     preset, share, keep = (options.pop(name) for name in ("preset", "share_position", "keep_positions"))
-    architecture = ARCHITECTURES[config.model_type]
-    attentions = architecture.attentions(base)
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    preset_rotates = preset in PRESET_ROTATION  # in its own way, not in the model's
-    rotary = [{} if preset_rotates else _rotary_options(config, attention) for attention in attentions]
-
-    def make(layer: int) -> LogPosition:
-        device = next(attentions[layer].parameters()).device
-        position = LogPosition(num_heads, head_dim, preset, device=device, **(rotary[layer] | options))
-        return position.train(model.training)
-
-    positions = [make(layer) for layer in range(1 if share else len(attentions))]
-    if "rotary" in positions[0].parts:
-        if keep:
+    layers: list[_Layers] = []
+    for part in ARCHITECTURES[config.model_type]:
+        if (stack := part.find(base)) is not None:
+            layers.append(_Layers(part, stack, *part.attentions(stack), config, preset, options))
+    for group in layers:
+        first = group.positions[0]
+        if "rotary" in first.parts and keep:
             raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
-        if share and "rotary_base" not in options and rotary.count(rotary[0]) < len(rotary):
+        if keep and group.part.positions == RELATIVE_BIAS:
+            raise ValueError(f"keep_positions must be False for {type(model).__name__}, whose own are a dense bias")
+        if "rotary" in first.parts and share and "rotary_base" not in options and not group.alike:
             raise ValueError("rotary_base must be given with share_position: the layers of this model differ in it")
 
-    names = tuple(inspect.signature(base.forward).parameters)
-    own_config = copy.deepcopy(config)
-
-    # From here on nothing fails.
+    # From here on nothing fails. T5 has a config for each side.
+    own_configs: dict[int, Any] = {}
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if value is config:
-                setattr(module, name, own_config)
-    if share:
-        base.log_position = positions[0]
-        for attention in attentions:  # past nn.Module: the position is a submodule of the base model alone
-            object.__setattr__(attention, "_log_position_owner", base)
-    else:
-        for attention, position in zip(attentions, positions, strict=True):
-            attention.log_position = position
-    if not keep:
-        turned = int(head_dim * _rotary_options(config, attentions[0])["rotary_fraction"])
-        architecture.remove_positions(base, turned)
+            if isinstance(value, type(config)):
+                own_configs.setdefault(id(value), copy.deepcopy(value))
+                own_configs[id(value)]._attn_implementation = IMPLEMENTATION
+                setattr(module, name, own_configs[id(value)])
+    for group in layers:
+        group.install(share, keep)
+    attentions = [attention for group in layers for attention in group.attentions]
     for owner in {model, base}:
         if TensorParallelLayer is not object and owner._tp_plan:
             rules = {replace_layer_number_by_wildcard(n) for n, m in owner.named_modules() if m in attentions}
             owner._tp_plan = owner._tp_plan | dict.fromkeys(rules, IMPLEMENTATION)
-    base.register_forward_pre_hook(functools.partial(check_call, names), with_kwargs=True)
+    own_config = model.config
     own_config.log_position = plain
-    own_config._attn_implementation = IMPLEMENTATION
     # Saved under this name, it makes any other loader raise, rather than return a model without positions.
     own_config.attn_implementation = IMPLEMENTATION
+
+
+class _Layers:
+    """The attentions of a stack, and the positions that they will get."""
+
+    def __init__(
+        self,
+        part: Stack,
+        stack: Any,
+        attentions: list[nn.Module],
+        crossing: list[nn.Module],
+        config: Any,
+        preset: str,
+        options: dict[str, Any],
+    ) -> None:
+        self.part, self.stack, self.attentions, self.crossing = part, stack, attentions, crossing
+        num_heads = getattr(config, part.heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        rotary = [_rotary_options(config, attention) for attention in attentions]
+        self.rotary_dim = int(head_dim * rotary[0]["rotary_fraction"])
+        self.alike = preset in PRESET_ROTATION or rotary.count(rotary[0]) == len(rotary)
+        self.positions = []
+        for attention, own in zip(attentions, rotary, strict=True):
+            settings = ({} if preset in PRESET_ROTATION else own) | options  # such a preset does not turn as the model
+            device = next(attention.parameters()).device
+            position = LogPosition(num_heads, head_dim, preset, device=device, **settings)
+            self.positions.append(position.train(stack.training))
+
+    def install(self, share: bool, keep: bool) -> None:
+        """Put the positions in."""
+        for attention in (*self.attentions, *self.crossing):
+            attention.log_position_causal = self.part.causal if attention in self.attentions else None  # type: ignore
+        if share:
+            self.stack.log_position = self.positions[0]
+            for attention in self.attentions:  # past nn.Module: the position is a submodule of the stack alone
+                object.__setattr__(attention, "_log_position_owner", self.stack)
+        else:
+            for attention, position in zip(self.attentions, self.positions, strict=True):
+                attention.log_position = position
+        if not keep:
+            self.part.remove_positions(self.stack, self.rotary_dim)
+        names = tuple(inspect.signature(self.stack.forward).parameters)
+        self.stack.register_forward_pre_hook(functools.partial(check_call, self.part, names), with_kwargs=True)
 
 
 def _check_supported(model: PreTrainedModel) -> None:
@@ -254,7 +285,7 @@ def _check_supported(model: PreTrainedModel) -> None:
                     f"{type(model).__name__} has {name}={value}, which is not supported: log positions need causal "
                     "self-attention with plain logits. Load it with None or False there"
                 )
-    causal = ARCHITECTURES[config.model_type].causal
+    causal = any(part.causal for part in ARCHITECTURES[config.model_type])
     if causal and not getattr(config, "is_causal", True):
         raise ValueError(f"{type(model).__name__} has is_causal=False, which is not supported")
     if not causal and getattr(config, "is_decoder", False):
