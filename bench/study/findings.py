@@ -7,6 +7,7 @@ import csv
 import functools
 import math
 import operator
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from bench.plots import COLOURS, curve, length_axis, panels, style
 from bench.study.protocol import Settings
 from bench.study.tables import Runs, cell, half_width, markdown, parameters, rows, seeds_of
 from bench.study.tasks import TASKS
+
+
+def _wrapped(label: str) -> str:
+    """Return the name of an encoding on several lines, broken before its options."""
+    return textwrap.fill(label.replace("+", " +"), 26)
 
 
 def by_length(runs: Runs, encoding: str, job: str, *names: str) -> dict[float, list[Any]]:
@@ -293,7 +299,7 @@ def retrieval_picture(path: Path, runs: Runs, settings: Settings, task: str, not
                 axis.axvline(lengths.index(settings.train_length) + 0.5, color="0.6", linestyle="--", linewidth=1)
             axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=8)
             axis.set_yticks(range(len(depths)), depths, fontsize=8)
-            axis.set_title(style(encoding, shown)["label"], fontsize=9.5)
+            axis.set_title(_wrapped(style(encoding, shown)["label"]), fontsize=9.5)
         axes[0].set_ylabel(f"{task}: depth of the answer")
         axes[-1].set_xlabel(f"length in {settings.unit}s")
         axes[0].figure.colorbar(image, ax=axes, label="accuracy", shrink=min(0.7, 2.5 / len(shown)))
@@ -327,7 +333,7 @@ def decay_picture(path: Path, runs: Runs, settings: Settings, note: str) -> None
             axis.set_yscale("log")
             axis.set_ylim(1e-6, 1.5)
             axis.axvline(settings.train_length, color="0.6", linestyle="--", linewidth=1, zorder=0)
-            axis.set_title(look["label"], fontsize=9.5)
+            axis.set_title(_wrapped(look["label"]), fontsize=9.5)
             axis.set_xlabel(f"distance + 1, in {settings.unit}s")
             axis.set_ylabel("weight against distance 0")
             if len(layers) > 1:
