@@ -118,6 +118,7 @@ FEATURES = (
     "paged",
     "dlse",
     "value_dim",
+    "wide_values",
 )
 
 
@@ -255,7 +256,8 @@ class Row:
 
 def value_dim(head_dim: int, feature: str) -> int:
     """Return the head_dim of v in a call with these features, where that of q and k is given."""
-    return head_dim // 2 if "value_dim" in feature.split("+") else head_dim
+    features = feature.split("+")
+    return 8 * head_dim if "wide_values" in features else head_dim // 2 if "value_dim" in features else head_dim
 
 
 def call(case: Case, preset: str) -> None:
@@ -329,9 +331,11 @@ def cases(
         for mask in MASKS if "plain" in features and here else ():
             yield Case(target, dtype, head_dim, here, mask)
         if common and "log-bias" in presets:
-            for feature in (feature for feature in features if feature != "plain"):
+            for feature in (feature for feature in features if feature not in ("plain", "wide_values")):
                 mask = "full" if feature == "key_bias" else "causal"
                 yield Case(target, dtype, head_dim, ("log-bias",), mask, feature)
+        if head_dim == 32 and dtype in HALF and "log-bias" in presets and "wide_values" in features:  # of 256 columns
+            yield Case(target, dtype, head_dim, ("log-bias",), "causal", "wide_values")
 
 
 def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
@@ -340,15 +344,15 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
         yield Case(target, "bfloat16", 64, ("log-bias",))
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
     rest = [
-        ("float32", ("log-bias",), "full", "plain"),
-        ("float16", ("log-rotary-bias",), "causal", "packed+grouped+value_dim"),
-        ("float16", ("log-bias",), "causal", "lengths+window"),
-        ("float16", ("log-bias",), "full", "ragged+key_bias"),
-        ("bfloat16", ("none",), "causal", "dropout+dlse"),
-        ("float32", ("log-bias",), "causal", "decode"),
+        ("float32", 64, ("log-bias",), "full", "plain"),
+        ("float16", 32, ("log-rotary-bias",), "causal", "packed+grouped+wide_values"),
+        ("float16", 64, ("log-bias",), "causal", "lengths+window"),
+        ("float16", 64, ("log-bias",), "full", "ragged+key_bias"),
+        ("bfloat16", 64, ("none",), "causal", "dropout+dlse"),
+        ("float32", 64, ("log-bias",), "causal", "decode"),
     ]
-    for target, (dtype, presets, mask, feature) in zip(itertools.cycle(targets), rest, strict=False):
-        yield Case(target, dtype, 64, presets, mask, feature)
+    for target, case in zip(itertools.cycle(targets), rest, strict=False):
+        yield Case(target, *case)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------

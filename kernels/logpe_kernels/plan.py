@@ -115,6 +115,7 @@ class Plan:
             q.device,
             q.element_size(),
             self.widest,
+            wide_values=padded(self.value_dim) >= 4 * padded(self.head_dim),
             power=options.power is not None,
             sharpness=options.sharpness is not None,
             alpha=options.alpha is not None,
