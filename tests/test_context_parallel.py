@@ -635,6 +635,10 @@ def transformers(rank: int, world: int) -> None:
         if "log_position" not in name:
             dist.all_reduce(q.grad)
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6)
+    bounds = torch.tensor([0, 4, 13, 19])  # of packed sequences: those of the whole row
+    packed = dict(cu_seq_lens_q=bounds, max_length_q=9)
+    expected = alone(tokens[:1], **packed).logits
+    torch.testing.assert_close(across(own[:1], **packed).logits, parallel.shard(expected, 1), rtol=1e-4, atol=1e-5)
     mask = torch.ones_like(own)
     torch.testing.assert_close(across(own, attention_mask=mask).logits, out.logits)
     if rank == 0:

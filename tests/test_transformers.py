@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import itertools
 import json
 import math
 import pickle
@@ -31,7 +29,9 @@ import logpe
 import logpe.__main__
 import logpe.transformers
 from logpe.position import LogPosition
-from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
+from logpe.transformers import attention as interface
+from logpe.transformers import from_pretrained, use_log_position
+from logpe.transformers.calls import PACKING_OPTIONS
 
 VOCABULARY = 97
 SIZES = dict(
@@ -111,11 +111,7 @@ def position_of(model: PreTrainedModel) -> list[LogPosition]:
 # --- conversion ---------------------------------------------------------------------------------------------
 
 
-def test_every_supported_model_is_tested() -> None:
-    assert tuple(CONFIGS) == SUPPORTED
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_own_positions_kept(name: str) -> None:
     model, ids = make(name), tokens()
@@ -143,7 +139,7 @@ def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.Monk
         calls.append(options)
         return logpe.log_attention(q, k, v, values, backend="reference", **options)
 
-    monkeypatch.setattr(logpe.transformers, "log_attention", by_the_reference)
+    monkeypatch.setattr(interface, "log_attention", by_the_reference)
     close(model(ids).logits, logits)
     windows = [call["window"] for call in calls]
     assert windows == ([(WINDOW - 1, None), None] if name == "gemma3_text" else [None, None])
@@ -215,11 +211,9 @@ def test_other_heads(head: str) -> None:
 
 
 def test_unsupported_models() -> None:
-    bert = transformers.BertModel(
-        transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-    with pytest.raises(ValueError, match=r"BertModel is of model type 'bert'.*supported are llama, .*gpt_neox"):
-        use_log_position(bert)
+    bloom = transformers.BloomModel(transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match=r"BloomModel is of model type 'bloom'.*supported are llama, .*gpt_neox"):
+        use_log_position(bloom)
     with pytest.raises(TypeError, match=r"PreTrainedModel, got Linear"):
         use_log_position(torch.nn.Linear(2, 2))  # type: ignore[type-var]
     with torch.device("meta"):
@@ -356,46 +350,102 @@ def heads(name: str) -> list[type[PreTrainedModel]]:
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
+LENGTHS = (5, 6)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_packed_sequences(name: str) -> None:
-    """Packing is refused, however a batch says it: attention would silently run across the sequences."""
-    ids, ones = tokens(1), torch.ones(1, 11, dtype=torch.long)
-    rows = [{"input_ids": row.tolist()} for row in (ids[0, :5], ids[0, 5:])]
+def packed_batch(ids: Tensor) -> dict[str, Any]:
+    """Return what DataCollatorWithFlattening makes of two sequences, with all that it can tell."""
+    rows = [{"input_ids": row.tolist()} for row in ids[0].split(LENGTHS)]
     collator = transformers.DataCollatorWithFlattening
-    flattened = collator(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
-    assert torch.equal(flattened.pop("position_ids"), PACKED)
-    assert torch.equal(flattened.pop("input_ids"), ids)
-    del flattened["labels"]
-    assert flattened.keys() == set(logpe.transformers.PACKING_OPTIONS)
-    refused = "is not supported: log positions do not serve packed"
-    ways = [({option: x}, f"{option} {refused}") for option, x in flattened.items()]
-    for positions in (PACKED, PACKED + 7, torch.tensor([[*range(10), 0]]), torch.tensor([[0, *range(10)]])):
-        ways += [(dict(position_ids=positions), "position_ids hold packed sequences")]
-        ways += [(dict(position_ids=positions, attention_mask=ones), "position_ids hold packed sequences")]
-    ways += [(dict(attention_mask=PACKED.lt(5).long() + 1), "attention_mask must hold 0 and 1; if it numbers packed")]
-    modes = [(dict(), False), (dict(), True), (dict(use_cache=False), True), (dict(use_cache=True), True)]
-    model = use_log_position(transformers.AutoModel.from_config(CONFIGS[name]()))
-    for (options, message), (caching, training) in itertools.product(ways, modes):
+    batch = collator(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
+    assert torch.equal(batch["position_ids"], PACKED)
+    assert set(PACKING_OPTIONS) < batch.keys()
+    return dict(batch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients are those of the separate sequences, however a batch says that it is packed."""
+    ids, ones = tokens(1), torch.ones(1, 11, dtype=torch.long)
+    no_dropout = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)  # of GPT-2
+    model = use_log_position(make(name, **no_dropout), "log-rotary-bias", query_gain=True).train()
+    own = model.loss_function
+    batch = packed_batch(ids)
+    labels = batch.pop("labels")
+    parts = ids.split(LENGTHS, 1)
+    losses = [own(model(part).logits, part, VOCABULARY, num_items_in_batch=9) for part in parts]
+    expected_loss = sum(losses)
+    expected_loss.backward()
+    expected_gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    expected = torch.cat([model(part).logits for part in parts], 1).detach()
+    # log_attention never sees what belongs to log_attention_varlen.
+    monkeypatch.setattr(interface, "log_attention", None)
+    told = {key: batch[key] for key in PACKING_OPTIONS}
+    flash = {key: x for key, x in told.items() if key != "seq_idx"}
+    ways = [dict(position_ids=PACKED), dict(position_ids=PACKED + 7), dict(position_ids=PACKED, attention_mask=ones)]
+    ways += [flash, dict(cu_seq_lens_q=told["cu_seq_lens_q"]), dict(seq_idx=told["seq_idx"])]
+    ways += [dict(batch, input_ids=None, inputs_embeds=model.get_input_embeddings()(ids).detach())]
+    for way in ways:
+        model.zero_grad()
+        output = model(**{"input_ids": ids, **way}, labels=labels, num_items_in_batch=9)
+        close(output.logits, expected)
+        close(output.loss, expected_loss)
+        assert output.past_key_values is None
+    model.gradient_checkpointing_enable()
+    model(ids, position_ids=PACKED, labels=labels, num_items_in_batch=9).loss.backward()
+    for key, x in expected_gradients.items():
+        close(model.get_parameter(key).grad, x)
+    # What happens in one sequence does not reach the other, bit by bit.
+    other = torch.cat([tokens(1, 5), parts[1]], 1)
+    with torch.no_grad():
+        both = [model.eval()(x, position_ids=PACKED).logits for x in (ids, other)]
+    assert torch.equal(both[0][:, 5:], both[1][:, 5:])
+    assert not torch.equal(both[0][:, :5], both[1][:, :5])
+
+
+@torch.no_grad()
+def test_packed_rows() -> None:
+    """Rows of a batch may be packed differently, begin anywhere, and end in padding."""
+    model, ids = use_log_position(make("mistral"), "log-rotary-bias"), tokens(3)
+    position_ids = torch.stack([PACKED[0], torch.arange(11), torch.tensor([3, 4, 5, 0, 0, 1, 2, 3, 4, 1, 1])])
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = 0
+    parts = [(0, 0, 5), (0, 5, 11), (1, 0, 11), (2, 0, 3), (2, 3, 4), (2, 4, 9)]
+    logits = model(ids, position_ids=position_ids, attention_mask=mask).logits
+    for row, first, end in parts:
+        close(logits[row, first:end], model(ids[row : row + 1, first:end]).logits[0])
+
+
+def test_packed_sequences_that_are_refused() -> None:
+    ids, ones = tokens(1), torch.ones(1, 11, dtype=torch.long)
+    model = use_log_position(make())
+    told = packed_batch(ids)
+    refusals: list[tuple[dict[str, Any], str]] = [
+        (dict(attention_mask=PACKED.lt(5).long() + 1), "attention_mask must hold 0 and 1. Tell packed sequences by"),
+        (dict(cu_seq_lens_k=told["cu_seq_lens_k"]), "cu_seq_lens_q must be given with cu_seq_lens_k"),
+        (dict(max_length_q=6), "cu_seq_lens_q must be given with max_length_q"),
+        (dict(cu_seq_lens_q=told["cu_seq_lens_q"], cu_seq_lens_k=torch.tensor([0, 11])), "must have the shape"),
+        (dict(cu_seq_lens_q=told["cu_seq_lens_q"], cu_seq_lens_k=told["cu_seq_lens_k"] + 1), "cu_seq_lens_k must be"),
+        (dict(cu_seq_lens_q=told["cu_seq_lens_q"], max_length_q=3), "max_seqlen_q"),
+        (dict(cu_seq_lens_q=torch.tensor([0, 5, 12])), "cu_seqlens_q"),
+        (dict(cu_seq_lens_q=told["cu_seq_lens_q"], attention_mask=ones.tril(-1)), "attention_mask must hide nothing"),
+        (dict(position_ids=PACKED, use_cache=True), "use_cache must be None or False with packed sequences"),
+        (dict(position_ids=PACKED, past_key_values=transformers.DynamicCache()), "past_key_values must be None"),
+    ]
+    for options, message in refusals:
         with pytest.raises(ValueError, match=message):
-            model.train(training)(input_ids=ids, **options, **caching)
-    for options, message in ways[:-1]:  # past all hooks, as AdaLoRA calls it
-        with pytest.raises(ValueError, match=message.partition(":")[0]):
-            model.forward(input_ids=ids, **options)
-    names = list(inspect.signature(model.forward).parameters)
-    names = names[: names.index("position_ids") + 1]
-    with pytest.raises(ValueError, match="position_ids hold packed sequences"):
-        model(*({"input_ids": ids, "position_ids": PACKED}.get(name) for name in names))
-    for head in heads(name):
-        model = use_log_position(head(CONFIGS[name]()))
-        for options, message in (ways[0], ways[-2]):
-            with pytest.raises(ValueError, match=message):
-                model(ids, **options)
-    model = use_log_position(make(name))
-    for cache in (dict(), dict(cache_implementation="static"), dict(use_cache=False)):
-        with pytest.raises(ValueError, match="position_ids hold packed sequences"):
-            generate(model, ids, ones, position_ids=PACKED, max_new_tokens=2, min_new_tokens=2, **cache)
+            model(ids, **options)
+    written: dict[str, Any] = dict(max_new_tokens=2, min_new_tokens=2)
+    for cache in (dict(), dict(cache_implementation="static")):
+        with pytest.raises(ValueError, match="must be None or False with packed sequences"):
+            generate(model, ids, ones, position_ids=PACKED, **written, **cache)
+    # Without a cache, the last sequence goes on.
+    alone = generate(model, ids[:, 5:], ones[:, 5:], **written).sequences[:, 6:]
+    written |= dict(position_ids=PACKED, use_cache=False)
+    assert torch.equal(generate(model, ids, ones, **written).sequences[:, 11:], alone)
+    for options in (dict(position_ids=PACKED), dict(cu_seq_lens_q=told["cu_seq_lens_q"])):  # past all hooks
+        with pytest.raises(ValueError, match="position_ids hold packed sequences: call the whole model"):
+            model.model.forward(input_ids=ids, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
@@ -454,7 +504,7 @@ class Looks(torch.overrides.TorchFunctionMode):
 @torch.no_grad()
 def test_a_forward_waits_for_the_gpu_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, nothing looks at position_ids."""
-    monkeypatch.setattr(logpe.transformers, "log_attention", lambda q, *_, **options: q)  # on a CPU it looks at starts
+    monkeypatch.setattr(interface, "log_attention", lambda q, *_, **options: q)  # on a CPU it looks at starts
     model, ids = use_log_position(make(name)), tokens()
     model.config.use_cache = False
     positions = torch.arange(11)[None]
@@ -488,7 +538,7 @@ def test_another_attention_is_refused() -> None:
 # --- padding and caches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("preset", ["log-bias", "log-rotary-bias"])
 @torch.no_grad()
 def test_padding(name: str, preset: str) -> None:
@@ -513,7 +563,7 @@ def test_kernels(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     model, ids = use_log_position(make(name), "log-rotary-bias", query_gain=True), tokens()
     mask = left_padding(ids)
     expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    monkeypatch.setattr(logpe.transformers, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
+    monkeypatch.setattr(interface, "log_attention", functools.partial(logpe.log_attention, backend="triton"))
     model, ids, mask = model.to(device), ids.to(device), mask.to(device)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     logits = [
@@ -529,11 +579,11 @@ def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, **options
     return model.generate(ids, attention_mask=mask, pad_token_id=0, **(settings | options))
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_caches(name: str) -> None:
     """Every cache gives the tokens and logits of no cache: padded, and longer than the sliding window."""
-    preset = ("log-bias", "log-rotary-bias")[SUPPORTED.index(name) % 2]
+    preset = ("log-bias", "log-rotary-bias")[list(CONFIGS).index(name) % 2]
     model, ids = use_log_position(make(name), preset, query_gain=True), tokens()
     mask = left_padding(ids)
     for mode in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, num_beams=2)):
@@ -679,11 +729,11 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_auto_models(name: str, tmp_path: Path) -> None:
     """Each AutoModel loads a converted language model as it was saved; another head is new, positions are kept."""
-    share, plain, ids = bool(SUPPORTED.index(name) % 2), make(name), tokens()
+    share, plain, ids = bool(list(CONFIGS).index(name) % 2), make(name), tokens()
     plain.save_pretrained(tmp_path / "plain")
     model = use_log_position(plain, share_position=share, learnable=["power"])
     for parameter in logpe.position_parameters(model):
@@ -830,18 +880,22 @@ def test_gradient_checkpointing() -> None:
             torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_trainer(bf16: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_trainer(packed: bool, tmp_path: Path) -> None:
+    """Packed, in bfloat16; as it is, in float32."""
     pytest.importorskip("accelerate")
     model = use_log_position(make(attention_dropout=0.1))
     before = [parameter.detach().clone() for parameter in logpe.position_parameters(model)]
-    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    rows: list[dict[str, Any]] = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    collator = transformers.DataCollatorWithFlattening(return_tensors="pt") if packed else None
+    if packed:
+        rows = [{"input_ids": row["input_ids"][: 4 + n].tolist()} for n, row in enumerate(rows)]
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=4,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
-        bf16=bf16,
+        bf16=packed,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=True,
         report_to=[],
@@ -849,7 +903,8 @@ def test_trainer(bf16: bool, tmp_path: Path) -> None:
         save_steps=4,
     )
     optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    data = dict(train_dataset=rows, data_collator=collator)
+    trainer = transformers.Trainer(model, arguments, **data, optimizers=(optimizer, None))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert math.isfinite(trainer.train().training_loss), losses
     for parameter, start in zip(logpe.position_parameters(model), before, strict=True):
@@ -1059,7 +1114,7 @@ def recompile_freely() -> Iterator[None]:
 
 
 def test_compiled_training() -> None:
-    """One graph serves all lengths, forward and backward, without a break; packing is still refused."""
+    """One graph serves all lengths, forward and backward, without a break; packed sequences must be told."""
     torch._dynamo.reset()
     model = use_log_position(make(num_hidden_layers=1), "log-rotary-bias", query_gain=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -1074,8 +1129,23 @@ def test_compiled_training() -> None:
             close(actual, expected)
         torch._dynamo.config.error_on_recompile = True
     model.zero_grad()
-    with pytest.raises((RuntimeError, ValueError), match="packed sequences"):
+    with pytest.raises((RuntimeError, ValueError), match="tell a traced model of packed sequences by cu_seq_lens_q"):
         compiled(ids, labels=ids, position_ids=(torch.arange(18) % 10)[None], use_cache=False)
+
+
+@torch.no_grad()
+def test_compiled_packed() -> None:
+    """One graph serves packed sequences of any number and length."""
+    torch._dynamo.reset()
+    model = use_log_position(make(num_hidden_layers=1), "log-rotary-bias")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for lengths in ((5, 6), (3, 3, 6), (7, 2, 2, 5)):
+        ids, cu_seqlens = tokens(1, sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)
+        options = dict(cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths), use_cache=False)
+        options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+        parts = [model(part).logits for part in ids.split(lengths, 1)]
+        close(compiled(ids, **options).logits, torch.cat(parts, 1))
+        torch._dynamo.config.error_on_recompile = True
 
 
 @torch.no_grad()

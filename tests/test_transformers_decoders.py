@@ -1,0 +1,131 @@
+"""Test that every supported type of decoder converts: its own positions go, and what is asked in two ways agrees."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from test_transformers import CONFIGS, SIZES, WINDOW, close, left_padding, tokens
+from test_transformers_encoders import ENCODERS
+from test_transformers_seq2seq import SEQ2SEQ
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import logpe
+from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
+from logpe.transformers.architectures import ARCHITECTURES
+
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+HEAD_DIM = dict(head_dim=8)
+#: What each type needs beside small sizes.
+OTHERS: dict[str, dict[str, Any]] = {
+    "mixtral": EXPERTS,
+    "qwen2_moe": EXPERTS | dict(shared_expert_intermediate_size=16),
+    "qwen3_moe": EXPERTS | HEAD_DIM,
+    "granitemoe": EXPERTS,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": SLIDING,
+    "phi": {},
+    "phi3": {},  # one projection for q, k and v
+    "smollm3": dict(no_rope_layers=[1, 0]),
+    "granite": dict(attention_multiplier=0.3),
+    "glm": HEAD_DIM,  # half of each head turns
+    "glm4": HEAD_DIM,
+    "cohere": {},
+    "cohere2": SLIDING,
+    "exaone4": SLIDING,
+    "ernie4_5": HEAD_DIM,
+    "seed_oss": HEAD_DIM,
+    "hunyuan_v1_dense": HEAD_DIM,
+    "starcoder2": {},
+    "stablelm": {},
+    "nemotron": {},
+    "helium": HEAD_DIM,
+    "arcee": {},
+    "apertus": {},
+    "persimmon": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),  # ReLU hides differences
+    "gpt_bigcode": dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, n_positions=128),
+}
+
+
+def make(name: str, layers: int = 2) -> PreTrainedModel:
+    """Return a model with weights so large that it matters which token sees which."""
+    config = AutoConfig.for_model(name, **(SIZES | dict(num_key_value_heads=2) | OTHERS[name]))
+    for key in ("attention_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    if layers == 1:
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[-1:]
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_every_supported_model_is_tested() -> None:
+    assert sorted([*CONFIGS, *OTHERS, *ENCODERS, *SEQ2SEQ]) == sorted(SUPPORTED)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_decoder(name: str, tmp_path: Path) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    plain, ids = make(name), tokens()
+    with torch.no_grad():
+        expected = plain(ids).logits
+        close(use_log_position(copy.deepcopy(plain), "none", keep_positions=True)(ids).logits, expected)
+        # Without positions, one layer sees the tokens before the last one as a set.
+        alone = use_log_position(make(name, layers=1), "none")
+        mixed = torch.cat([ids[:, :10].flip(1), ids[:, 10:]], 1)
+        close(alone(mixed).logits[:, -1], alone(ids).logits[:, -1])
+
+    model = use_log_position(copy.deepcopy(plain), "log-bias-rope")
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert (logits - expected).abs().max() > 1e-3 * expected.abs().max()
+        mask = left_padding(ids)
+        close(model(ids, attention_mask=mask).logits[0, 4:], model(ids[:1, 4:]).logits[0])
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        steps = [model(part, past_key_values=cache).logits for part in (ids[:, 6:7], ids[:, 7:])]
+        close(torch.cat(steps, 1), logits[:, 6:])
+        packed = torch.tensor([[*range(5), *range(6)]])
+        if ARCHITECTURES[name][0].packs:
+            parts = [model(part).logits for part in ids[:1].split((5, 6), 1)]
+            close(model(ids[:1], position_ids=packed).logits, torch.cat(parts, 1))
+        else:
+            for options in (dict(position_ids=packed), dict(cu_seq_lens_q=torch.tensor([0, 5, 11]))):
+                with pytest.raises(ValueError, match="packed sequences are not supported for model type"):
+                    model(ids[:1], **options)
+
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    before = model(ids, labels=ids, use_cache=False).loss
+    before.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
+    optimizer.step()
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < before
+        model.save_pretrained(tmp_path)
+        close(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM), ("bloom", {})])
+def test_decoders_that_are_refused(name: str, options: dict[str, Any]) -> None:
+    """Attention sinks, chunks, ALiBi outside of the interface: refused by the name of the type."""
+    config = AutoConfig.for_model(name, **(SIZES | dict(num_local_experts=4) | options))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=f"model type '{name}', which is not supported"):
+        use_log_position(model)

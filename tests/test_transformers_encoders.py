@@ -1,0 +1,134 @@
+"""Test encoders of Transformers with log positions: padding, long texts, heads, packing, saving, training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import transformers
+from test_transformers import SIZES, close, tokens
+from transformers import AutoConfig, PreTrainedModel
+
+import logpe
+from logpe.transformers import from_pretrained, use_log_position
+
+LONGEST = 24  # of what the models were made for
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": NO_DROPOUT,
+    "roberta": NO_DROPOUT | dict(type_vocab_size=2),
+    "xlm-roberta": NO_DROPOUT | dict(type_vocab_size=2),
+    "camembert": NO_DROPOUT | dict(type_vocab_size=2),
+    "electra": NO_DROPOUT | dict(embedding_size=16),
+    "distilbert": dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0),
+    "modernbert": dict(local_attention=6, layer_types=["sliding_attention", "full_attention"], cls_token_id=1,
+                       sep_token_id=2),
+}  # fmt: skip
+PADDING = 4
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def make(name: str, auto: Any = transformers.AutoModelForMaskedLM, **options: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(name, **(SIZES | dict(max_position_embeddings=LONGEST) | ENCODERS[name] | options))
+    model = auto.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def padded(ids: Tensor, left: bool) -> Tensor:
+    """Return a mask that hides PADDING tokens of the first row."""
+    mask = torch.ones_like(ids)
+    mask[0, slice(None, PADDING) if left else slice(-PADDING, None)] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder(name: str, tmp_path: Path) -> None:
+    plain, ids = make(name), tokens()
+    with torch.no_grad():
+        kept = use_log_position(copy.deepcopy(plain), "none", keep_positions=True)
+        for mask in (None, padded(ids, left=False)):
+            shown = torch.ones_like(ids).bool() if mask is None else mask.bool()
+            close(kept(ids, attention_mask=mask).logits[shown], plain(ids, attention_mask=mask).logits[shown])
+        # Without positions, an encoder sees a set.
+        unordered = use_log_position(make(name, **(dict(local_attention=64) if name == "modernbert" else {})), "none")
+        close(unordered(ids.flip(1)).logits, unordered(ids).logits.flip(1))
+
+    model = use_log_position(copy.deepcopy(plain))
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert (logits.flip(1) - model(ids.flip(1)).logits).abs().max() > 1e-3
+        for left in (True, False):
+            mask = padded(ids, left)
+            alone = model(ids[:1, PADDING:] if left else ids[:1, :-PADDING]).logits[0]
+            close(model(ids, attention_mask=mask).logits[0, mask[0].bool()], alone)
+            close(model(ids, attention_mask=mask).logits[1], logits[1])
+        # Twice as long as the learned positions, with and without token types.
+        long = tokens(2, 2 * LONGEST)
+        assert model(long).logits.isfinite().all()
+        if name not in ("distilbert", "modernbert"):
+            close(model(long, token_type_ids=torch.zeros_like(long)).logits, model(long).logits)
+            assert (model(long, token_type_ids=torch.ones_like(long)).logits - model(long).logits).abs().max() > 1e-3
+        packed = torch.tensor([[*range(5), *range(6)]])
+        parts = [model(part).logits for part in ids[:1].split((5, 6), 1)]
+        for way in (dict(position_ids=packed), dict(cu_seq_lens_q=torch.tensor([0, 5, 11]), max_length_q=6)):
+            close(model(ids[:1], **way).logits, torch.cat(parts, 1))
+        with pytest.raises(ValueError, match="hides tokens between visible ones"):
+            model(ids, attention_mask=torch.ones_like(ids).index_fill_(1, torch.tensor([5]), 0))
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(ids, output_attentions=True)
+        with pytest.raises(ValueError, match="context_parallel must be None for an encoder"):
+            logpe.transformers.set_context_parallel(model, object.__new__(logpe.ContextParallel))
+
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    before = model(ids, labels=ids).loss
+    before.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
+    optimizer.step()
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < before
+        model.save_pretrained(tmp_path)
+        close(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+        # Another head on the same encoder.
+        for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification):
+            other = auto.from_pretrained(tmp_path, num_labels=3)
+            assert other(ids, attention_mask=padded(ids, left=False)).logits.shape[-1] == 3
+            for (key, x), (_, y) in zip(
+                model.base_model.state_dict().items(), other.base_model.state_dict().items(), strict=False
+            ):
+                assert torch.equal(x, y), key
+
+
+def test_encoder_windows_are_kept() -> None:
+    """A layer of ModernBERT with a window sees as far as before."""
+    model = use_log_position(make("modernbert", num_hidden_layers=1, layer_types=["sliding_attention"]), "log-bias")
+    ids = tokens(1, 15)
+    other = ids.clone()
+    other[0, 0] = (ids[0, 0] + 1 - 3) % (SIZES["vocab_size"] - 3) + 3
+    with torch.no_grad():
+        changed = (model(ids).logits - model(other).logits).abs().amax(-1)[0] > 0
+    assert changed.tolist() == [True] * 4 + [False] * 11  # three on each side
+
+
+def test_encoders_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="is_decoder=True, which is not supported: it is an encoder"):
+        use_log_position(make("bert", transformers.AutoModelForCausalLM, is_decoder=True))
+    model = use_log_position(make("bert"))
+    x = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="is_causal must be False for this BertSelfAttention"):
+        logpe.transformers.log_attention_forward(model.base_model.encoder.layer[0].attention.self, x, x, x, None,
+                                                 is_causal=True)  # fmt: skip
