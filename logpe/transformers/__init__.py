@@ -38,7 +38,8 @@ What can be converted (:data:`SUPPORTED`), with any head:
 * encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, whose windows stay. A bias on the
   distance alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says
   ``rotary``;
-* encoder-decoders: BART, mBART, Marian, Pegasus, T5, mT5, whose own relative bias goes. Cross-attention has no positions.
+* encoder-decoders: BART, mBART, Marian, Pegasus, T5 and mT5, whose own relative bias goes. Cross-attention has no
+  positions.
 
 They then read texts of any length, whatever ``max_position_embeddings`` says, with padding on the left or the right.
 StableLM, Nemotron, OPT and encoder-decoders take no packed sequences; what is not a decoder alone takes no

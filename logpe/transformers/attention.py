@@ -134,7 +134,8 @@ def log_position_mask(
     causal = "allow_is_bidirectional_skip" not in options
     known = {causal} if config is None else {part.causal for part in ARCHITECTURES[config.model_type]}
     if use_vmap or causal not in known:
-        raise ValueError("the model asks for a mask of its own making, which log positions cannot honour")
+        mask = "that is not causal" if known == {True} else "of its own making"
+        raise ValueError(f"the model asks for a mask {mask}, which log positions cannot honour")
     if causal and not allow_is_causal_skip and q_length > 1:
         # Possibly this is not a causal mask: the diagonals beside the main one show it.
         batch = torch.arange(batch_size, device=device)[:, None]
