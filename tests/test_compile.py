@@ -257,6 +257,19 @@ def test_what_a_loop_may_not_do() -> None:
         "spills 16 bytes: 11 of the 500 instructions of a loop"
     ]
     assert failures(dataclasses.replace(loop, waits=12)) == ["12 waits for the 12 matrix products of a loop"]
+    assert failures(dataclasses.replace(loop, instructions=500, loads={"16": 99, "4": 9, "2": 9, "1": 1})) == []
+    assert failures(dataclasses.replace(loop, instructions=500, loads={"2": 11})) == [
+        "11 loads of single elements among the 500 instructions of a loop"
+    ]
+
+
+def test_widths_of_loads() -> None:
+    nvidia = ["LDG.E.U16.CONSTANT R1, desc[UR4][R2.64]", "@P0 LDG.E R1, desc[UR4][R2.64]", "LDG.E.U8 R1, [R2.64]"]
+    nvidia += ["LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64]", "LDGSTS.E.LTC128B.64 [R1+0x400], [R2.64+0x80]"]
+    assert roofline.loads(["LDS.128 R1, [R2]", *nvidia]) == {"16": 1, "8": 1, "4": 1, "2": 1, "1": 1}
+    amd = ["global_load_dwordx4 v[0:3], v[4:5], off", "global_load_ushort v1, v[2:3]"]
+    amd += ["buffer_load_dword v1, v2, s[0:3]", "buffer_load_short_d16_hi v1, v2, s[0:3]"]
+    assert roofline.loads(amd) == {"16": 1, "4": 1, "2": 2}
 
 
 def test_programs_of_a_multiprocessor() -> None:

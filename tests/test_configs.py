@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import warnings
@@ -18,6 +19,8 @@ pytest.importorskip("triton")
 
 from logpe_kernels import configs
 from logpe_kernels.configs import Config, Traits
+from logpe_kernels.options import Options
+from logpe_kernels.plan import Plan
 
 import logpe
 from bench.speed.compile_report import TARGETS
@@ -179,6 +182,21 @@ def test_a_call_finds_its_entry(folders: tuple[Path, Path], device: torch.device
         assert (launch.keywords["BLOCK_M"], launch.keywords["BLOCK_N"]) == tile, name
 
 
+def test_wide_values_have_tiles_of_their_own() -> None:
+    """With the others the compiler spills kilobytes; a test of the compile report builds them."""
+    wide = CALL._replace(head_dim=256, wide_values=True)
+    for target in ("sm_80", "sm_89", "sm_90", "sm_120"):
+        chosen = configs.shipped("backward_dkdv", target, 2, 256, wide_values=True)
+        assert chosen.BLOCK_N == 64 != configs.shipped("backward_dkdv", target, 2, 256).BLOCK_N
+        assert configs.shipped("backward_dkdv", target, 2, 256, True, True) == chosen  # heavy ones too
+    assert configs.lookup("backward_dkdv", wide).BLOCK_N == 64
+    assert configs.lookup("forward", wide) == configs.lookup("forward", wide._replace(wide_values=False))
+    q, k, v = (torch.empty(1, 1, 8, size, device="meta") for size in (32, 32, 128))
+    assert Plan(q, k, v, Options()).traits.wide_values
+    assert not Plan(v, v, q, Options()).traits.wide_values
+    assert not Plan(q, k, v[..., :64], Options()).traits.wide_values
+
+
 def test_another_kernel_is_one_line(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     class Decode(NamedTuple):
         BLOCK_N: int
@@ -222,8 +240,8 @@ def test_every_shipped_configuration_passes_the_checks() -> None:
         for kernel in kernels:
             for itemsize in (2, 4):
                 for head_dim in (16, 32, 64, 128, 256):
-                    for heavy in (False, True):
-                        config = configs.shipped(kernel, target, itemsize, head_dim, heavy)
+                    for heavy, wide_values in itertools.product((False, True), repeat=2):
+                        config = configs.shipped(kernel, target, itemsize, head_dim, heavy, wide_values)
                         configs.check_values(kernel, config)
                         facts = (itemsize, head_dim, target, TARGETS[target].shared)
                         assert configs.cannot_launch(kernel, config, *facts) is None, (kernel, config, facts)

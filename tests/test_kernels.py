@@ -935,6 +935,15 @@ def test_more_than_2_to_the_31_elements(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+def test_units_of_strides() -> None:
+    """What the strides have in common is said where Triton would not see it, and where their products stay int32."""
+    for head_dim, unit in ((40, 8), (100, 4), (42, 2)):
+        *strides, last = tile_kernels.in_units((77 * head_dim, head_dim, 7 * head_dim))
+        assert (strides, last.value) == ([x * head_dim // unit for x in (77, 1, 7)], unit)
+    for same in ((7 * 48, 48, 7 * 48), (35, 5, 5), (0, 0, 0), (8, 2**31 + 8, 8)):
+        assert tile_kernels.in_units(same) == same
+
+
 def test_strides_beyond_2_to_the_31(device: torch.device) -> None:
     require_memory(30)
     call = make_call(1, 1, 1, 4096, 4096, 64, dtype=torch.float16, device=device, is_causal=True)

@@ -135,6 +135,7 @@ ALIGNED = [
     dict(strides=(3, 1)),
     dict(strides=(16, 5)),
     dict(strides=(16, 32)),
+    dict(strides=(3, tl.constexpr(5))),
     dict(strides=(2**31, 5)),
     dict(strides=(2**31 + 3, 2**40)),
     dict(count=1),

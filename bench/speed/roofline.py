@@ -22,8 +22,9 @@ are asynchronous, and where each of them is waited for, which ptxas may decide, 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 #: Matrix products that each kernel forms from one tile of scores. dq: S, dP, dq; dkdv: S, dP, dv, dk.
@@ -44,6 +45,10 @@ FMA = re.compile(r"\bFFMA(?P<two>2)?\b|\bv_(?P<packed>pk_)?(?:fma\w*|mac)_f32")
 CONVERSION = re.compile(r"\b(?:F2F|F2FP|F2I|I2F|I2FP)\b|\bv_cvt_")
 WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
 SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_")
+LOAD = re.compile(  # from global memory; 4 bytes of a thread where nothing else is said
+    r"\b(?:LDG|LDGSTS)\b(?:\S*?\.[US]?(?P<bits>128|64|16|8)\b)?"
+    r"|\b(?:global|buffer)_load_(?:dword(?:x(?P<words>\d))?|[su]?(?P<part>short|byte))"
+)
 
 
 class Rates(NamedTuple):
@@ -70,6 +75,12 @@ class Loop:
     fp32: float  # float32 multiplications and additions; packed ones count as two
     conversions: float
     issued: float  # all instructions
+    loads: dict[str, int] = field(default_factory=dict)  # from global memory but for TMA's, by bytes of a thread
+
+    @property
+    def narrow(self) -> int:
+        """The loads of less than 4 bytes: single elements in half precision, which cp.async cannot fetch."""
+        return sum(number for width, number in self.loads.items() if int(width) < 4)
 
 
 def instructions(code: str) -> tuple[list[str], list[list[int]]]:
@@ -145,6 +156,17 @@ def count(pattern: re.Pattern[str], lines: Iterable[str]) -> int:
     return sum(2 if hit.get("two") or hit.get("packed") else 1 for hit in hits)
 
 
+def loads(lines: Iterable[str]) -> dict[str, int]:
+    """Return how many loads from global memory there are, by the bytes that a thread loads, widest first."""
+    sizes: Counter[int] = Counter()
+    for match in filter(None, map(LOAD.search, lines)):
+        if match["part"]:
+            sizes[2 if match["part"] == "short" else 1] += 1
+        else:
+            sizes[int(match["bits"]) // 8 if match["bits"] else 4 * int(match["words"] or 1)] += 1
+    return {str(size): number for size, number in sorted(sizes.items(), reverse=True)}
+
+
 def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list[Loop]:
     """Return the loops over tiles of a disassembled kernel, in their order in the code.
 
@@ -175,6 +197,7 @@ def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list
                 fp32=count(FP32, body) / scores,
                 conversions=count(CONVERSION, body) / scores,
                 issued=len(body) / scores,
+                loads=loads(body),
             )
             loops.append(loop)
     return loops

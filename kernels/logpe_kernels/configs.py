@@ -70,6 +70,7 @@ class Traits(NamedTuple):
     device: torch.device
     itemsize: int
     head_dim: int  # the larger of that of q and k and that of v
+    wide_values: bool = False  # v's rows take at least four times the columns of those of q and k
     power: bool = False  # power and rate
     sharpness: bool = False
     alpha: bool = False
@@ -181,17 +182,21 @@ def entry(device: torch.device) -> tuple[str, str]:
     return nearest, f"{target} is not listed; the entry whose tiles fit {shared // 1024} KiB of shared memory"
 
 
-def shipped(kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool = False) -> Any:
+def shipped(
+    kernel: str, target: str, itemsize: int, head_dim: int, heavy: bool = False, wide_values: bool = False
+) -> Any:
     """Return the shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
 
-    An entry is one configuration, or a light and a heavy one; heavy are calls with a sharpness, a query gain, a
-    key bias, or a head_dim that is no power of two.
+    An entry is one configuration, or a light one and one for heavy calls, for those with wide values or for both.
+    Heavy are calls with a sharpness, a query gain, a key bias, or a head_dim that is no power of two. Wide values of
+    256 columns make the compiler spill kilobytes in dk/dv with other tiles.
     """
     if target == "cpu":
         return KERNELS[kernel]
     entry = _table()[target][kernel][str(min(itemsize, 4))][str(padded(head_dim))]
     if isinstance(entry, dict) and "light" in entry:
-        entry = entry["heavy" if heavy else "light"]
+        special = dict(wide_values=wide_values, heavy=heavy)
+        entry = next((entry[name] for name, wanted in special.items() if wanted and name in entry), entry["light"])
     return make_config(kernel, entry)
 
 
@@ -405,7 +410,7 @@ def choose(kernel: str, traits: Traits) -> Choice:
             why = f"measured at {nearest.length} tokens, the nearest of {len(fitting)}"
             return Choice(nearest.config, path, why)
     target, _ = entry(traits.device)
-    config = shipped(kernel, target, traits.itemsize, traits.head_dim, traits.heavy)
+    config = shipped(kernel, target, traits.itemsize, traits.head_dim, traits.heavy, traits.wide_values)
     why = "".join(f", nothing like it in {path}" for path in used)
     return Choice(config, TABLE, f"for {target}{why}")
 

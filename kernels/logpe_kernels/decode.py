@@ -57,13 +57,14 @@ def decode_kernel(
     heads = kv_head * group_size + (m0 + tl.arange(0, BLOCK_M)) % group_size  # [BLOCK_M]
     head = Parameters(*[None if pointer is None else tl.load(pointer + heads)[:, None] for pointer in parameters])
     b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
-    q += b64 * strides.q[0] + queries.row.to(tl.int64) * strides.q[2]
-    k += kv64 * strides.k[1] + keys.row.to(tl.int64) * strides.k[2]
-    v += kv64 * strides.v[1] + keys.row.to(tl.int64) * strides.v[2]
+    q_strides, k_strides, v_strides = [tile.in_elements(x) for x in (strides.q, strides.k, strides.v)]
+    q += b64 * q_strides[0] + queries.row.to(tl.int64) * q_strides[2]
+    k += kv64 * k_strides[1] + keys.row.to(tl.int64) * k_strides[2]
+    v += kv64 * v_strides[1] + keys.row.to(tl.int64) * v_strides[2]
     if block_table is not None:
         block_table += b64 * (num_keys // page_size)
 
-    q_offsets = heads.to(tl.int64) * strides.q[1] + resident.tokens.to(tl.int64) * strides.q[2]
+    q_offsets = heads.to(tl.int64) * q_strides[1] + resident.tokens.to(tl.int64) * q_strides[2]
     q_tile = tile.load_rows(q, q_offsets, 1, resident.exist, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     n = tile.load_lengths(sequences, b, i, layer.window_left)
     row_scale = tl.full([BLOCK_M, 1], layer.scale * LOG2E, tl.float32) * query_gain(n[:, None], head, layer.gain_length)
@@ -83,9 +84,9 @@ def decode_kernel(
         if block_table is not None:  # BLOCK_N divides page_size: a tile lies in one page
             page, row = tl.load(block_table + n0 // page_size), n0 % page_size
             mask &= (page >= 0) & (page < num_pages)
-        k_page, v_page = k + page.to(tl.int64) * strides.k[0], v + page.to(tl.int64) * strides.v[0]
-        k_tile = tile.load_rows(k_page, row + columns, strides.k[2], mask, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-        v_tile = tile.load_rows(v_page, row + columns, strides.v[2], mask, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
+        k_page, v_page = k + page.to(tl.int64) * k_strides[0], v + page.to(tl.int64) * v_strides[0]
+        k_tile = tile.load_rows(k_page, row + columns, k_strides[2], mask, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        v_tile = tile.load_rows(v_page, row + columns, v_strides[2], mask, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
         _, _, a = tile.tile_logits(
             tile.dot(q_tile, k_tile.T), row_scale, None, resident, j, keys.start + n0,
             None if key_bias is None else key_bias[None, :], head, tile.MASKED_TILES,

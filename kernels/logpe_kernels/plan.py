@@ -20,7 +20,7 @@ from . import configs
 from .configs import Traits, log2_length, padded
 from .options import MAX_HEAD_DIM, NUM_LEARNABLE, NUM_TENSORS, Options, new_output
 from .position import Parameters
-from .tile import Dropout, Layer, Sequences, Strides
+from .tile import Dropout, Layer, Sequences, Strides, in_units
 
 #: Kernel arguments whose value must not lead to a new compilation: lengths change from call to call.
 RUNTIME_INTEGERS = ["num_queries", "num_keys", "total_queries", "total_keys", "query_start", "key_start"]
@@ -115,6 +115,7 @@ class Plan:
             q.device,
             q.element_size(),
             self.widest,
+            wide_values=padded(self.value_dim) >= 4 * padded(self.head_dim),
             power=options.power is not None,
             sharpness=options.sharpness is not None,
             alpha=options.alpha is not None,
@@ -177,8 +178,8 @@ class Plan:
     def strides_of(self, **tensors: Tensor) -> Strides:
         """Return (batch, head, token) strides by name; the batches of packed (total, H, D) are rows apart."""
         if self.packed:
-            return Strides(**{name: (0, x.stride(1), x.stride(0)) for name, x in tensors.items()})
-        return Strides(**{name: x.stride()[:3] for name, x in tensors.items()})
+            return Strides(**{name: in_units((0, x.stride(1), x.stride(0))) for name, x in tensors.items()})
+        return Strides(**{name: in_units(x.stride()[:3]) for name, x in tensors.items()})
 
     def descriptors(self, config: Any, rows: int, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
         """Return descriptors of tensors (B, H, N, D) for loads of [1, 1, rows, padded(D)]; None if config has no TMA.

@@ -14,7 +14,7 @@ from .launch import launch
 from .options import Options, new_output
 from .plan import Plan, call_key, cdiv, find
 from .position import rotation
-from .tile import cast, load_axis
+from .tile import cast, in_elements, in_units, load_axis
 
 
 @triton.jit(do_not_specialize=["count", "total", "start"])
@@ -23,6 +23,7 @@ def rotate_kernel(
     HEAD_DIM: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     INVERSE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
+    x_strides, out_strides = in_elements(x_strides), in_elements(out_strides)
     num_tiles = tl.cdiv(count, BLOCK_M)
     b = tl.program_id(0) // num_tiles
     tokens = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,7 +78,7 @@ def rotate(
     head_dim, planes, in_place = x.shape[-1], theta.shape[0], out is x
     key = call_key((x, out, theta, cu_seqlens, starts), "rotate", rotary_scale, count, inverse, in_place)
     BLOCK_M = 16 if head_dim > 128 else 32
-    strides = [(0, t.stride(1), t.stride(0)) if packed else t.stride()[:3] for t in (x, out)]
+    strides = [in_units((0, t.stride(1), t.stride(0)) if packed else t.stride()[:3]) for t in (x, out)]
     launch(
         rotate_kernel, batch * cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
         (*strides, None if math.isinf(rotary_scale) else float(rotary_scale), x.shape[1], count, x.shape[0], start),

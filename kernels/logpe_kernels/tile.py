@@ -1,5 +1,7 @@
 """What the kernels do with one tile: bounds, masks, loads, products, the online softmax, dropout."""
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -42,7 +44,10 @@ class Dropout(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Elements between neighbours in (batch, head, token); the last dimension is contiguous."""
+    """Elements between neighbours in (batch, head, token), as :func:`in_units` has them.
+
+    The last dimension is contiguous.
+    """
 
     q: Any = None
     k: Any = None
@@ -52,6 +57,28 @@ class Strides(NamedTuple):
     dq: Any = None
     dk: Any = None
     dv: Any = None
+
+
+@functools.lru_cache(maxsize=1024)
+def in_units(strides: tuple[int, int, int]) -> tuple[Any, ...]:
+    """Return strides (batch, head, token) as the kernels take them, here given in elements.
+
+    Where all are multiples of 2, 4 or 8, but not of 16, they are counted in units of that, and the unit comes last:
+    the only factor of a number that Triton sees by itself is 16. With a head_dim of 40 it loaded one element at a time.
+    """
+    unit = math.gcd(*strides, 16)
+    if unit in (1, 16) or max(strides) >= 2**31:
+        return strides
+    return *(stride // unit for stride in strides), tl.constexpr(unit)
+
+
+@triton.jit
+def in_elements(strides):
+    """Return the strides (batch, head, token) that :func:`in_units` was given."""
+    if len(strides) == 3:
+        return strides
+    else:
+        return strides[0] * strides[3], strides[1] * strides[3], strides[2] * strides[3]
 
 
 class Axis(NamedTuple):
@@ -278,6 +305,7 @@ class Rows(NamedTuple):
 @triton.jit
 def rows_of(x, strides, axis, h):
     """Return the Rows of head h for the tokens of an Axis."""
+    strides = in_elements(strides)
     batch, row = axis.batch, axis.row
     pointer = x + batch.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
     return Rows(pointer, strides[2], batch, h, row)
