@@ -75,7 +75,7 @@ def _attend(part: _Part, hide: bool) -> tuple[Tensor, Tensor]:
     for tile in part.tiles():
         logits = part.logits(tile, hide=hide)[1]
         peak = logits.amax(-1, keepdim=True).clamp_(min=lowest)  # where there is no key, the weights are 0, not NaN
-        weights = logits.sub_(peak).exp2_()  # still to be divided by their sum; faster than torch.softmax
+        weights = _exp2(logits.sub_(peak))  # still to be divided by their sum; faster than torch.softmax
         total = weights.sum(-1, keepdim=True)
         if part.options.dropout_p:
             weights.mul_(part.dropout(tile))
@@ -119,7 +119,7 @@ def backward(
         for tile in part.tiles():
             tile_q, tile_dout = (x[tile.queries].flatten(1, 2) for x in (part.q, part_dout))
             scores, logits = part.logits(tile, part_lse[tile.queries])
-            weights = logits.exp2_()
+            weights = _exp2(logits)
             # Divided by the sum of the weights, 1 up to the rounding of lse (0 in a keyless row).
             mass = weights.sum(-1, keepdim=True).clamp_(min=0.5)
             tile_dout, tile_delta = tile_dout / mass, part_delta[tile.queries].flatten(1, 2)
@@ -182,6 +182,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _batched(x: Tensor) -> Tensor:
     """Return x (B, H, N, D) as it is, and packed (total, H, D) as a batch of one, (1, H, total, D)."""
     return x if x.dim() == 4 else x.transpose(0, 1)[None]
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """Compute 2^x in place, and 0 below 2^-100: products with subnormal numbers would be many times slower."""
+    return F.threshold_(x, -100.0, -math.inf).exp2_()
 
 
 def _diagonal_sums(padded: Tensor) -> Tensor:
