@@ -186,7 +186,7 @@ def _batched(x: Tensor) -> Tensor:
 
 def _exp2(x: Tensor) -> Tensor:
     """Compute 2^x in place, and 0 below 2^-100: products with subnormal numbers would be many times slower."""
-    return F.threshold_(x, -100.0, -math.inf).exp2_()
+    return F.threshold(x, -100.0, -math.inf, inplace=True).exp2_()
 
 
 def _diagonal_sums(padded: Tensor) -> Tensor:
