@@ -32,8 +32,8 @@ from torch import Tensor
 
 from logpe import reference
 
-BLOCK_ROWS = 64  # queries of a tile, over all the heads that share a key head
-TILE_ELEMENTS = 2**18  # logits of a tile per thread, which stay in cache; more if a single head has more
+BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
+TILE_ELEMENTS = 2**19  # logits of a tile per thread, which stay in cache; more if a single head has more
 LN2 = math.log(2)
 UNLIMITED = 2**62  # side of a window, in tokens
 
@@ -387,7 +387,8 @@ class _Part:
         """Yield tiles that cover all pairs of a query and a key in the window."""
         pairs, group, num_queries, _ = self.q.shape
         num_keys = self.k.shape[1]
-        step = min(max(1, BLOCK_ROWS // group), num_queries)
+        # Two blocks at least, so that a causal tile of a short sequence is not half empty.
+        step = min(max(1, BLOCK_ROWS // group), max(32, (num_queries + 1) // 2), num_queries)
         elements = group * step * min(num_keys, step + self.left + self.right)
         heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
         # A tile takes whole sequences, or some heads of one: never parts of two sequences.
