@@ -34,6 +34,7 @@ from logpe import reference
 
 BLOCK_ROWS = 128  # queries of a tile, over all the heads that share a key head
 TILE_ELEMENTS = 2**19  # logits of a tile per thread, which stay in cache; more if a single head has more
+LN2 = math.log(2)
 UNLIMITED = 2**62  # side of a window, in tokens
 
 
@@ -58,20 +59,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     full_lse = lse if lse.dim() == 3 else lse[None]
     for span in _spans(options, q, k):
         part = _Part(options, span, q, k, v)
-        for tile in part.tiles():
-            logits = part.logits(tile)[1]
-            peak = logits.amax(-1)
-            if peak.isnan().any():
-                peak = part.hide(tile, logits).amax(-1)
-            weights = part.softmax(tile, logits, out=logits)
-            tile_lse = tile.by_head(peak - weights.amax(-1).log_())
-            if part.keyless is not None:
-                tile_lse.masked_fill_(part.keyless[tile.heads, :, tile.rows], -math.inf)
-            if options.dropout_p:
-                weights.mul_(part.dropout(tile))
-            part.store(full_lse[span.queries], tile, tile_lse)
-            part.store(full_out[span.queries], tile, tile.by_head(weights @ part.v[tile.keys]))
+        part_out, part_lse = _attend(part, hide=False)
+        if part_lse.isnan().any():
+            part_out, part_lse = _attend(part, hide=True)
+        full_out[span.queries] = part.unreversed(part_out)
+        full_lse[span.queries] = part.unreversed(part_lse)[..., 0]
     return out, lse
+
+
+def _attend(part: _Part, hide: bool) -> tuple[Tensor, Tensor]:
+    """Return out, and lse with a last dimension of 1, of reversed rows. hide: as :meth:`_Part.logits` takes it."""
+    out = part.q.new_empty(*part.q.shape[:3], part.v.shape[-1])
+    lse = part.q.new_empty(*part.q.shape[:3], 1)
+    lowest = torch.finfo(part.compute).min
+    for tile in part.tiles():
+        logits = part.logits(tile, hide=hide)[1]
+        peak = logits.amax(-1, keepdim=True).clamp_(min=lowest)  # where there is no key, the weights are 0, not NaN
+        weights = _exp2(logits.sub_(peak))  # still to be divided by their sum; faster than torch.softmax
+        total = weights.sum(-1, keepdim=True)
+        if part.options.dropout_p:
+            weights.mul_(part.dropout(tile))
+        out[tile.queries] = tile.by_head(torch.bmm(weights, part.v[tile.keys]).div_(total.clamp(min=0.5)))
+        lse[tile.queries] = tile.by_head(total.log2_().add_(peak))
+    return out, lse.mul_(LN2)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -88,27 +98,33 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
 
-    ``out`` and ``lse`` are not needed, for the weights are computed again from whole rows. sum_j P dP is then right
-    even if ``out`` was rounded to half precision.
+    sum_j P dP is <dout, out>, but for dropout, and for an ``out`` in half precision, whose rounding would bias the
+    gradients of the parameters: then it is summed over each row again.
     """
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
-    if dlse is not None and dlse.dim() == 2:
-        dlse = dlse[None]
+    sum_rows = options.dropout_p > 0 or out.dtype != lse.dtype
+    q, k, v, dout, out, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, out, dq, dk, dv))
+    lse = lse if lse.dim() == 3 else lse[None]
+    delta = torch.zeros_like(lse) if sum_rows else (dout * out).sum(-1)
+    if dlse is not None:
+        delta -= dlse if dlse.dim() == 3 else dlse[None]
     parameters = _parameters(options)
     wanted = [n for n, want in zip(LEARNABLE_PARTS, learned, strict=True) if want and n in parameters]
     gradients = {name: torch.zeros_like(parameters[name]) for name in wanted}
     for span in _spans(options, q, k):
         part = _Part(options, span, q, k, v)
-        part_dout = part.reversed(dout)
-        part_dlse = None if dlse is None else part.reversed(dlse)
+        part_dout, part_lse, part_delta = (part.reversed(x) for x in (dout, lse[..., None] / LN2, delta[..., None]))
         part_dq, part_dk, part_dv = torch.empty_like(part.q), torch.zeros_like(part.k), torch.zeros_like(part.v)
         dtables = {name: torch.zeros_like(table, dtype=torch.float64) for name, table in part.tables.items()}
         for tile in part.tiles():
             tile_q, tile_dout = (x[tile.queries].flatten(1, 2) for x in (part.q, part_dout))
-            scores, logits = part.logits(tile)
-            weights = part.softmax(tile, logits, out=part.buffer("weights", tile.shape).flatten(1, 2))
-            dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=logits)  # the logits have served
+            scores, logits = part.logits(tile, part_lse[tile.queries])
+            weights = _exp2(logits)
+            # Divided by the sum of the weights, 1 up to the rounding of lse (0 in a keyless row).
+            mass = weights.sum(-1, keepdim=True).clamp_(min=0.5)
+            tile_dout, tile_delta = tile_dout / mass, part_delta[tile.queries].flatten(1, 2)
+            tile_v, dweights = part.v[tile.keys], part.buffer("dweights", tile)
+            torch.baddbmm(tile_delta / mass, tile_dout, tile_v.mT, beta=0 if sum_rows else -1, out=dweights)
             if options.dropout_p:
                 dropout = part.dropout(tile)
                 part_dv[tile.keys].baddbmm_((weights * dropout).mT, tile_dout)
@@ -118,11 +134,9 @@ def backward(
 
             g, padded_g = part.padded(tile)
             torch.mul(tile.by_head(weights), tile.by_head(dweights), out=g)
-            # Divided by the sum of the weights, 1 up to rounding (0 in a keyless row): the sums of g stay unbiased.
-            delta = g.sum(-1) / tile.by_head(weights).sum(-1).clamp(min=0.5)
-            if part_dlse is not None:
-                delta -= part_dlse[tile.queries]
-            g.addcmul_(tile.by_head(weights), delta[..., None], value=-1)
+            if sum_rows:
+                tile_delta = (g.sum(-1, keepdim=True) + tile.by_head(tile_delta)) / tile.by_head(mass)
+                g.addcmul_(tile.by_head(weights), tile_delta, value=-1)
             if wanted:
                 dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded_g))
             dscores = g
@@ -130,11 +144,11 @@ def backward(
                 dscores = torch.mul(g, part.view("contrast", tile), out=tile.by_head(weights))
                 if wanted:
                     g.mul_(tile.by_head(scores))
-                    dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded_g))
+                    dtables["contrast"][tile.diagonals].add_(_diagonal_sums(padded_g), alpha=LN2)
 
             dscores = dscores.flatten(1, 2)
             part_dq[tile.queries] = tile.by_head(dscores @ part.k[tile.keys])
-            part_dk[tile.keys].baddbmm_(dscores.mT, tile_q)
+            part_dk[tile.keys].baddbmm_(dscores.mT, tile_q, alpha=LN2)
 
         if wanted:
             part_gradients = part.parameter_gradients(dtables, part_dq)
@@ -170,11 +184,16 @@ def _batched(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
+def _exp2(x: Tensor) -> Tensor:
+    """Compute 2^x in place, and 0 below 2^-100: products with subnormal numbers would be many times slower."""
+    return F.threshold(x, -100.0, -math.inf, inplace=True).exp2_()
+
+
 def _diagonal_sums(padded: Tensor) -> Tensor:
-    """Return the sums over equal row + column, [..., columns + rows - 1].
+    """Return the sums over equal row + column, [..., diagonals].
 
     Args:
-        padded: [..., rows, columns + rows], zero after ``columns`` in each row.
+        padded: [..., rows, diagonals + 1], zero wherever row + column >= diagonals.
     """
     rows, stride = padded.shape[-2:]
     return padded.flatten(-2)[..., : rows * (stride - 1)].unflatten(-1, (rows, stride - 1)).sum(-2)
@@ -244,6 +263,7 @@ class _Tile(NamedTuple):
     rows: slice  # of queries
     columns: slice  # of keys
     shape: tuple[int, int, int, int]  # heads, group (query heads for each), rows, columns
+    end: int  # of the row + column that the window does not hide
 
     @property
     def queries(self) -> tuple[slice, slice, slice]:
@@ -257,13 +277,12 @@ class _Tile(NamedTuple):
 
     @property
     def diagonals(self) -> tuple[slice, slice, slice]:
-        """The index of the tile in a table: all values of row + column."""
-        first, end = self.rows.start + self.columns.start, self.rows.stop + self.columns.stop - 1
-        return self.heads, slice(None), slice(first, end)
+        """The index of the tile in a table: all values of row + column that the window does not hide."""
+        return self.heads, slice(None), slice(self.rows.start + self.columns.start, self.end)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """Return x [heads, group * rows, ...] as [heads, group, rows, ...]."""
-        return x.unflatten(1, self.shape[1:3])
+        """Return x [heads, group * rows, n] as [heads, group, rows, n]."""
+        return x.view(*self.shape[:3], -1)
 
 
 # --- one span, ready for the loops ----------------------------------------------------------------------------
@@ -298,7 +317,7 @@ class _Part:
         self.key_bias = self.keyless = None
         if options.key_bias is not None:
             key_bias = options.key_bias[span.batch, span.key_rows].to(self.compute)
-            self.key_bias = key_bias.repeat_interleave(self.key_heads, 0)[:, None]
+            self.key_bias = (key_bias / LN2).repeat_interleave(self.key_heads, 0)[:, None]
             hidden = key_bias == -math.inf
             if hidden.any():
                 k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))  # 0 * NaN would be NaN
@@ -318,11 +337,11 @@ class _Part:
         offsets = self.last_query - span.key_position - torch.arange(num_queries + num_keys - 1, device=q.device)
         self.distances = offsets.abs().double()
         curves = self.curves()
-        curves["bias"] = curves["bias"].masked_fill((offsets > self.left) | (offsets < -self.right), -math.inf)
+        curves["bias"] = (curves["bias"] / LN2).masked_fill((offsets > self.left) | (offsets < -self.right), -math.inf)
         self.tables = {name: self.by_key_head(x.to(self.compute)) for name, x in curves.items()}
         self.gain = self.tables.pop("gain", None)
         self.scale = options.scale if self.gain is None else options.scale * self.gain[..., None]
-        self.q *= self.scale
+        self.q *= self.scale / LN2
 
     # The mathematics of positions, in float64: it is O(N), but its gradients are sums over N^2 pairs.
 
@@ -358,7 +377,7 @@ class _Part:
                 self.distances, dcurves["bias"], dcurves.get("contrast"), *parts
             )
         if self.gain is not None:
-            dgain = self.by_query_head(torch.linalg.vecdot(dq, self.q).double() / self.gain)
+            dgain = self.by_query_head(torch.linalg.vecdot(dq, self.q).double() * LN2 / self.gain)
             gradients["alpha"] = (dgain * reference.log_length(self.lengths(), self.options.gain_length)).sum((0, 2))
         return {name: x for name, x in gradients.items() if x is not None}
 
@@ -368,7 +387,8 @@ class _Part:
         """Yield tiles that cover all pairs of a query and a key in the window."""
         pairs, group, num_queries, _ = self.q.shape
         num_keys = self.k.shape[1]
-        step = min(max(1, BLOCK_ROWS // group), num_queries)
+        # Two blocks at least, so that a causal tile of a short sequence is not half empty.
+        step = min(max(1, BLOCK_ROWS // group), max(32, (num_queries + 1) // 2), num_queries)
         elements = group * step * min(num_keys, step + self.left + self.right)
         heads = max(1, TILE_ELEMENTS * torch.get_num_threads() // elements)
         # A tile takes whole sequences, or some heads of one: never parts of two sequences.
@@ -381,33 +401,30 @@ class _Part:
                 first = max(0, offset - (row_end - 1) - self.left)
                 end = min(num_keys, offset - row + self.right + 1)
                 shape = (pair_end - pair, group, row_end - row, end - first)
-                yield _Tile(slice(pair, pair_end), slice(row, row_end), slice(first, end), shape)
+                last = min(row_end + end - 1, offset + self.right + 1)
+                yield _Tile(slice(pair, pair_end), slice(row, row_end), slice(first, end), shape, last)
 
-    def logits(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """Compute the scores s and the logits a of a tile, [heads, group * rows, columns], in buffers."""
+    def logits(self, tile: _Tile, lse: float | Tensor = 0.0, hide: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute the scores s and the logits a - lse of a tile, [heads, group * rows, columns], in buffers.
+
+        Args:
+            lse: [heads, group, rows, 1].
+            hide: set logits to -inf where the table is -inf, whatever the score: -inf + NaN, or -inf + inf, is NaN.
+        """
         q, k = self.q[tile.queries].flatten(1, 2), self.k[tile.keys]
-        scores = logits = self.buffer("logits", tile.shape).flatten(1, 2)
+        scores = logits = self.buffer("logits", tile)
+        bias = self.view("bias", tile)
+        torch.sub(bias, lse, out=tile.by_head(logits))
         if "contrast" in self.tables:
-            scores = torch.bmm(q, k.mT, out=self.buffer("scores", tile.shape).flatten(1, 2))
-            torch.mul(tile.by_head(scores), self.view("contrast", tile), out=tile.by_head(logits))
-            tile.by_head(logits).add_(self.view("bias", tile))
+            scores = torch.bmm(q, k.mT, out=self.buffer("scores", tile))
+            tile.by_head(logits).addcmul_(tile.by_head(scores), self.view("contrast", tile))
         else:
-            tile.by_head(logits).copy_(self.view("bias", tile))
             logits.baddbmm_(q, k.mT)
         if self.key_bias is not None:
             logits += self.key_bias[tile.heads, :, tile.columns]
+        if hide:
+            tile.by_head(logits).masked_fill_(bias == -math.inf, -math.inf)
         return scores, logits
-
-    def hide(self, tile: _Tile, logits: Tensor) -> Tensor:
-        """Set logits to -inf where the table is -inf, whatever the score: -inf + NaN, or -inf + inf, is NaN."""
-        return tile.by_head(logits).masked_fill_(self.view("bias", tile) == -math.inf, -math.inf).flatten(1, 2)
-
-    def softmax(self, tile: _Tile, logits: Tensor, out: Tensor) -> Tensor:
-        """Compute the weights P of a tile, zero in keyless rows, in ``out``, which may be ``logits``."""
-        torch.softmax(logits, -1, out=out)
-        if self.keyless is not None:
-            tile.by_head(out).masked_fill_(self.keyless[tile.heads, :, tile.rows, None], 0)
-        return out
 
     def view(self, table: str, tile: _Tile) -> Tensor:
         """Return the values of a table for a tile, [heads, group, rows, columns]."""
@@ -431,17 +448,19 @@ class _Part:
 
     # Memory that all tiles use in turn; the first tile is among the largest.
 
-    def buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return uninitialised memory of this shape; what an earlier call of this name returned is overwritten."""
+    def buffer(self, name: str, tile: _Tile, columns: int | None = None) -> Tensor:
+        """Return uninitialised memory [heads, group * rows, columns], which the next call of this name overwrites."""
+        heads, group, rows, _ = tile.shape
+        shape = heads, group * rows, tile.shape[3] if columns is None else columns
         size = math.prod(shape)
         if name not in self.buffers or len(self.buffers[name]) < size:
             self.buffers[name] = self.q.new_empty(size)
-        return self.buffers[name][:size].view(*shape)
+        return self.buffers[name][:size].view(shape)
 
     def padded(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """Return memory for a tile, and a view of it with as many zero columns added as there are rows."""
-        rows, columns = tile.shape[2:]
-        padded = self.buffer("padded", (*tile.shape[:2], rows, columns + rows))
+        """Return memory for a tile, and a view of it with zero columns added for its diagonals to fit in a row."""
+        columns, diagonals = tile.shape[3], tile.diagonals[2]
+        padded = tile.by_head(self.buffer("padded", tile, diagonals.stop - diagonals.start + 1))
         padded[..., columns:].zero_()
         return padded[..., :columns], padded
 
@@ -461,19 +480,11 @@ class _Part:
         return x.unflatten(0, (-1, self.key_heads)).flatten(1, 2)
 
     def reversed(self, x: Tensor) -> Tensor:
-        """Copy the rows of this part from x, shaped like q or lse, in reverse order; keyless rows are zero."""
+        """Copy the rows of this part from x, shaped like q, in reverse order; keyless rows are zero."""
         x = self.by_key_head(x[self.span.queries].flip(2).to(self.compute))
         if self.keyless is not None:
-            x.masked_fill_(self.keyless if x.dim() == 3 else self.keyless[..., None], 0)
+            x.masked_fill_(self.keyless[..., None], 0)
         return x
-
-    def store(self, target: Tensor, tile: _Tile, x: Tensor) -> None:
-        """Write a tile x, [heads, group, rows, ...], to its place in ``target``, (batch, query heads, rows, ...)."""
-        num_queries = target.shape[2]
-        target = target[:, :, num_queries - tile.rows.stop : num_queries - tile.rows.start]
-        target = target.unflatten(1, (self.key_heads, -1))
-        (first, head), (last, head_last) = (divmod(n, self.key_heads) for n in (tile.heads.start, tile.heads.stop - 1))
-        target[first : last + 1, head : head_last + 1] = x.flip(2).unflatten(0, (last + 1 - first, -1))
 
     def unreversed(self, x: Tensor) -> Tensor:
         """Return x (batch * key heads, group, query rows, ...) as (batch, query heads, query rows, ...) in order."""

@@ -308,10 +308,10 @@ def test_hidden_tiles_are_skipped(options: dict[str, Any], share: float, monkeyp
     formed = 0
     logits = blocked._Part.logits
 
-    def counted(part: Any, tile: Any) -> Any:
+    def counted(part: Any, tile: Any, **options: Any) -> Any:
         nonlocal formed
         formed += math.prod(tile.shape)
-        return logits(part, tile)
+        return logits(part, tile, **options)
 
     monkeypatch.setattr(blocked._Part, "logits", counted)
     call = make_call(1, 2, 1, 1024, 1024, 4, **options)

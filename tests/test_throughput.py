@@ -239,7 +239,8 @@ def canned(monkeypatch):
     return canned
 
 
-SIZES = ["--device", "cpu", "--lengths", "128", "64", "--methods", "log-bias", "sdpa", "eager", "flex", "--long"]
+METHODS_OF_A_RUN = ["log-bias", "sdpa", "eager", "flex"]
+SIZES = ["--device", "cpu", "--lengths", "128", "64", "--methods", *METHODS_OF_A_RUN, "--long", "--training"]
 
 
 def command(out, *more):
@@ -336,7 +337,7 @@ def test_on_a_gpu_it_compiles_before_it_measures(canned, tmp_path, monkeypatch, 
 
 
 def test_a_run_in_which_everything_fails_fails(canned, tmp_path):
-    assert throughput.main(["--device", "cpu", "--methods", "eager", "--long", "--out", str(tmp_path)]) == 1
+    assert throughput.main([*SIZES, "--methods", "eager", "--out", str(tmp_path)]) == 1
 
 
 def test_the_time_is_over(canned, tmp_path, capsys):
@@ -386,6 +387,7 @@ def test_two_at_once(canned, tmp_path, capsys):
     [
         (["--minutes", "nan"], "--minutes: must be at least 0, got nan"),
         (["--lengths", "0"], "--lengths: must be at least 1, got 0"),
+        (["--training", "16x4x128"], "--training: must be four numbers such as 16x4x128x32, got 16x4x128"),
         (["--tokens", "-5"], "--tokens: must be at least 1, got -5"),
         (["--jobs", "-1"], "--jobs: must be at least 0, got -1"),
         (["--hidden", "x"], "--hidden: invalid number value: 'x'"),
@@ -458,8 +460,12 @@ def test_the_plan_for_a_gpu():
 
 def test_the_plan_for_a_cpu():
     cases = [case for group in throughput.plan(throughput.parse(["--device", "cpu"])) for case in group]
-    assert len(set(cases)) == len(cases) == 3 * len(CPU_METHODS) * 3 + 1
-    assert {(c.batch, c.heads, c.head_dim, c.causal, c.dtype) for c in cases} == {(1, 8, 64, True, "float32")}
+    assert len(set(cases)) == len(cases) == 6 * len(CPU_METHODS) * 3 + 1
+    assert {(c.causal, c.dtype) for c in cases} == {(True, "float32")}
+    assert {(c.batch, c.heads, c.head_dim) for c in cases if c.batch == 1} == {(1, 8, 64)}
+    training = {(c.batch, c.heads, c.length, c.head_dim) for c in cases if c.batch > 1}
+    assert training == {(16, 4, 128, 32), (4, 8, 512, 64), (2, 12, 1024, 64)}
+    assert len({c.setting for c in cases}) == len({c.title for c in cases}) == 4  # a table for each
     again = throughput.plan(throughput.parse(["--device", "cpu", "--long", "8192"]))
     assert sum(map(len, again)) == len(cases) - 1  # it is there already
 

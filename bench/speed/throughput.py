@@ -90,14 +90,15 @@ class Case(runner.Point):
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """All but the method, the direction and the size of the batch. Causal and many heads come first."""
-        return self.head_dim, not self.causal, -self.heads, -self.kv_heads
+        """All but the method, the direction and, on a GPU, the batch. Causal and many heads come first."""
+        return self.head_dim, not self.causal, 1 if self.on_gpu else self.batch, -self.heads, -self.kv_heads
 
     @property
     def title(self) -> str:
         """The setting in words."""
         heads = f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} heads on {self.kv_heads}"
-        return f"D = {self.head_dim}, {'causal' if self.causal else 'full'}, {heads}"
+        batch = "" if self.on_gpu or self.batch == 1 else f", batch {self.batch}"
+        return f"D = {self.head_dim}, {'causal' if self.causal else 'full'}, {heads}{batch}"
 
     def __str__(self) -> str:
         return f"{self.method} {self.direction} {self.length} D{self.head_dim}"
@@ -410,6 +411,14 @@ def plan(options: argparse.Namespace) -> list[list[Case]]:
         for direction in options.long_directions
         if OURS in options.methods
     ]
+    for size in options.training:
+        batch, heads, length, head_dim = map(int, size.split("x"))
+        shape: dict[str, Any] = dict(batch=batch, heads=heads, kv_heads=heads, head_dim=head_dim)
+        groups.setdefault(0, []).extend(
+            Case(name, direction, length, **shape, dtype=options.dtype, device=options.device)
+            for name in options.methods
+            for direction in options.directions
+        )
     known = {case for group in groups.values() for case in group}
     groups.setdefault(3, []).extend(case for case in long if case not in known)
     return [groups[rank] for rank in sorted(groups)]
@@ -564,6 +573,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": dict(
         lengths=[8192, 4096, 16384, 2048, 65536, 1024, 32768, 512],
         long=[2**20],
+        training=[],
         long_directions=["forward", "backward"],
         tokens=16384,
         hidden=2048,
@@ -577,6 +587,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": dict(
         lengths=[2048, 512, 8192],
         long=[32768],
+        training=["16x4x128x32", "4x8x512x64", "2x12x1024x64"],
         long_directions=["both"],
         tokens=1,
         hidden=512,
@@ -590,6 +601,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def size(text: str) -> str:
+    """Return a size such as 16x4x128x32 as it is, if it is one."""
+    if len([command.count(number) for number in text.split("x")]) != 4:
+        raise argparse.ArgumentTypeError(f"must be four numbers such as 16x4x128x32, got {text}")
+    return text
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, with the defaults of the device filled in."""
     parser = command.new_parser("bench throughput", __doc__)
@@ -601,6 +619,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     numbers: dict[str, Any] = dict(type=command.count, nargs="+", metavar="N")
     add("--lengths", "tokens in a sequence, the most telling first, as in all lists", **numbers)
     add("--long", f"lengths for {OURS} alone, 8 heads of 64, causal", type=command.count, nargs="*", metavar="N")
+    add("--training", "sizes BxHxNxD besides, causal", type=size, nargs="*", metavar="SIZE")
     add("--tokens", "tokens in a batch, which has at least one sequence", type=command.count, metavar="N")
     add("--hidden", "heads times head dimension", type=command.count, metavar="N")
     add("--head-dims", "head dimensions", **numbers)
