@@ -649,10 +649,31 @@ def transformers(rank: int, world: int) -> None:
     assert "past_key_values must be None" in raised(lambda: across(own[:, :1], past_key_values=cache))
     with pytest.raises(ValueError, match="keep_positions must be False with context_parallel"):
         use_log_position(LlamaForCausalLM(config), "none", keep_positions=True, context_parallel=parallel)
+    fully_sharded(alone, tokens)
     with pytest.raises(TypeError, match="context_parallel must be a ContextParallel or None, got str"):
         use_log_position(LlamaForCausalLM(config), context_parallel="cp")
     with pytest.raises(ValueError, match="model must have log positions"):
         set_context_parallel(LlamaForCausalLM(config), parallel)
+
+
+def fully_sharded(alone: Any, tokens: Tensor) -> None:
+    """FSDP2 over a converted model, packed: the gradients of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    position_ids = (torch.arange(tokens.shape[1]) % 7)[None]
+    across = copy.deepcopy(alone)
+    alone.zero_grad()
+    across.zero_grad()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in across.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(across, mesh=mesh)
+    own = tokens[dist.get_rank() :][:1]
+    across(own, labels=own, position_ids=position_ids).loss.backward()
+    sum(alone(row, labels=row, position_ids=position_ids).loss / 2 for row in tokens.split(1)).backward()
+    for p, q in zip(alone.parameters(), across.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
 
 
 CASES = (

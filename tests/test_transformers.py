@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -878,6 +879,28 @@ def test_gradient_checkpointing() -> None:
         model(**batch).loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@torch.no_grad()
+def test_served_in_other_ways(tmp_path: Path) -> None:
+    """Prompt lookup, chunked prefill, quantised weights, a layer on disk, torch.export."""
+    model, ids = use_log_position(make()), tokens(1)
+    expected = generate(model, ids, None).sequences
+    for options in (dict(prompt_lookup_num_tokens=3), dict(prefill_chunk_size=4)):
+        assert torch.equal(generate(model, ids, None, **options).sequences, expected)
+    logits = model(ids).logits
+    exported = torch.export.export(model, (ids,), dict(use_cache=False), strict=False).module()
+    close(exported(ids, use_cache=False).logits, logits)
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places["model.layers.1"] = "disk"
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    close(offloaded(ids).logits, logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its successor is another package
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    assert {parameter.dtype for parameter in logpe.position_parameters(quantised)} == {torch.float32}
+    assert (quantised(ids).logits - logits).abs().max() < 0.3 * logits.abs().max()
 
 
 @pytest.mark.parametrize("packed", [False, True])

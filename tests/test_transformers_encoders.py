@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -132,3 +133,66 @@ def test_encoders_that_are_refused() -> None:
     with pytest.raises(ValueError, match="is_causal must be False for this BertSelfAttention"):
         logpe.transformers.log_attention_forward(model.base_model.encoder.layer[0].attention.self, x, x, x, None,
                                                  is_causal=True)  # fmt: skip
+
+
+def rising_or_falling(count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return texts int64 (count, length) that count up or down, with noise; and which, int64 (count,)."""
+    rising, letters = torch.randint(2, (count,)), 12
+    steps = (2 * rising - 1)[:, None] * torch.arange(length)
+    clean = (torch.randint(letters, (count, 1)) + steps) % letters + 4
+    noise = torch.randint(4, 4 + letters, (count, length))
+    return torch.where(torch.rand(count, length) < 0.25, noise, clean), rising
+
+
+def learn(parameters: Any, steps: int, loss: Any) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+
+def test_recipe_for_longer_texts() -> None:
+    """The steps of the documentation, with a BERT of its own: trained at 32 tokens, it reads 512.
+
+    With its learned positions stretched to that length, as is common, the same model guesses.
+    """
+    torch.manual_seed(0)
+    short, long, masked = 32, 512, 3
+    sizes = dict(vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    config = transformers.BertConfig(
+        **sizes, max_position_embeddings=short, initializer_range=0.15, pad_token_id=0, **NO_DROPOUT
+    )
+    plain = transformers.BertForMaskedLM(config)
+
+    def guess_hidden(model: Any) -> Tensor:
+        ids, _ = rising_or_falling(32, short)
+        hidden = torch.rand(ids.shape) < 0.15
+        return model(input_ids=ids.masked_fill(hidden, masked), labels=ids.masked_fill(~hidden, -100)).loss
+
+    learn(plain.parameters(), 250, lambda: guess_hidden(plain))
+    converted = use_log_position(copy.deepcopy(plain))
+    learn(logpe.parameter_groups(converted, 0.01), 120, lambda: guess_hidden(converted))
+    test, labels = rising_or_falling(64, long)
+    right = []
+    for model in (plain.bert, converted.bert):
+        head = torch.nn.Linear(32, 2)
+
+        def classify(ids: Tensor, model: Any = model, head: Any = head) -> Tensor:
+            return head(model(ids).last_hidden_state.mean(1))
+
+        def loss(classify: Any = classify) -> Tensor:
+            ids, label = rising_or_falling(32, short)
+            return F.cross_entropy(classify(ids), label)
+
+        learn([*model.parameters(), *head.parameters()], 80, loss)
+        if model is plain.bert:
+            embeddings = model.embeddings
+            stretched = F.interpolate(embeddings.position_embeddings.weight.T[None], long, mode="linear")[0].T
+            embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(stretched.detach())
+            embeddings.position_ids = torch.arange(long)[None]
+            embeddings.token_type_ids = torch.zeros(1, long, dtype=torch.long)
+        with torch.no_grad():
+            right.append((classify(test).argmax(1) == labels).float().mean().item())
+    assert right[1] > 0.9
+    assert right[0] < 0.75

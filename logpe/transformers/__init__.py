@@ -66,6 +66,23 @@ Continuing a model that was trained with RoPE
 3. Compare the loss with that of the original model, first at the old length, then at longer ones.
 
 ``tests/test_transformers.py`` goes through these steps with a small model.
+
+Longer texts for an encoder
+---------------------------
+1. Convert it: ``use_log_position(model)``. ``max_position_embeddings`` no longer limits it.
+2. Train its masked language model for some hundred steps on short windows of the texts to come.
+3. Fine-tune the classifier on texts as long as you can afford, and look at its accuracy by length, beside that of the
+   original with its learned positions interpolated to the length.
+
+``tests/test_transformers_encoders.py`` does so with a small BERT: trained at 32 tokens, it is right at 512, where the
+original with interpolated positions guesses.
+
+Served and sharded
+------------------
+Tried, with the results of Transformers' own ``sdpa``: ``device_map``, offloading included; FSDP2, with tensor
+parallelism for models that have a plan; LoRA; ``generate`` with beams, assistants, prompt lookup, chunked prefill and
+every cache; ``torch.compile(model.forward)`` with a static cache; ``torch.export``; weights quantised by TorchAO or
+PyTorch, where positions stay in float32.
 """
 
 from __future__ import annotations
