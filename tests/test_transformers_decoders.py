@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_transformers_seq2seq import SEQ2SEQ
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import logpe
+from logpe.position import alibi_slopes, inverse_softplus
 from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
 from logpe.transformers.architectures import ARCHITECTURES
 
@@ -53,6 +55,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "persimmon": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),  # ReLU hides differences
+    "bloom": dict(n_layer=2, n_head=4),
     "gpt_bigcode": dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, n_positions=128),
 }
 
@@ -85,7 +88,9 @@ def test_decoder(name: str, tmp_path: Path) -> None:
     plain, ids = make(name), tokens()
     with torch.no_grad():
         expected = plain(ids).logits
-        close(use_log_position(copy.deepcopy(plain), "none", keep_positions=True)(ids).logits, expected)
+        same = dict(preset="alibi") if name == "bloom" else dict(preset="none", keep_positions=True)
+        kept = use_log_position(pickle.loads(pickle.dumps(plain)), **same)
+        close(pickle.loads(pickle.dumps(kept))(ids).logits, expected)
         # Without positions, one layer sees the tokens before the last one as a set.
         alone = use_log_position(make(name, layers=1), "none")
         mixed = torch.cat([ids[:, :10].flip(1), ids[:, 10:]], 1)
@@ -120,12 +125,30 @@ def test_decoder(name: str, tmp_path: Path) -> None:
         close(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM), ("bloom", {})])
+@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM), ("falcon", {})])
 def test_decoders_that_are_refused(name: str, options: dict[str, Any]) -> None:
-    """Attention sinks, chunks, ALiBi outside of the interface: refused by the name of the type."""
+    """Attention sinks, chunks, an attention of its own: refused by the name of the type."""
     config = AutoConfig.for_model(name, **(SIZES | dict(num_local_experts=4) | options))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")
     with pytest.raises(ValueError, match=f"model type '{name}', which is not supported"):
         use_log_position(model)
+
+
+@torch.no_grad()
+def test_from_alibi_to_a_logarithm() -> None:
+    """As documented: a small rate starts out as nearly linear."""
+    plain, ids = make("bloom"), tokens()
+    expected = plain(ids).logits
+    errors = []
+    for length in (128, 8192):
+        model = use_log_position(copy.deepcopy(plain), "log-bias")
+        for position in (m for m in model.modules() if isinstance(m, logpe.LogPosition)):
+            slopes = torch.tensor(alibi_slopes(position.num_heads))
+            rate = torch.full_like(slopes, 1 / length)
+            position.raw_rate.data = inverse_softplus(rate)
+            position.raw_power.data = inverse_softplus(slopes / rate)
+        errors.append(float((model(ids).logits - expected).abs().max() / expected.abs().max()))
+    assert errors[1] < errors[0] / 10
+    assert errors[1] < 1e-2

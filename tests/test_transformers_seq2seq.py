@@ -55,7 +55,7 @@ def test_encoder_decoder(name: str, tmp_path: Path) -> None:
     assert len(positions) == 3  # none in cross-attention
     with torch.no_grad():
         if "t5" in name:
-            with pytest.raises(ValueError, match=r"keep_positions must be False for .*, whose own are a dense bias"):
+            with pytest.raises(ValueError, match=r"keep_positions must be False for .*, whose own are a bias"):
                 use_log_position(copy.deepcopy(plain), "none", keep_positions=True)
         else:
             kept = use_log_position(copy.deepcopy(plain), "none", keep_positions=True)

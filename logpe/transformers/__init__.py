@@ -34,7 +34,7 @@ What can be converted (:data:`SUPPORTED`), with any head:
 
 * decoders: Llama, Mistral, Mixtral, Qwen 2 and 3 and their MoE, Gemma 1 to 3 (text), OLMo 1 to 3, Phi and Phi-3,
   SmolLM3, Granite and its MoE, GLM and GLM-4, Cohere, Ernie 4.5, EXAONE 4, Seed-OSS, Hunyuan, StarCoder 2, StableLM,
-  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, GPT-2, GPT-BigCode, GPT-NeoX;
+  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, BLOOM, GPT-2, GPT-BigCode, GPT-NeoX;
 * encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, whose windows stay. A bias on the
   distance alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says
   ``rotary``;
@@ -42,9 +42,9 @@ What can be converted (:data:`SUPPORTED`), with any head:
   positions.
 
 They then read texts of any length, whatever ``max_position_embeddings`` says, with padding on the left or the right.
-StableLM, Nemotron, OPT and encoder-decoders take no packed sequences; what is not a decoder alone takes no
-``context_parallel``. Not yet: Llama 4 (chunks), gpt-oss (attention sinks), BLOOM, MPT and Falcon (attention of their
-own).
+StableLM, Nemotron, OPT, BLOOM and encoder-decoders take no packed sequences; what is not a decoder alone takes no
+``context_parallel``. Not yet: Llama 4 (chunks), gpt-oss (attention sinks), MPT and Falcon (masks of their own making),
+the text part of a Gemma 3 that also sees.
 
 What cannot be honoured is refused by name: masks other than those of a decoder or an encoder, tokens hidden between
 others, attention weights, softcapping (load a Gemma 2 with ``attn_logit_softcapping=None``, and train on). Transformers
@@ -66,6 +66,19 @@ Continuing a model that was trained with RoPE
 3. Compare the loss with that of the original model, first at the old length, then at longer ones.
 
 ``tests/test_transformers.py`` goes through these steps with a small model.
+
+From ALiBi to a logarithm
+-------------------------
+``use_log_position(bloom, "alibi")`` keeps what BLOOM computes, now with slopes that learn and no N x N bias. A logarithm
+with a small rate starts out as nearly the same, power log(1 + rate d) = slope d for d far below 1 / rate, and bends
+beyond; so train on from there::
+
+    use_log_position(bloom, "log-bias")
+    for position in (m for m in bloom.modules() if isinstance(m, logpe.LogPosition)):
+        slopes = torch.tensor(logpe.position.alibi_slopes(position.num_heads))
+        rate = torch.full_like(slopes, 1 / 2048)                       # 1 / the length at which it was trained
+        position.raw_rate.data = logpe.position.inverse_softplus(rate)
+        position.raw_power.data = logpe.position.inverse_softplus(slopes / rate)
 
 Longer texts for an encoder
 ---------------------------

@@ -6,11 +6,13 @@ To add one, add it to :data:`ARCHITECTURES` and to the configurations of one of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 RELATIVE_BIAS = "relative_attention_bias"
 CROSS_ATTENTION = ("encoder_attn", "EncDecAttention")
@@ -23,12 +25,13 @@ class Stack:
     Args:
         path: where it is in the base model; by default it is the base model itself.
         positions: the path, from the stack, of the module with the model's own positions. RELATIVE_BIAS for that of
-            T5, which its attentions have.
+            T5, which its attentions have; empty where ``forward`` leaves them out.
         rotary: whether that module gives the angles of a rotary embedding; else it is added to the token embedding.
         attention: what the names of its classes of attention end with.
         causal: whether a token sees those before it alone, as in a decoder; in an encoder it sees all.
         heads: what the config calls the number of its heads.
         packs: whether the model hands its attention what it is not told by name, and so packed sequences.
+        forward: stands in for the forward of its attention, where that does not ask Transformers for an attention.
     """
 
     path: str = ""
@@ -38,6 +41,7 @@ class Stack:
     causal: bool = True
     heads: str = "num_attention_heads"
     packs: bool = True
+    forward: Callable[..., Any] | None = None
 
     def find(self, base: nn.Module) -> nn.Module | None:
         """Return the stack in ``base``; None where it has none, like the encoder of a decoder alone."""
@@ -57,6 +61,8 @@ class Stack:
                 if hasattr(module, RELATIVE_BIAS):
                     delattr(module, RELATIVE_BIAS)
                 module.register_forward_pre_hook(_no_bias, with_kwargs=True)
+            return
+        if not self.positions:
             return
         path, _, name = self.positions.rpartition(".")
         setattr(stack.get_submodule(path), name, _NoRotation(rotary_dim) if self.rotary else _NoEmbedding())
@@ -91,6 +97,28 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=None if given is None else given.device)
 
 
+def _bloom_attention(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Any,
+    layer_past: Any = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Stand in for BloomAttention.forward, whose ALiBi becomes the preset of that name."""
+    from logpe.transformers.attention import log_attention_forward
+
+    q, k, v = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1)).unbind(-2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if layer_past is not None:
+        k, v = layer_past.update(k, v, self.layer_idx)
+    dropout = self.attention_dropout.p if self.training else 0.0
+    out, _ = log_attention_forward(self, q, k, v, attention_mask, self.inv_norm_factor, dropout, is_causal=True)
+    out = functional.dropout(self.dense(out.flatten(2)), self.hidden_dropout, self.training)
+    return residual + out, None
+
+
 DECODER = (Stack(),)
 LEARNED = (Stack(positions="wpe", rotary=False),)
 BERT = (Stack(positions="embeddings.position_embeddings", rotary=False, attention="SelfAttention", causal=False),)
@@ -115,6 +143,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("stablelm", "nemotron"), (Stack(packs=False),)),
     "gpt_bigcode": LEARNED,
     "opt": (Stack("decoder", "embed_positions", rotary=False, packs=False),),
+    "bloom": (Stack(positions="", packs=False, forward=_bloom_attention),),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"), BERT),
     "modernbert": (Stack(causal=False),),
     **dict.fromkeys(("bart", "mbart", "marian", "pegasus"), BART),

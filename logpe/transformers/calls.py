@@ -54,6 +54,15 @@ def check_call(
         return (), _checked_call(part, names, given, stack.config.model_type, parallel)
 
 
+def check_packing(
+    part: Stack, names: tuple[str, ...], model: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Refuse packed sequences before the forward of a model that may keep them from its stack: see ``Stack.packs``."""
+    given = dict(zip(names, arguments, strict=False)) | options
+    if any(given.get(name) is not None for name in (*PACKING_OPTIONS, "position_ids")):
+        _checked_call(part, names, given, model.config.model_type, None)
+
+
 def _checked_call(
     part: Stack, names: tuple[str, ...], given: dict[str, Any], model_type: str, parallel: ContextParallel | None
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, plain_options
 from logpe.transformers.architectures import ARCHITECTURES, RELATIVE_BIAS, SUPPORTED, Stack
-from logpe.transformers.calls import IMPLEMENTATION, check_call, check_implementation
+from logpe.transformers.calls import IMPLEMENTATION, check_call, check_implementation, check_packing
 
 try:
     from transformers.distributed.tensor_parallel import (
@@ -201,8 +201,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         first = group.positions[0]
         if "rotary" in first.parts and keep:
             raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
-        if keep and group.part.positions == RELATIVE_BIAS:
-            raise ValueError(f"keep_positions must be False for {type(model).__name__}, whose own are a dense bias")
+        if keep and group.part.positions in ("", RELATIVE_BIAS):
+            raise ValueError(f"keep_positions must be False for {type(model).__name__}, whose own are a bias")
         if "rotary" in first.parts and share and "rotary_base" not in options and not group.alike:
             raise ValueError("rotary_base must be given with share_position: the layers of this model differ in it")
 
@@ -216,6 +216,9 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
                 setattr(module, name, own_configs[id(value)])
     for group in layers:
         group.install(share, keep)
+        if not group.part.packs and model is not group.stack:
+            names = tuple(inspect.signature(model.forward).parameters)
+            model.register_forward_pre_hook(functools.partial(check_packing, group.part, names), with_kwargs=True)
     attentions = [attention for group in layers for attention in group.attentions]
     for owner in {model, base}:
         if TensorParallelLayer is not object and owner._tp_plan:
@@ -257,6 +260,8 @@ class _Layers:
         """Put the positions in."""
         for attention in (*self.attentions, *self.crossing):
             attention.log_position_causal = self.part.causal if attention in self.attentions else None  # type: ignore
+            if self.part.forward is not None:
+                attention.forward = functools.partial(self.part.forward, attention)
         if share:
             self.stack.log_position = self.positions[0]
             for attention in self.attentions:  # past nn.Module: the position is a submodule of the stack alone
