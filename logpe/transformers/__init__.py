@@ -69,9 +69,9 @@ Continuing a model that was trained with RoPE
 
 From ALiBi to a logarithm
 -------------------------
-``use_log_position(bloom, "alibi")`` keeps what BLOOM computes, now with slopes that learn and no N x N bias. A logarithm
-with a small rate starts out as nearly the same, power log(1 + rate d) = slope d for d far below 1 / rate, and bends
-beyond; so train on from there::
+``use_log_position(bloom, "alibi")`` keeps what BLOOM computes, now with slopes that learn and no N x N bias. A
+logarithm with a small rate starts out as nearly the same, power log(1 + rate d) = slope d for d far below 1 / rate, and
+bends beyond; so train on from there::
 
     use_log_position(bloom, "log-bias")
     for position in (m for m in bloom.modules() if isinstance(m, logpe.LogPosition)):
