@@ -109,6 +109,20 @@ def position_of(model: PreTrainedModel) -> list[LogPosition]:
     return [module for module in model.modules() if isinstance(module, LogPosition)]
 
 
+def check_a_step(model: PreTrainedModel, folder: Path, ids: Tensor, **labels: Tensor) -> None:
+    """Train for a step, which reaches all positions, and load what is saved."""
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    before = model(ids, **labels).loss
+    before.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
+    optimizer.step()
+    with torch.no_grad():
+        after = model(ids, **labels)
+        assert after.loss < before
+        model.save_pretrained(folder)
+        close(from_pretrained(folder)(ids, **labels).logits, after.logits)
+
+
 # --- conversion ---------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,14 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from test_transformers import CONFIGS, SIZES, WINDOW, close, left_padding, tokens
+from test_transformers import CONFIGS, SIZES, WINDOW, check_a_step, close, left_padding, tokens
 from test_transformers_encoders import ENCODERS
 from test_transformers_seq2seq import SEQ2SEQ
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import logpe
 from logpe.position import alibi_slopes, inverse_softplus
-from logpe.transformers import SUPPORTED, from_pretrained, use_log_position
+from logpe.transformers import SUPPORTED, use_log_position
 from logpe.transformers.architectures import ARCHITECTURES
 
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
@@ -114,15 +114,7 @@ def test_decoder(name: str, tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match="packed sequences are not supported for model type"):
                     model(ids[:1], **options)
 
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
-    before = model(ids, labels=ids, use_cache=False).loss
-    before.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
-    optimizer.step()
-    with torch.no_grad():
-        assert model(ids, labels=ids).loss < before
-        model.save_pretrained(tmp_path)
-        close(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    check_a_step(model, tmp_path, ids, labels=ids)
 
 
 @pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM), ("falcon", {})])

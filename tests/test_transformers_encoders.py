@@ -14,11 +14,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import transformers
-from test_transformers import SIZES, close, tokens
+from test_transformers import SIZES, check_a_step, close, tokens
 from transformers import AutoConfig, PreTrainedModel
 
 import logpe
-from logpe.transformers import from_pretrained, use_log_position
+from logpe.transformers import use_log_position
 
 LONGEST = 24  # of what the models were made for
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -95,15 +95,8 @@ def test_encoder(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="context_parallel must be None for an encoder"):
             logpe.transformers.set_context_parallel(model, object.__new__(logpe.ContextParallel))
 
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
-    before = model(ids, labels=ids).loss
-    before.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
-    optimizer.step()
+    check_a_step(model, tmp_path, ids, labels=ids)
     with torch.no_grad():
-        assert model(ids, labels=ids).loss < before
-        model.save_pretrained(tmp_path)
-        close(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
         # Another head on the same encoder.
         for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification):
             other = auto.from_pretrained(tmp_path, num_labels=3)

@@ -12,13 +12,13 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from test_transformers import VOCABULARY, close, tokens
+from test_transformers import VOCABULARY, check_a_step, close, tokens
 from test_transformers_encoders import padded
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import logpe
 from logpe.position import LogPosition
-from logpe.transformers import from_pretrained, use_log_position
+from logpe.transformers import use_log_position
 
 LONGEST = 24  # of what the models were made for
 SIZES = dict(vocab_size=VOCABULARY, d_model=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -93,16 +93,7 @@ def test_encoder_decoder(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="packed sequences are not supported for model type"):
             model(source, decoder_input_ids=target, cu_seq_lens_q=torch.tensor([0, 5, 13]))
 
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
-    before = model(source, labels=target).loss
-    before.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
-    optimizer.step()
-    with torch.no_grad():
-        assert model(source, labels=target).loss < before
-        model.save_pretrained(tmp_path)
-        loaded = from_pretrained(tmp_path)
-        close(loaded(source, **one).logits, model(source, **one).logits)
+    check_a_step(model, tmp_path, source, labels=target)
 
 
 def test_no_dense_bias(monkeypatch: pytest.MonkeyPatch) -> None:
