@@ -55,6 +55,8 @@ class Worker:
                 raise TookTooLong(f"took more than {seconds:.0f} s")
             raised, answer = pipe.recv()
         except (EOFError, OSError):
+            if self.closed:  # by another thread, which takes the exit status
+                raise Failed("stopped") from None
             process.join(30)
             raised, answer = True, _how_it_ended(process.exitcode, log)
         if raised:  # what a failed kernel leaves behind, such as a broken CUDA context, is not to be relied on
