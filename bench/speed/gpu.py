@@ -85,7 +85,7 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         size = ["--methods", *METHODS, "--directions", "forward", "backward"]
         if not gpu:
             size = ["--device", "cpu", "--methods", throughput.OURS, "--directions", "forward"]
-            size += ["--hidden", "64", "--lengths", "64", "128", "--long"]
+            size += ["--hidden", "64", "--lengths", "64", "128", "--long", "--training"]
         return ["-m", "bench", "throughput", *size, "--minutes", minutes(seconds), "--out", str(folder)]
 
     def host(seconds: float) -> list[str]:
