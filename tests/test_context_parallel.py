@@ -611,7 +611,7 @@ def transformers(rank: int, world: int) -> None:
     """A converted Llama: the logits of all tokens, and the gradients of the mean loss."""
     if world != 2:  # the import takes longer than the test
         return
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
     from logpe.transformers import set_context_parallel, use_log_position
 
@@ -639,6 +639,10 @@ def transformers(rank: int, world: int) -> None:
     packed = dict(cu_seq_lens_q=bounds, max_length_q=9)
     expected = alone(tokens[:1], **packed).logits
     torch.testing.assert_close(across(own[:1], **packed).logits, parallel.shard(expected, 1), rtol=1e-4, atol=1e-5)
+    computes = MptForCausalLM(MptConfig(vocab_size=50, d_model=32, n_heads=4, n_layers=2))  # with its mask
+    expected = use_log_position(computes, "alibi")(tokens).logits
+    set_context_parallel(computes, parallel)
+    torch.testing.assert_close(computes(own).logits, parallel.shard(expected, 1), rtol=1e-4, atol=1e-5)
     mask = torch.ones_like(own)
     torch.testing.assert_close(across(own, attention_mask=mask).logits, out.logits)
     if rank == 0:

@@ -56,8 +56,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "persimmon": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),  # ReLU hides differences
     "bloom": dict(n_layer=2, n_head=4),
+    "mpt": dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64, attn_config=dict(clip_qkv=3.0)),
+    "falcon": dict(alibi=True, bias=True),
     "gpt_bigcode": dict(n_embd=32, n_head=4, n_layer=2, n_inner=48, n_positions=128),
 }
+#: Types whose own positions are ALiBi.
+ALIBI = ("bloom", "mpt", "falcon")
 
 
 def make(name: str, layers: int = 2) -> PreTrainedModel:
@@ -88,7 +92,7 @@ def test_decoder(name: str, tmp_path: Path) -> None:
     plain, ids = make(name), tokens()
     with torch.no_grad():
         expected = plain(ids).logits
-        same = dict(preset="alibi") if name == "bloom" else dict(preset="none", keep_positions=True)
+        same = dict(preset="alibi") if name in ALIBI else dict(preset="none", keep_positions=True)
         kept = use_log_position(pickle.loads(pickle.dumps(plain)), **same)
         close(pickle.loads(pickle.dumps(kept))(ids).logits, expected)
         # Without positions, one layer sees the tokens before the last one as a set.
@@ -117,9 +121,54 @@ def test_decoder(name: str, tmp_path: Path) -> None:
     check_a_step(model, tmp_path, ids, labels=ids)
 
 
-@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM), ("falcon", {})])
+@torch.no_grad()
+def test_the_text_part_of_a_model_that_sees() -> None:
+    """As documented."""
+    sees = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+    given = dict(text_config=SIZES | HEAD_DIM, vision_config=sees | dict(patch_size=4), mm_tokens_per_image=1)
+    model: Any = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**given)).eval()
+    with pytest.raises(ValueError, match=r"'gemma3', .* \(its text part is: see .* on gemma3_text\)"):
+        use_log_position(model)
+    text: Any = transformers.Gemma3ForCausalLM(model.config.text_config).eval()
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    ids = tokens()
+    close(use_log_position(text, "none", keep_positions=True)(ids).logits, model(ids).logits)
+
+
+FALCONS: list[dict[str, Any]] = [
+    {},  # one head of keys, and a rotation
+    dict(multi_query=False, parallel_attn=False, alibi=True),
+    dict(new_decoder_architecture=True, num_kv_heads=2),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*(("falcon", options) for options in FALCONS), ("mpt", {})])
+@torch.no_grad()
+def test_models_that_compute_with_the_mask(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches and generated tokens are those of the model before."""
+    monkeypatch.setitem(OTHERS, name, options if name == "falcon" else OTHERS[name])
+    plain, ids = make(name), tokens()
+    own = dict(preset="alibi") if name == "mpt" or "alibi" in options else dict(preset="none", keep_positions=True)
+    model = use_log_position(copy.deepcopy(plain), **own)
+    left = left_padding(ids)
+    for mask in (left, left.flip(1)):
+        expected = plain(ids, attention_mask=mask).logits
+        close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+    given = dict(attention_mask=left, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+    ways: list[dict[str, Any]] = [{}, dict(num_beams=3), dict(use_cache=False)]
+    if own["preset"] == "none":  # Falcon itself takes no such cache with its ALiBi
+        ways.append(dict(cache_implementation="static", disable_compile=True))
+    for how in ways:
+        expected = plain.generate(ids, do_sample=False, **given, **how)
+        assert torch.equal(model.generate(ids, do_sample=False, **given, **how), expected)
+    if own["preset"] == "alibi":
+        with pytest.raises(ValueError, match=r"keep_positions must be False for \w+, whose own are a bias"):
+            use_log_position(plain, "none", keep_positions=True)
+
+
+@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM)])
 def test_decoders_that_are_refused(name: str, options: dict[str, Any]) -> None:
-    """Attention sinks, chunks, an attention of its own: refused by the name of the type."""
+    """Attention sinks, chunks: refused by the name of the type."""
     config = AutoConfig.for_model(name, **(SIZES | dict(num_local_experts=4) | options))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -34,7 +34,7 @@ What can be converted (:data:`SUPPORTED`), with any head:
 
 * decoders: Llama, Mistral, Mixtral, Qwen 2 and 3 and their MoE, Gemma 1 to 3 (text), OLMo 1 to 3, Phi and Phi-3,
   SmolLM3, Granite and its MoE, GLM and GLM-4, Cohere, Ernie 4.5, EXAONE 4, Seed-OSS, Hunyuan, StarCoder 2, StableLM,
-  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, BLOOM, GPT-2, GPT-BigCode, GPT-NeoX;
+  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, BLOOM, MPT, Falcon, GPT-2, GPT-BigCode, GPT-NeoX;
 * encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, whose windows stay. A bias on the
   distance alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says
   ``rotary``;
@@ -42,9 +42,12 @@ What can be converted (:data:`SUPPORTED`), with any head:
   positions.
 
 They then read texts of any length, whatever ``max_position_embeddings`` says, with padding on the left or the right.
-StableLM, Nemotron, OPT, BLOOM and encoder-decoders take no packed sequences; what is not a decoder alone takes no
-``context_parallel``. Not yet: Llama 4 (chunks), gpt-oss (attention sinks), MPT and Falcon (masks of their own making),
-the text part of a Gemma 3 that also sees.
+StableLM, Nemotron, OPT, BLOOM, MPT, Falcon and encoder-decoders take no packed sequences; what is not a decoder alone
+takes no ``context_parallel``. Not yet: Llama 4 (chunks) and gpt-oss (attention sinks). Of a Gemma 3 that also sees,
+convert the text part, a model of its own::
+
+    text = Gemma3ForCausalLM(model.config.text_config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
 
 What cannot be honoured is refused by name: masks other than those of a decoder or an encoder, tokens hidden between
 others, attention weights, softcapping (load a Gemma 2 with ``attn_logit_softcapping=None``, and train on). Transformers
@@ -69,7 +72,8 @@ Continuing a model that was trained with RoPE
 
 From ALiBi to a logarithm
 -------------------------
-``use_log_position(bloom, "alibi")`` keeps what BLOOM computes, now with slopes that learn and no N x N bias. A
+``use_log_position(bloom, "alibi")`` keeps what BLOOM computes, now with slopes that learn and no N x N bias; so it does
+for MPT, and for a Falcon with ALiBi (which divides its slopes by sqrt(head_dim), and rounds its bias to bfloat16). A
 logarithm with a small rate starts out as nearly the same, power log(1 + rate d) = slope d for d far below 1 / rate, and
 bends beyond; so train on from there::
 

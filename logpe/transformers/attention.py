@@ -24,6 +24,7 @@ from logpe.transformers.calls import (
     read,
     real_tokens,
     require,
+    starts_from,
 )
 
 
@@ -70,6 +71,11 @@ def log_attention_forward(
         breaks = breaks_between(position_ids, None, real_tokens(attention_mask, None, position_ids))
         require({} if breaks is None else {BYPASSED: ~breaks.any()})
     starts: dict[str, Any] = {}
+    parallel = getattr(module, "context_parallel", None)
+    if parallel is not None:  # check_call has refused masks that hide anything
+        attention_mask = None
+    if attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
+        attention_mask = starts_from(attention_mask, query.shape[2])
     if attention_mask is not None:
         shape = (query.shape[0], 1, 1, 2)
         if attention_mask.dtype != torch.int32 or attention_mask.shape != shape:
@@ -91,7 +97,7 @@ def log_attention_forward(
         window=None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1),
         scale=scaling,
         dropout_p=dropout,
-        context_parallel=getattr(module, "context_parallel", None),
+        context_parallel=parallel,
     )
     packing: Packing | None = options.get(PACKING)
     if packing is None:
@@ -129,10 +135,12 @@ def log_position_mask(
         int32 (B, 1, 1, 2): position of the first query and of the first key, negative in left padding; in an encoder,
         position of the first token, and the number of tokens before right padding. It has four dimensions, so that
         Transformers passes it on as it is. None where log_attention assumes the same: keys from 0, the last query at
-        the last key.
+        the last key. For a model that computes with the mask, see ``Stack.bool_mask``: bool (B, 1, 1, Nk), the keys
+        that the last query sees.
     """
     causal = "allow_is_bidirectional_skip" not in options
-    known = {causal} if config is None else {part.causal for part in ARCHITECTURES[config.model_type]}
+    parts = () if config is None else ARCHITECTURES[config.model_type]
+    known = {part.causal for part in parts} or {causal}
     if use_vmap or causal not in known:
         mask = "that is not causal" if known == {True} else "of its own making"
         raise ValueError(f"the model asks for a mask {mask}, which log positions cannot honour")
@@ -166,6 +174,10 @@ def log_position_mask(
             return None
         end = padding + attention_mask.sum(-1, dtype=torch.int32)
         return torch.stack((-padding, end)).int().T[:, None, None]
+    if any(part.bool_mask for part in parts):
+        index = torch.arange(kv_length, device=device)
+        first = padding[:, None] if isinstance(padding, Tensor) else torch.zeros(batch_size, 1, device=device)
+        return ((index >= first) & (index < q_offset + q_length))[:, None, None]
     static = not isinstance(padding, Tensor) and not isinstance(q_offset, Tensor) and allow_is_causal_skip
     if static and kv_offset == 0 and q_offset + q_length == kv_length:
         return None

@@ -189,7 +189,19 @@ def real_tokens(mask: Any, cache: Any, position_ids: Tensor | None) -> Tensor | 
     if mask.dim() < 4:
         index = index + (0 if cache is None else cache.get_seq_length())
         return mask.bool()[..., index.clamp(max=mask.shape[-1] - 1)]
+    if mask.dtype == torch.bool and mask.shape[1:-1] == (1, 1):
+        mask = starts_from(mask, len(index))
     return mask[:, 0, 0, :1] + index >= 0 if mask.dtype == torch.int32 else None
+
+
+def starts_from(visible: Tensor, num_queries: int) -> Tensor:
+    """Return the positions of the first query and the first key, int32 (B, 1, 1, 2): see :func:`log_position_mask`.
+
+    Args:
+        visible: bool (B, 1, 1, Nk), the keys that the last query sees.
+    """
+    seen = visible.cumsum(-1, dtype=torch.int32)
+    return torch.stack((seen[..., -1] - num_queries, -(seen == 0).sum(-1, dtype=torch.int32)), -1)
 
 
 def read(visible: Tensor | None, breaks: Tensor | None, conditions: dict[str, Tensor]) -> tuple[bool, int | Tensor]:

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import transformers
 from logpe_kernels.options import LEARNABLE_PARTS, MAX_HEAD_DIM
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.falcon import modeling_falcon
 
 from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
-from logpe.position import PRESET_ROTATION, LogPosition, plain_options
+from logpe.position import PRESET_ROTATION, LogPosition, inverse_softplus, plain_options
 from logpe.transformers.architectures import ARCHITECTURES, RELATIVE_BIAS, SUPPORTED, Stack
 from logpe.transformers.calls import IMPLEMENTATION, check_call, check_implementation, check_packing
 
@@ -198,10 +200,14 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         if (stack := part.find(base)) is not None:
             layers.append(_Layers(part, stack, *part.attentions(stack), config, preset, options))
     for group in layers:
+        if not group.attentions:
+            raise ValueError(
+                f'{type(model).__name__} has no attention to convert: load it with attn_implementation="sdpa"'
+            )
         first = group.positions[0]
         if "rotary" in first.parts and keep:
             raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
-        if keep and group.part.positions in ("", RELATIVE_BIAS):
+        if keep and (group.part.positions in ("", RELATIVE_BIAS) or getattr(config, "alibi", False)):
             raise ValueError(f"keep_positions must be False for {type(model).__name__}, whose own are a bias")
         if "rotary" in first.parts and share and "rotary_base" not in options and not group.alike:
             raise ValueError("rotary_base must be given with share_position: the layers of this model differ in it")
@@ -247,13 +253,15 @@ class _Layers:
         num_heads = getattr(config, part.heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         rotary = [_rotary_options(config, attention) for attention in attentions]
-        self.rotary_dim = int(head_dim * rotary[0]["rotary_fraction"])
+        self.rotary_dim = int(head_dim * rotary[0]["rotary_fraction"]) if rotary else 0
         self.alike = preset in PRESET_ROTATION or rotary.count(rotary[0]) == len(rotary)
         self.positions = []
         for attention, own in zip(attentions, rotary, strict=True):
             settings = ({} if preset in PRESET_ROTATION else own) | options  # such a preset does not turn as the model
             device = next(attention.parameters()).device
             position = LogPosition(num_heads, head_dim, preset, device=device, **settings)
+            if preset == "alibi" and part.scaled_slopes and (raw := position.raw_power) is not None:
+                raw.data = inverse_softplus(functional.softplus(raw.data) / head_dim**0.5)
             self.positions.append(position.train(stack.training))
 
     def install(self, share: bool, keep: bool) -> None:
@@ -279,8 +287,12 @@ def _check_supported(model: PreTrainedModel) -> None:
     """Raise ValueError unless log_attention can honour the architecture of ``model`` and its options."""
     config = model.config
     if config.model_type not in SUPPORTED:
+        text = config.get_text_config().model_type
+        part = (
+            f" (its text part is: see the documentation of logpe.transformers on {text})" if text in SUPPORTED else ""
+        )
         raise ValueError(
-            f"{type(model).__name__} is of model type {config.model_type!r}, which is not supported; "
+            f"{type(model).__name__} is of model type {config.model_type!r}, which is not supported{part}; "
             f"supported are {', '.join(SUPPORTED)}"
         )
     for name in ("attn_logit_softcapping", "use_bidirectional_attention", "add_cross_attention"):
@@ -347,6 +359,7 @@ def _converting(model_class: Any) -> Any:
 
 def register() -> None:
     """Let AutoModel and its like load converted models. They load all others as before."""
+    modeling_falcon.FALCON_ATTENTION_CLASSES[IMPLEMENTATION] = modeling_falcon.FalconAttention
 
     def register(auto: Any, config_class: Any, model_class: Any) -> None:
         @classmethod  # type: ignore[misc]
