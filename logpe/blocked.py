@@ -57,6 +57,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))
     q, k, v, full_out = (_batched(x) for x in (q, k, v, out))
     full_lse = lse if lse.dim() == 3 else lse[None]
+    if (step := _step(options, q, k)) is not None:
+        part_out, part_lse = _attend(_Part(options, step, q, k, v), hide=False)
+        if part_lse.isnan().any() or part_out.isnan().any():  # for what is hidden, perhaps: 0 * NaN is NaN
+            part_out, part_lse = _attend(_Part(options, step, q, k, v, clear=True), hide=False)
+        full_out[:], full_lse[:] = part_out.view_as(full_out), part_lse.view_as(full_lse)
+        return out, lse
     for span in _spans(options, q, k):
         part = _Part(options, span, q, k, v)
         part_out, part_lse = _attend(part, hide=False)
@@ -203,7 +209,11 @@ def _diagonal_sums(padded: Tensor) -> Tensor:
 
 
 class _Span(NamedTuple):
-    """Sequences with the same positions, and their rows that exist and have a partner in the window."""
+    """Sequences with the same positions, and their rows that exist and have a partner in the window.
+
+    The last two are those of :func:`_step`, whose sequences differ: the distance from each key to the only query,
+    (sequences, key rows), UNLIMITED for a hidden key; and the position of that query, (sequences or 1, 1).
+    """
 
     batch: slice  # in the first dimension of q, k and v; packed sequences all lie in its only element
     sequences: slice  # their numbers
@@ -211,6 +221,8 @@ class _Span(NamedTuple):
     key_rows: slice
     query_position: int  # of the first query row
     key_position: int  # of the first key row
+    offsets: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def queries(self) -> tuple[slice, slice, slice]:
@@ -256,6 +268,31 @@ def _spans(options: Options, q: Tensor, k: Tensor) -> Iterator[_Span]:
             yield _Span(rows, sequences, query_rows, key_rows, first_query, first_key)
 
 
+def _step(options: Options, q: Tensor, k: Tensor) -> _Span | None:
+    """Return one span for sequences of several lengths that have one query each; None for other calls.
+
+    This is a step of decoding: one product, instead of one for each sequence.
+    """
+    starts = (options.query_starts, options.key_starts, options.key_lengths)
+    special = (options.cu_seqlens_q, options.theta, options.key_bias)
+    if q.shape[2] != 1 or options.dropout_p or all(x is None for x in starts) or any(x is not None for x in special):
+        return None
+    left, right = _window(options)
+    rows = torch.arange(k.shape[2])
+    i, j, end = (
+        torch.as_tensor(one if several is None else several).long().view(-1, 1)
+        for one, several in zip((options.query_start, options.key_start, k.shape[2]), starts, strict=True)
+    )
+    j = j + rows
+    visible = (rows < end) & (j >= 0) & (i >= 0) & (i - j <= left) & (j - i <= right)
+    used = visible.any(0).nonzero()
+    if not len(used):
+        return None
+    keys = slice(int(used[0]), int(used[-1]) + 1)
+    offsets = torch.where(visible, i - j, UNLIMITED).expand(q.shape[0], -1)
+    return _Span(slice(0, q.shape[0]), slice(0, q.shape[0]), slice(0, 1), keys, 0, 0, offsets[:, keys], i)
+
+
 class _Tile(NamedTuple):
     """A block of reversed query rows, and all keys that one of them may see."""
 
@@ -298,9 +335,12 @@ class _Part:
         key_bias: (batch * key heads, 1, key rows), or None.
         keyless: (batch * key heads, 1, query rows), the queries from which the key bias hides every key; None if
             there are none.
+
+    Args:
+        clear: set the keys and values to 0 that are hidden in a span of :func:`_step`, and queries without a key.
     """
 
-    def __init__(self, options: Options, span: _Span, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, options: Options, span: _Span, q: Tensor, k: Tensor, v: Tensor, clear: bool = False) -> None:
         self.options, self.span, self.compute = options, span, _compute_dtype(q)
         self.left, self.right = _window(options)
         self.parameters = {name: x[:, None] for name, x in _parameters(options).items()}
@@ -326,6 +366,10 @@ class _Part:
             first, end = ((x - span.key_position).clamp(0, num_keys) for x in (first, end))
             keyless = visible_before[:, first] == visible_before[:, end]
             self.keyless = keyless.repeat_interleave(self.key_heads, 0)[:, None] if keyless.any() else None
+        if clear and span.offsets is not None:
+            hidden = span.offsets == UNLIMITED
+            k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
+            self.keyless = hidden.all(1, keepdim=True).repeat_interleave(self.key_heads, 0)[:, None]
 
         self.q = self.reversed(q)
         if options.theta is not None:
@@ -335,9 +379,21 @@ class _Part:
 
         # i - j falls along a table: row r and column c meet at element r + c.
         offsets = self.last_query - span.key_position - torch.arange(num_queries + num_keys - 1, device=q.device)
-        self.distances = offsets.abs().double()
+        hidden = (offsets > self.left) | (offsets < -self.right)
+        self.distances, self.index = offsets.abs().double(), None
+        if span.offsets is not None and span.positions is not None:
+            hidden, self.query_positions = (span.offsets == UNLIMITED)[:, None], span.positions
+            distances = span.offsets.abs()
+            nearest = int(distances.min())
+            distances.masked_fill_(hidden[:, 0], nearest)
+            several = torch.arange(nearest, min(int(distances.max()), nearest + distances.numel()) + 1)
+            self.index = distances - nearest
+            if len(several) > distances.numel():  # sequences that are far from each other
+                several, self.index = distances.unique(return_inverse=True)
+            self.distances = several.double()
+            self.left = self.right = UNLIMITED
         curves = self.curves()
-        curves["bias"] = (curves["bias"] / LN2).masked_fill((offsets > self.left) | (offsets < -self.right), -math.inf)
+        curves["bias"] = curves["bias"].masked_fill(hidden, -math.inf)
         self.tables = {name: self.by_key_head(x.to(self.compute)) for name, x in curves.items()}
         self.gain = self.tables.pop("gain", None)
         self.scale = options.scale if self.gain is None else options.scale * self.gain[..., None]
@@ -346,7 +402,10 @@ class _Part:
     # The mathematics of positions, in float64: it is O(N), but its gradients are sums over N^2 pairs.
 
     def curves(self) -> dict[str, Tensor]:
-        """Return the tables before the mask, (batch, query heads, distances), and the gain over the query rows."""
+        """Return the tables before the mask, (batch, query heads, distances), and the gain over the query rows.
+
+        The bias is that of powers of 2.
+        """
         p = self.parameters
         curves = {"bias": self.distances.new_zeros(self.query_heads, len(self.distances))}
         if "rate" in p or "power" in p:
@@ -355,13 +414,17 @@ class _Part:
                 curves["bias"] = reference.distance_bias(l, p["power"])
             if "sharpness" in p:
                 curves["contrast"] = reference.sharpening(l, p["sharpness"])
+        curves["bias"] = curves["bias"] / LN2
+        if self.index is not None:  # a table for each sequence, out of one over all distances
+            curves = {name: x.to(self.compute)[:, self.index].transpose(0, 1) for name, x in curves.items()}
         if "alpha" in p:
             curves["gain"] = reference.query_gain(self.lengths(), p["alpha"], self.options.gain_length)
         return {name: x.expand(self.batch, -1, -1) for name, x in curves.items()}
 
     def lengths(self) -> Tensor:
         """Return n of the query gain, (batch or 1, 1, query rows)."""
-        n = self.query_positions.clamp(max=self.left)[None, None]
+        n = self.query_positions.clamp(max=_window(self.options)[0])
+        n = n.view(-1, 1, n.shape[-1])
         if self.options.context_lengths is not None:
             n = self.options.context_lengths[self.span.sequences, None, None].expand(-1, 1, n.shape[-1])
         return n.clamp(min=0).double()

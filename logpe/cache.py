@@ -373,9 +373,12 @@ class KVCache:
         self.k, self.v = self._tokens(self.batch_size, self.capacity, dtype)
 
     def _tokens(self, batch: int, count: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """Return uninitialised keys and values of ``batch`` times ``count`` tokens."""
+        """Return room for keys and values of ``batch`` times ``count`` tokens.
+
+        It is zero, since the CPU backend multiplies what is hidden by 0, and takes a slower way where that gives NaN.
+        """
         shape, device = (batch, self.num_kv_heads, count), self._lengths.device
-        k, v = (torch.empty(*shape, size, dtype=dtype, device=device) for size in (self.head_dim, self.value_dim))
+        k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (self.head_dim, self.value_dim))
         return k, v
 
     def _reserve(self, ends: list[int]) -> None:

@@ -67,6 +67,44 @@ def test_features_and_their_pairs(first: str, second: str) -> None:
     assert_exact(make_call(*sizes, value_dim=(6, 3, 10)[number // 3 % 3], values=values, **options))
 
 
+STEPS: list[dict[str, Any]] = [
+    dict(query_start=torch.tensor([9, 0, 22])),
+    dict(query_start=torch.tensor([9, -1, 30]), key_start=torch.tensor([-3, 0, 8])),
+    dict(query_start=40, key_lengths=torch.tensor([23, 0, 11]), is_causal=False),
+    dict(query_start=torch.tensor([19, 2, 3]), window=(6, 2), is_causal=False),
+    dict(query_start=12, key_start=torch.tensor([0, 13, -20]), window=(5, 0), context_length=torch.tensor([5, 6, 0])),
+    dict(query_start=torch.tensor([9, 2**28, 22]), key_start=torch.tensor([0, 0, 10])),
+    dict(query_start=torch.tensor([-1, -2, -1])),
+]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=range(len(STEPS)))
+@pytest.mark.parametrize("preset", ["none", "log-bias", "log-invariant", "alibi"])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_step_of_decoding(options: dict[str, Any], preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of several lengths take one product, with the results of one for each, whatever hidden keys hold."""
+    call = make_call(
+        BATCH, 4, 2, 1, NUM_KEYS, 6, value_dim=5, values=make_values(4, 6, preset, query_gain=preset != "alibi"),
+        **(dict(is_causal=True) | options),
+    )  # fmt: skip
+    assert_exact(call)
+    hidden = (run(call.replace(dout=torch.ones_like(call.dout)), "reference")["dv"] == 0).all(-1, keepdim=True)
+    assert hidden.any()
+    if options["query_start"] is not STEPS[-1]["query_start"]:
+        monkeypatch.delattr(blocked, "_spans")
+    inputs = dict(backend="blocked", return_lse=True, **call.options)
+    with torch.no_grad():
+        expected = log_attention(call.q, call.k, call.v, call.values, **inputs)
+        for bad in (NAN, INF):
+            k, v = (x.masked_fill(hidden, bad) for x in (call.k, call.v))
+            q = call.q.masked_fill((expected[1] == -INF)[..., None], bad)
+            for actual, same in zip(log_attention(q, k, v, call.values, **inputs), expected, strict=True):
+                assert torch.equal(actual, same)
+        call.k[1, :, 0] = NAN  # which the second sequence may see, and no other
+        for actual, same in zip(log_attention(call.q, call.k, call.v, call.values, **inputs), expected, strict=True):
+            assert torch.equal(actual[::2], same[::2])
+
+
 @pytest.mark.parametrize("query_gain", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.usefixtures("small_tiles")
