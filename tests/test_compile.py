@@ -222,6 +222,36 @@ def test_products_without_a_shape() -> None:
     assert (loop.scores, loop.tiles, loop.fp32, loop.special) == (8, 1, 35, 9 / 8)
 
 
+def layout(vendor: str, warps: list[int], shape: list[int]) -> str:
+    return f"#mma = #ttg.{vendor}<{{versionMajor = 2, warpsPerCTA = {warps}, instrShape = {shape}}}>\n"
+
+
+def dot(m: int, n: int, k: int, name: str = "#mma") -> str:
+    operands = f"tensor<{m}x{k}xbf16, #ttg.dot_op<{{opIdx = 0, parent = {name}}}>> * tensor<{k}x{n}xbf16, #shared>"
+    return f"%1 = tt.dot %2, %3, %4 {{x = 1 : i32}} : {operands} -> tensor<{m}x{n}xf32, {name}> loc(#loc1)\n"
+
+
+def test_warps_that_repeat_products() -> None:
+    four = layout("nvidia_mma", [4, 1], [16, 8])
+    assert roofline.repetition(four + dot(64, 32, 16) + dot(64, 16, 32)) == 1
+    assert roofline.repetition(four + dot(32, 32, 16)) == 2
+    assert roofline.repetition(four + dot(32, 32, 16) + dot(64, 32, 16)) == 8 / 6  # twice a third, and two thirds
+    assert roofline.repetition(layout("nvidia_mma", [1, 8], [16, 8]) + dot(64, 32, 64) + dot(64, 64, 32)) == 1.5
+    assert roofline.repetition(layout("amd_mfma", [4, 1], [32, 32, 8]) + dot(64, 32, 16)) == 2
+    hopper = (
+        dot(64, 32, 16).replace("tt.dot", "ttng.warp_group_dot").replace("tensor<64x16xbf16", "!ttg.memdesc<64x16xbf16")
+    )
+    assert roofline.repetition(layout("nvidia_mma", [8, 1], [16, 32, 16]) + hopper) == 2
+    assert roofline.repetition(four + dot(4, 4, 4, "#blocked")) == 1  # no matrix instruction
+    code = sass("\n".join(["start:", body(16, 1, 3, *HMMA * 2), "@P0 BRA start", "EXIT"]))
+    for repeated, scores in ((1.0, 16), (2.0, 8)):
+        (loop,) = roofline.loops_over_tiles(code, **FORWARD, repeated=repeated)
+        assert (loop.scores, loop.special) == (scores, 16 / scores)
+    row = row_of("none", loop_of(1, 4, 9), matrix=12, products=2, repeated=1.5)
+    assert list(row.failures(None)) == ["warps repeat products: 1.50 times the multiply-adds that the tiles need"]
+    assert row.clocks["matrix"] == 1.5 * dataclasses.replace(row, repeated=1.0).clocks["matrix"]
+
+
 def test_amd() -> None:
     body = ["v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]"] * 2
     body += ["v_exp_f32_e32 v1, v1", "v_pk_fma_f32 v[2:3], v[2:3], v[4:5]", "v_sub_f32_e32 v1, v1, v2"] * 8

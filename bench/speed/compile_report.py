@@ -19,6 +19,7 @@ a kernel
 * spills in half precision at head_dim <= 128 in the loop that serves most of a long sequence, by more than 2 % of its
   instructions (elsewhere it may: the fastest tiles that were measured do). Dropout's random numbers may spill more;
 * is in half precision and has a product that did not become matrix instructions;
+* has warps that repeat each other's matrix products in half precision, because a tile is too small for all of them;
 * loads single elements in half precision in a loop, by more than 2 % of its instructions: rows are aligned further;
 * has a loop in which every asynchronous matrix product is waited for, so that nothing overlaps with it;
 * costs more per score element than budgets.json allows, in a call with nothing but a position. The loop that is
@@ -157,6 +158,7 @@ class Row:
     tensor_memory: int = 0
     matrix: int = 0  # instructions
     products: int = 0  # tl.dot in the source
+    repeated: float = 1.0  # multiply-adds of all warps, by those that the tiles need
     instructions: int = 0
     loops: list[Loop] = dataclasses.field(default_factory=list)  # over tiles
     error: str | None = None
@@ -190,7 +192,8 @@ class Row:
 
         The matrix unit counts in half precision alone; AMD's does the products of float32 too, at another rate.
         """
-        return roofline.clocks(self.bulk, self.depth if self.dtype in HALF else None, TARGETS[self.target].rates)
+        depth = self.depth * self.repeated if self.dtype in HALF else None
+        return roofline.clocks(self.bulk, depth, TARGETS[self.target].rates)
 
     @property
     def depth(self) -> int:
@@ -231,6 +234,8 @@ class Row:
             yield f"spills {self.spill} bytes: {loop.spills} of the {loop.instructions} instructions of a loop"
         if self.dtype in HALF and self.products > 0 and self.matrix == 0:
             yield "no matrix instructions"
+        if self.dtype in HALF and self.repeated > 1:
+            yield f"warps repeat products: {self.repeated:.2f} times the multiply-adds that the tiles need"
         for loop in self.loops:
             if loop.waits >= loop.matrix > 0:
                 yield f"{loop.waits} waits for the {loop.matrix} matrix products of a loop"
@@ -471,7 +476,8 @@ def inspect_kernel(kernel: Any, row: Row) -> None:
     if row.kernel in roofline.PRODUCTS:
         warp_size = TARGETS[row.target].warp_size
         tile = row.config["BLOCK_M"] * row.config["BLOCK_N"] / (row.config["num_warps"] * warp_size)
-        row.loops = roofline.loops_over_tiles(code, row.depth, tile, warp_size)
+        row.repeated = roofline.repetition(kernel.asm["ttgir"])
+        row.loops = roofline.loops_over_tiles(code, row.depth, tile, warp_size, row.repeated)
 
 
 def _output(*command: str) -> str:

@@ -8,8 +8,8 @@ without exponentials (loads, tcgen05's issue and rescaling) belong to other warp
 Counts are per score element (the instructions that a thread issues in one trip over the scores that it forms in one),
 so that tiles, numbers of warps and unrolling compare. How many scores a trip forms the matrix instructions tell:
 their shape says how many multiplications a warp does, and a score needs head_dim of them in each product. That holds
-for pipelined and unrolled loops, and for warps that share a tile in other ways than ``num_warps`` says. It takes for
-granted that no warp repeats the products of another; Triton does that only with tiles of less than 16 x 8 per warp.
+for pipelined and unrolled loops, and for warps that share a tile in other ways than ``num_warps`` says. Where a tile
+is too small for all warps, some repeat the products of others; Triton's layouts tell how many, and those do not count.
 tcgen05's instructions do not tell their shape, there the exponentials count the scores, and without matrix
 instructions (float32) the fused multiply-adds do; both up to whole tiles, since they have other uses too.
 
@@ -167,12 +167,36 @@ def loads(lines: Iterable[str]) -> dict[str, int]:
     return {str(size): number for size, number in sorted(sizes.items(), reverse=True)}
 
 
-def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list[Loop]:
+def repetition(ttgir: str) -> float:
+    """Return how many times as many multiply-adds all warps do together as their tiles need; 1 where none repeats.
+
+    A warp works on instrShape of a tile at a time, and warpsPerCTA lie side by side: on 64 x 8 elements with [4, 1] and
+    [16, 8]. A tile of 32 rows is then formed twice. tcgen05's instructions belong to all warps together.
+    """
+    layouts = {
+        name: [number * size for number, size in zip(map(int, (a, b)), map(int, (m, n)), strict=True)]
+        for name, a, b, m, n in re.findall(
+            r"^(#\w+) = #ttg\.(?:nvidia|amd)_\w+<\{.*warpsPerCTA = \[(\d+), (\d+)\].*instrShape = \[(\d+), (\d+)",
+            ttgir,
+            re.MULTILINE,
+        )
+    }
+    done = needed = 0
+    for depth, m, n, name in re.findall(r"dot\b.* : \S*?<\d+x(\d+)x.* -> tensor<(\d+)x(\d+)xf32, (#\w+)>", ttgir):
+        if name in layouts:  # and is a matrix instruction's
+            rows, columns = map(max, (int(m), int(n)), layouts[name])
+            done += rows * columns * int(depth)
+            needed += int(m) * int(n) * int(depth)
+    return done / needed if needed else 1.0
+
+
+def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int, repeated: float = 1.0) -> list[Loop]:
     """Return the loops over tiles of a disassembled kernel, in their order in the code.
 
     Args:
         depth: multiply-adds that a score needs, head_dim in each of the kernel's PRODUCTS.
         tile: elements of the tile per thread, BLOCK_M * BLOCK_N / (num_warps * warp_size).
+        repeated: :func:`repetition` of the kernel.
     """
     lines, before = instructions(code)
     tcgen05 = any(re.search(r"\bUTC[A-Z]MMA", line) for line in lines)
@@ -181,7 +205,7 @@ def loops_over_tiles(code: str, depth: int, tile: float, warp_size: int) -> list
     loops = []
     for indices in sorted(innermost):
         body = [lines[i] for i in indices]
-        scores = sum(map(multiply_adds, body)) / (depth * warp_size)
+        scores = sum(map(multiply_adds, body)) / (depth * warp_size * repeated)
         if not scores:
             tiles = count(EXPONENTIAL, body) // tile if tcgen05 else count(FMA, body) // (depth * tile)
             scores = tile * tiles
@@ -212,7 +236,7 @@ def bulk(loops: list[Loop]) -> Loop:
     return min(loops, key=lambda loop: 8 * loop.special + loop.issued)
 
 
-def clocks(loop: Loop, depth: int | None, rates: Rates) -> dict[str, float]:
+def clocks(loop: Loop, depth: float | None, rates: Rates) -> dict[str, float]:
     """Return the clocks of an SM per score element that each unit needs; depth None: no matrix unit is used."""
     work = (depth, loop.special, loop.fp32, loop.issued)
     return {

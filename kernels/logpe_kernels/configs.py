@@ -188,8 +188,8 @@ def shipped(
     """Return the shipped configuration: table[target][kernel][itemsize][head_dim rounded up to a power of two].
 
     An entry is one configuration, or a light one and one for heavy calls, for those with wide values or for both.
-    Heavy are calls with a sharpness, a query gain, a key bias, or a head_dim that is no power of two. Wide values of
-    256 columns make the compiler spill kilobytes in dk/dv with other tiles.
+    Heavy are calls with a sharpness, a query gain, a key bias, or a head_dim that is no power of two. With other tiles,
+    wide values of 256 columns make the compiler spill kilobytes in dk/dv, and warps repeat each other's products in dq.
     """
     if target == "cpu":
         return KERNELS[kernel]
