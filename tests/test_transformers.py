@@ -226,9 +226,9 @@ def test_other_heads(head: str) -> None:
 
 
 def test_unsupported_models() -> None:
-    mpt = transformers.MptModel(transformers.MptConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1))
-    with pytest.raises(ValueError, match=r"MptModel is of model type 'mpt'.*supported are llama, .*gpt_neox"):
-        use_log_position(mpt)
+    ctrl = transformers.CTRLModel(transformers.CTRLConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=1, dff=8))
+    with pytest.raises(ValueError, match=r"CTRLModel is of model type 'ctrl'.*supported are llama, .*gpt_neox"):
+        use_log_position(ctrl)
     with pytest.raises(TypeError, match=r"PreTrainedModel, got Linear"):
         use_log_position(torch.nn.Linear(2, 2))  # type: ignore[type-var]
     with torch.device("meta"):
