@@ -17,6 +17,7 @@ from test_transformers import CONFIGS, SIZES, WINDOW, check_a_step, close, left_
 from test_transformers_encoders import ENCODERS
 from test_transformers_seq2seq import SEQ2SEQ
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.falcon import modeling_falcon
 
 import logpe
 from logpe.position import alibi_slopes, inverse_softplus
@@ -175,6 +176,14 @@ def test_decoders_that_are_refused(name: str, options: dict[str, Any]) -> None:
     model.to_empty(device="cpu")
     with pytest.raises(ValueError, match=f"model type '{name}', which is not supported"):
         use_log_position(model)
+
+
+def test_an_attention_of_another_class() -> None:
+    model: Any = make("falcon")
+    for layer in model.transformer.h:
+        layer.self_attention.__class__ = modeling_falcon.FalconFlashAttention2  # as it is loaded with that
+    with pytest.raises(ValueError, match=r'has no attention to convert: load it with attn_implementation="sdpa"'):
+        use_log_position(model, "log-rotary")
 
 
 @torch.no_grad()

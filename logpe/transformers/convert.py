@@ -254,7 +254,7 @@ class _Layers:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         rotary = [_rotary_options(config, attention) for attention in attentions]
         self.rotary_dim = int(head_dim * rotary[0]["rotary_fraction"]) if rotary else 0
-        self.alike = preset in PRESET_ROTATION or rotary.count(rotary[0]) == len(rotary)
+        self.alike = preset in PRESET_ROTATION or all(own == rotary[0] for own in rotary)
         self.positions = []
         for attention, own in zip(attentions, rotary, strict=True):
             settings = ({} if preset in PRESET_ROTATION else own) | options  # such a preset does not turn as the model
