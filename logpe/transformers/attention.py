@@ -72,10 +72,12 @@ def log_attention_forward(
         require({} if breaks is None else {BYPASSED: ~breaks.any()})
     starts: dict[str, Any] = {}
     parallel = getattr(module, "context_parallel", None)
-    if parallel is not None:  # check_call has refused masks that hide anything
-        attention_mask = None
     if attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
-        attention_mask = starts_from(attention_mask, query.shape[2])
+        if parallel is None:
+            attention_mask = starts_from(attention_mask, query.shape[2])
+        else:
+            require({"attention_mask must be None with context_parallel": attention_mask.all()})
+            attention_mask = None
     if attention_mask is not None:
         shape = (query.shape[0], 1, 1, 2)
         if attention_mask.dtype != torch.int32 or attention_mask.shape != shape:
