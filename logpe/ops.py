@@ -164,6 +164,8 @@ def rotate(x: Tensor, theta: Tensor, starts: Tensor | None, start: int, rotary_s
     """Run the operator, or the eager definition where there is none: on other devices, under torch.func."""
     if eager.transforming() or x.device.type not in ("cpu", "cuda", "meta"):
         return _rotate_eagerly(x, theta, starts, start, rotary_scale)
+    if not (torch.is_grad_enabled() or x.is_meta) and direct(x, theta, starts):
+        return _rotate(x, theta, starts, start, rotary_scale, False)
     return torch.ops.logpe.rotate(x, theta, starts, start, rotary_scale, False)
 
 
