@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from logpe.transformers import adapters
 
 RELATIVE_BIAS = "relative_attention_bias"
 CROSS_ATTENTION = ("encoder_attn", "EncDecAttention")
@@ -33,7 +34,8 @@ class Stack:
         packs: whether the model hands its attention what it is not told by name, and so packed sequences.
         bool_mask: whether the model computes with the mask, and needs a bool one: see :func:`log_position_mask`.
         scaled_slopes: whether its ALiBi, if it has one, is divided by sqrt(head_dim), as the logits are.
-        forward: stands in for the forward of its attention, where that does not ask Transformers for an attention.
+        forward: stands in for the forward of its attention, where that does not ask Transformers for an attention:
+            see :mod:`logpe.transformers.adapters`.
     """
 
     path: str = ""
@@ -101,77 +103,6 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=None if given is None else given.device)
 
 
-def _bloom_attention(
-    self: Any,
-    hidden_states: Tensor,
-    residual: Tensor,
-    alibi: Tensor,
-    attention_mask: Any,
-    layer_past: Any = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Stand in for BloomAttention.forward, whose ALiBi becomes the preset of that name."""
-    from logpe.transformers.attention import log_attention_forward
-
-    q, k, v = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1)).unbind(-2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if layer_past is not None:
-        k, v = layer_past.update(k, v, self.layer_idx)
-    dropout = self.attention_dropout.p if self.training else 0.0
-    out, _ = log_attention_forward(self, q, k, v, attention_mask, self.inv_norm_factor, dropout, is_causal=True)
-    out = functional.dropout(self.dense(out.flatten(2)), self.hidden_dropout, self.training)
-    return residual + out, None
-
-
-def _mpt_attention(
-    self: Any,
-    hidden_states: Tensor,
-    position_bias: Tensor,
-    past_key_values: Any = None,
-    attention_mask: Any = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Stand in for MptAttention.forward, whose ALiBi becomes the preset of that name."""
-    from logpe.transformers.attention import log_attention_forward
-
-    qkv = self.Wqkv(hidden_states)
-    if self.clip_qkv:
-        qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-    q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(-3))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
-    dropout = self.attn_dropout_p if self.training else 0.0
-    out, _ = log_attention_forward(self, q, k, v, attention_mask, self.softmax_scale, dropout, is_causal=True)
-    return self.out_proj(out.flatten(2)), None
-
-
-def _falcon_attention(
-    self: Any,
-    hidden_states: Tensor,
-    alibi: Tensor | None,
-    attention_mask: Any,
-    position_ids: Any = None,
-    layer_past: Any = None,
-    position_embeddings: Any = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Stand in for FalconAttention.forward, whose ALiBi becomes the preset of that name."""
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-
-    from logpe.transformers.attention import log_attention_forward
-
-    if attention_mask.is_floating_point():  # Falcon has added its ALiBi to it
-        attention_mask = attention_mask[:, :1] > torch.finfo(attention_mask.dtype).min
-    q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-    if alibi is None:
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-    if layer_past is not None:
-        k, v = layer_past.update(k, v, self.layer_idx)
-    dropout = self.attention_dropout.p if self.training and alibi is not None else 0.0  # as Falcon has it
-    out, _ = log_attention_forward(self, q, k, v, attention_mask, self.inv_norm_factor, dropout, is_causal=True)
-    return self.dense(out.flatten(2)), None
-
-
 DECODER = (Stack(),)
 LEARNED = (Stack(positions="wpe", rotary=False),)
 BERT = (Stack(positions="embeddings.position_embeddings", rotary=False, attention="SelfAttention", causal=False),)
@@ -196,9 +127,9 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("stablelm", "nemotron"), (Stack(packs=False),)),
     "gpt_bigcode": LEARNED,
     "opt": (Stack("decoder", "embed_positions", rotary=False, packs=False),),
-    "bloom": (Stack(positions="", packs=False, forward=_bloom_attention),),
-    "mpt": (Stack(positions="", packs=False, bool_mask=True, forward=_mpt_attention),),
-    "falcon": (Stack(packs=False, bool_mask=True, scaled_slopes=True, forward=_falcon_attention),),
+    "bloom": (Stack(positions="", packs=False, forward=adapters.bloom_attention),),
+    "mpt": (Stack(positions="", packs=False, bool_mask=True, forward=adapters.mpt_attention),),
+    "falcon": (Stack(packs=False, bool_mask=True, scaled_slopes=True, forward=adapters.falcon_attention),),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"), BERT),
     "modernbert": (Stack(causal=False),),
     **dict.fromkeys(("bart", "mbart", "marian", "pegasus"), BART),

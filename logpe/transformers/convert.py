@@ -22,6 +22,7 @@ from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
 from logpe.position import PRESET_ROTATION, LogPosition, inverse_softplus, plain_options
 from logpe.transformers.architectures import ARCHITECTURES, RELATIVE_BIAS, SUPPORTED, Stack
+from logpe.transformers.attention import log_attention_forward
 from logpe.transformers.calls import IMPLEMENTATION, check_call, check_implementation, check_packing
 
 try:
@@ -269,7 +270,7 @@ class _Layers:
         for attention in (*self.attentions, *self.crossing):
             attention.log_position_causal = self.part.causal if attention in self.attentions else None  # type: ignore
             if self.part.forward is not None:
-                attention.forward = functools.partial(self.part.forward, attention)
+                attention.forward = functools.partial(self.part.forward, attention, attend=log_attention_forward)
         if share:
             self.stack.log_position = self.positions[0]
             for attention in self.attentions:  # past nn.Module: the position is a submodule of the stack alone
