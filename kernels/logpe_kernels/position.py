@@ -185,21 +185,25 @@ def query_gain(n, head, gain_length):
 def rotation(n, theta, rotary_scale):
     """Return cos and sin of theta * f_c(n); f_c(n) = c log(1 + n/c) with c = rotary_scale, or n where it is None.
 
-    n: positions and theta: float64, both broadcast. In float64 up to the reduced angle: in float32 an
-    angle of 10^5 turns (c large, a long sequence) keeps two digits of its fraction.
+    n: positions and theta: float64, both broadcast. In float32 an angle of 10^5 turns (c large, a long sequence) would
+    keep two digits of its fraction. Here the fraction of a turn becomes an integer, whose whole turns overflow.
     """
-    mapped = tl.maximum(n, 0).to(tl.float64)
+    n = tl.maximum(n, 0)
+    turns = theta * (1.0 / TWO_PI)  # per unit of f_c; a division of float64 takes nine times as long
     if rotary_scale is not None:
-        mapped = tl.log(1.0 + mapped / rotary_scale) * rotary_scale
-    turns = theta * mapped / TWO_PI
+        turns *= tl.log(1.0 + n.to(tl.float64) / rotary_scale) * rotary_scale
+        turn = ((turns - tl.floor(turns)) * 2.0**32).to(tl.int64).to(tl.int32)  # 2^32 units
+    else:  # float64, which many GPUs have little of, for each plane alone: the product is exact in units of 2^-64
+        step = ((turns - tl.floor(turns)) * 2.0**63).to(tl.int64) << 1
+        turn = ((step * n) >> 32).to(tl.int32)
     # Down to an eighth of a turn, where short polynomials (Cephes, 1 ulp) serve: the library's sine carries
     # a reduction for huge arguments, with a table on the stack.
-    quarter = tl.floor(4.0 * turns + 0.5)
-    x = ((turns - 0.25 * quarter) * TWO_PI).to(tl.float32)
+    quarter = (turn + 2**29) >> 30
+    x = (turn - (quarter << 30)).to(tl.float32) * (TWO_PI / 2.0**32)
     xx = x * x
     sin = x + x * xx * (-1.6666654611e-1 + xx * (8.3321608736e-3 - 1.9515295891e-4 * xx))
     cos = 1.0 - 0.5 * xx + xx * xx * (4.166664568298827e-2 + xx * (2.443315711809948e-5 * xx - 1.388731625493765e-3))
-    quarter = quarter.to(tl.int64).to(tl.int32) & 3
     odd = (quarter & 1) == 1
     sine, cosine = tl.where(odd, cos, sin), tl.where(odd, sin, cos)
+    quarter &= 3
     return tl.where((quarter == 1) | (quarter == 2), -cosine, cosine), tl.where(quarter >= 2, -sine, sine)

@@ -16,17 +16,21 @@ from .plan import Plan, call_key, cdiv, find
 from .position import rotation
 from .tile import cast, in_elements, in_units, load_axis
 
+FEW_TOKENS = 4  # of a step of decoding, which takes a smaller tile
+PROGRAMS = 512  # that keep a GPU busy: with more tiles than that, heads share the angles of a program
 
-@triton.jit(do_not_specialize=["count", "total", "start"])
+
+@triton.jit(do_not_specialize=["heads_each", "count", "total", "start"])
 def rotate_kernel(
-    x, out, theta, cu_seqlens, starts, x_strides, out_strides, rotary_scale, num_heads, count, total, start,
+    x, out, theta, cu_seqlens, starts, x_strides, out_strides, rotary_scale, num_heads, heads_each, count, total, start,
     HEAD_DIM: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     INVERSE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     x_strides, out_strides = in_elements(x_strides), in_elements(out_strides)
-    num_tiles = tl.cdiv(count, BLOCK_M)
-    b = tl.program_id(0) // num_tiles
-    tokens = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_tiles, num_parts = tl.cdiv(count, BLOCK_M), tl.cdiv(num_heads, heads_each)
+    first_head = tl.program_id(0) % num_parts * heads_each
+    b = tl.program_id(0) // num_parts // num_tiles
+    tokens = tl.program_id(0) // num_parts % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     axis = load_axis(b, count, total, start, cu_seqlens, starts)
     rows = (axis.row + tokens).to(tl.int64)
     positions = axis.start + tokens  # [BLOCK_M]
@@ -40,9 +44,9 @@ def rotate_kernel(
     exists = (tokens < axis.count) & (positions >= 0)
     store = (tokens < axis.count)[:, None] & (planes < PLANES)[None, :]
     load = exists[:, None] & (planes < PLANES)[None, :]
-    x += b.to(tl.int64) * x_strides[0]
-    out += b.to(tl.int64) * out_strides[0]
-    for _ in range(num_heads):
+    x += b.to(tl.int64) * x_strides[0] + first_head.to(tl.int64) * x_strides[1]
+    out += b.to(tl.int64) * out_strides[0] + first_head.to(tl.int64) * out_strides[1]
+    for _ in range(tl.minimum(heads_each, num_heads - first_head)):
         source = x + rows[:, None] * x_strides[2]  # [BLOCK_M, 1]
         target = out + rows[:, None] * out_strides[2]
         first = tl.load(source + planes[None, :], mask=load, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_P]
@@ -76,12 +80,16 @@ def rotate(
     packed = cu_seqlens is not None
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
     head_dim, planes, in_place = x.shape[-1], theta.shape[0], out is x
+    num_heads = x.shape[1]
     key = call_key((x, out, theta, cu_seqlens, starts), "rotate", rotary_scale, count, inverse, in_place)
-    BLOCK_M = 16 if head_dim > 128 else 32
+    BLOCK_M = FEW_TOKENS if count <= FEW_TOKENS else 16 if head_dim > 128 else 32
+    tiles = batch * cdiv(count, BLOCK_M)
+    heads_each = min(max(tiles * num_heads // PROGRAMS, 1), num_heads)
     strides = [in_units((0, t.stride(1), t.stride(0)) if packed else t.stride()[:3]) for t in (x, out)]
     launch(
-        rotate_kernel, batch * cdiv(count, BLOCK_M), (x, out, theta, cu_seqlens, starts),
-        (*strides, None if math.isinf(rotary_scale) else float(rotary_scale), x.shape[1], count, x.shape[0], start),
+        rotate_kernel, tiles * cdiv(num_heads, heads_each), (x, out, theta, cu_seqlens, starts),
+        (*strides, None if math.isinf(rotary_scale) else float(rotary_scale),
+         num_heads, heads_each, count, x.shape[0], start),
         dict(
             HEAD_DIM=head_dim, PLANES=planes, BLOCK_P=triton.next_power_of_2(planes),
             BLOCK_D=triton.next_power_of_2(max(head_dim - 2 * planes, 1)), BLOCK_M=BLOCK_M,
