@@ -129,9 +129,7 @@ def test_top_k(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--device=meta"], "--device meta: "),
     ],
 )
-def test_refuses_options(
-    trained: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refuses_options(trained: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, trained, "--prompt=x", *options)
 
 

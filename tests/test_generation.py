@@ -150,9 +150,7 @@ def test_drift_and_printable():
     assert judge.drift(torch.zeros(7, dtype=torch.int64), frequencies) == pytest.approx(8)
     frequencies[0] = 3 * 255  # a probability of 3/4
     half = torch.tensor([[0, 1], [1, 0]])
-    assert judge.drift(half, frequencies) == pytest.approx(
-        0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 * 1020)
-    )
+    assert judge.drift(half, frequencies) == pytest.approx(0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 * 1020))
     assert judge.printable(torch.tensor(list(b"a\n\t\r ~\x7f\x1f\xff\0"))) == pytest.approx(0.6)
 
 

@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 
 import pytest
@@ -17,7 +21,7 @@ from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
-from logpe.command import STATUSES, TIME_IS_OVER
+from logpe.command import STATUSES, STOPPED, TIME_IS_OVER
 from logpe.lm.text import Document, Sampler, document_windows
 
 TINY = Shape(dim=16, layers=2, heads=2)
@@ -49,13 +53,14 @@ def folder(tmp_path_factory):
 
 def quick_arguments(folder, out, *more, lengths=("32", "64")):
     small = ["--steps", "6", "--batch", "2", "--windows", "4", "--samples", "2", "--train-length", "32"]
-    return ["--quick", "--corpus", str(folder), "--out", str(out), *small, "--lengths", *lengths, *more]
+    command = ["--quick", "--processes", "1", "--corpus", str(folder), "--out", str(out)]
+    return [*command, *small, "--lengths", *lengths, *more]
 
 
 def arguments(folder, out, *more):
     small = ["--steps", "4", "--batch", "2", "--windows", "4", "--whole", "2", "--target", "32", "--samples", "2"]
     small += ["--depths", "2", "--train-length", "32", "--reach", "4"]
-    return ["--device", "cpu", "--corpus", str(folder), "--out", str(out), *small, *more]
+    return ["--device", "cpu", "--processes", "1", "--corpus", str(folder), "--out", str(out), *small, *more]
 
 
 def settings(**changes):
@@ -522,8 +527,39 @@ def test_shards_make_one_study(whole, folder, tmp_path, capsys):
     assert {job for *_, job in first} == {"text", "needle", "recall"}
     assert extrapolation.main([*command, "--shard", "0/2"], TINY) == 0
     assert numbers(path) == numbers(whole[0])
-    for bad in (["--shard", "2/2"], ["--shard", "x"], ["--shard", "0/2", "--fresh"]):
-        assert status_of(extrapolation.main, [*command, *bad], TINY) == 2
+    for bad in (["2/2"], ["x"], ["0/2", "--fresh"], ["0/2", "--processes", "2"]):
+        assert status_of(extrapolation.main, [*command, "--shard", *bad], TINY) == 2
+
+
+def test_processes_side_by_side_make_the_same_study(folder, tmp_path, capsys):
+    command = quick_arguments(folder, tmp_path, "--encodings", "none", "rope")
+    assert extrapolation.main(command, TINY) == 0
+    path = tmp_path / "extrapolation-quick.json"
+    known, table = numbers(path), capsys.readouterr().out.split("\n\n")[0]
+    assert extrapolation.main([*command, "--fresh", "--processes", "2"], TINY) == 0
+    assert numbers(path) == known
+    assert capsys.readouterr().out.split("\n\n")[0] == table  # once, after both
+    assert extrapolation.main([*command, "--fresh", "--processes", "2", "--minutes", "0"], TINY) == TIME_IS_OVER
+    assert numbers(path) == {}
+    # A process fails: its message, one line, and the status of an error that a user can mend.
+    (lock,) = (tmp_path / ".cache").glob(".*-rope-0-text.lock")
+    lock.unlink()
+    lock.mkdir()
+    assert status_of(extrapolation.main, [*command, "--processes", "2"], TINY) == 2
+
+
+def test_a_signal_stops_all_processes(folder, tmp_path):
+    command = quick_arguments(folder, tmp_path, "--encodings", "none", "rope", "--tasks", "--steps", "100000")
+    command += ["--processes", "2", "--dim", "16", "--layers", "1", "--heads", "2"]
+    with subprocess.Popen([sys.executable, "-m", "bench", "extrapolation", *command], stderr=subprocess.PIPE) as study:
+        locks = tmp_path / ".cache"
+        deadline = time.monotonic() + 60
+        while len(list(locks.glob(".*-text.lock"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        study.send_signal(signal.SIGINT)
+        assert study.wait(60) == STOPPED
+        assert b"Traceback" not in study.stderr.read()  # which ends when no process has it open
 
 
 @pytest.mark.parametrize("name", ["log-bias+shared", "alibi", "log-sinusoid", "log-invariant+rotary=0.5+gain"])

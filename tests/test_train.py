@@ -548,9 +548,7 @@ def converted(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["run", "transformers", "gpt2", "qwen3"])
-def test_init_from(
-    folder: Path, whole: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_from(folder: Path, whole: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The weights are those of the model; stopped and gone on it is the same to the bit; the result is loaded again."""
     given = whole if kind == "run" else whole / kind
     if kind in ("gpt2", "qwen3"):

@@ -16,6 +16,7 @@ On many GPUs one process each does its part of the same study:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     what = f"shares of every batch of text, of {', '.join(mixture.KINDS)}; one model then serves all tasks"
     p.add_argument("--mixture", nargs="+", type=parse_share, default=[], metavar="KIND=F", help=what)
     p.add_argument("--smeared-keys", action="store_true", help="mix each key with the one before, in every model")
+    what = "so many on the CPU at once, each with its share of the threads (default: one for each thread)"
+    p.add_argument("--processes", type=count, metavar="N", help=what)
     add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
@@ -188,13 +191,26 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.S
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
     """Run the command; return its exit status."""
     args = runner.parse(parser(), arguments, BUDGETS)
-    if parse_shard(args.shard)[1] > 1 and args.fresh:
-        raise ValueError("--fresh is for one process alone: others would lose what they measured")
+    if parse_shard(args.shard)[1] > 1:
+        if args.fresh:
+            raise ValueError("--fresh is for one process alone: others would lose what they measured")
+        if (args.processes or 1) > 1:
+            raise ValueError("--processes divides the work as --shard and torchrun do: name one of them")
     shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm, args.tokens)
     if sum(part for _, part in args.mixture) >= 1:
         raise ValueError("--mixture must leave room for text: its shares must sum to less than 1")
     for name in args.encodings:
         Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
+    if args.processes is None:
+        models = len(args.encodings) * len(args.seeds) * (1 if args.mixture else 1 + len(args.tasks))
+        alone = args.device.type != "cpu" or parse_shard(args.shard)[1] > 1
+        args.processes = 1 if alone else min(torch.get_num_threads(), models)
+    return measure(shape, args)
+
+
+def measure(shape: Shape, args: argparse.Namespace) -> int:
+    """Run with options that are complete, in one process or in several; return the exit status."""
     text = corpus.load(args.corpus)
     studies = [study_of(args, text, settings_of(args, text, length, shape)) for length in args.train_length]
-    return runner.run("extrapolation", args, studies)
+    several = functools.partial(measure, shape) if args.processes > 1 else None
+    return runner.run("extrapolation", args, studies, several)

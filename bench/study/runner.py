@@ -7,7 +7,11 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +33,7 @@ from bench.common import device_name, reading, write_whole
 from bench.study import tables
 from bench.study.model import learned_positions
 from bench.study.tables import Runs
+from logpe.command import STOPPED, TIME_IS_OVER
 from logpe.files import locked
 from logpe.lm import checkpoint as checkpoints
 from logpe.lm.loop import Stop, Training
@@ -206,9 +211,10 @@ class Results:
         if fresh:
             for checkpoint in self.cache.glob(f"{about['key']}-*"):
                 shutil.rmtree(checkpoint)
-        self.runs: Runs = self._read()
+        self.runs: Runs = self.read()
 
-    def _read(self) -> Runs:
+    def read(self) -> Runs:
+        """Return what is in the file."""
         if not self.path.exists() or self.fresh:
             return {}
         with reading(self.path):
@@ -224,14 +230,14 @@ class Results:
 
     def record(self, encoding: str, seed: int, job: str) -> dict[str, Any]:
         """Return the same as it is in the file now, to be filled in by this process alone."""
-        self.runs = self._read()
+        self.runs = self.read()
         self.mine[encoding, str(seed), job] = record = self.look(encoding, seed, job)
         return record
 
     def save(self) -> None:
         """Write the whole file, or leave the old one; the records of others stay as they are there."""
         with filelock.FileLock(self.cache / f".{self.about['key']}.lock"):  # others write too: wait for them
-            runs = self._read()
+            runs = self.read()
             for (encoding, seed, job), record in self.mine.items():
                 runs.setdefault(encoding, {}).setdefault(seed, {})[job] = record
             content = {**self.about, "runs": runs}
@@ -261,13 +267,18 @@ def results_path(folder: Path, name: str, key: str) -> Path:
 
 
 class Progress:
-    """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic)."""
+    """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic).
 
-    def __init__(self, total: int, done: int, deadline: float) -> None:
+    A process of :func:`side_by_side` stops, too, when the one that started it is gone. line: where the bar stands.
+    """
+
+    def __init__(self, total: int, done: int, deadline: float, line: int = 0) -> None:
         self.stop = Stop(deadline)
+        self.parent = multiprocessing.parent_process()
         self.bar = tqdm(
             total=total,
             initial=done,
+            position=line,
             smoothing=0.05,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
@@ -277,7 +288,7 @@ class Progress:
     def advance(self, units: int) -> None:
         """Count finished work. Raises KeyboardInterrupt when it is time to stop, at the deadline TimeIsOver."""
         self.bar.update(units)
-        if self.stop.signalled:
+        if self.stop.signalled or (self.parent is not None and not self.parent.is_alive()):
             raise KeyboardInterrupt
         if self.stop.late:
             raise command.TimeIsOver
@@ -362,7 +373,7 @@ def measure(
         done += work - (stage.training_work if missing else 0) - sum(stage.tests[test] for test in missing)
     if not plan:
         return
-    with Progress(total, done, deadline) as progress:
+    with Progress(total, done, deadline, shard[0]) as progress:
         for name, seed, job, stage in plan:
             weights = stage.same_training.get(name, name)
             checkpoint = (
@@ -407,12 +418,69 @@ class Study:
     shard: tuple[int, int] = (0, 1)
 
 
-def run(program: str, args: argparse.Namespace, studies: Sequence[Study]) -> int:
+def side_by_side(name: str, measure_shard: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:
+    """Measure in ``args.processes`` processes, each with its share of the threads: small models gain little from more.
+
+    Args:
+        name: of the program, for its messages.
+        measure_shard: run in each process, with ``shard`` set and ``processes`` 1; returns the exit status.
+
+    Raises:
+        KeyboardInterrupt: a process was stopped, at the deadline TimeIsOver.
+        ChildProcessError: a process failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // args.processes)
+    shards = [f"{i}/{args.processes}" for i in range(args.processes)]
+    changed = dict(processes=1, fresh=False)
+    each = [argparse.Namespace(**{**vars(args), **changed, "shard": shard}) for shard in shards]
+    lock = context.RLock()  # two bars must not write at once
+    processes = [context.Process(target=_shard, args=(name, measure_shard, part, threads, lock)) for part in each]
+    with Stop(math.inf, impatient=False) as stop:
+        for process in processes:
+            process.start()
+        told = False
+        while any(process.is_alive() for process in processes):
+            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 0.5)
+            failed = any(process.exitcode not in (None, 0, TIME_IS_OVER) for process in processes)
+            if (stop.signalled or failed) and not told:
+                told = True
+                for process in processes:
+                    process.terminate()  # SIGTERM, which they take as Ctrl-C
+    statuses = [process.exitcode for process in processes]
+    failures = [status for status in statuses if status not in (0, STOPPED, TIME_IS_OVER, -signal.SIGTERM)]
+    if failures and not stop.signalled:
+        raise ChildProcessError(f"a process ended with status {failures[0]}; --processes 1 measures in this one")
+    if stop.signalled or STOPPED in statuses:
+        raise KeyboardInterrupt
+    if TIME_IS_OVER in statuses:
+        raise command.TimeIsOver
+
+
+def _shard(
+    name: str, measure_shard: Callable[[argparse.Namespace], int], args: argparse.Namespace, threads: int, lock: Any
+) -> None:
+    """Be a process of :func:`side_by_side`."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C is for the process that started this one, which passes it on
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  that one reports
+    tqdm.set_lock(lock)
+    torch.set_num_threads(threads)
+    sys.exit(command.run(name, lambda: measure_shard(args)))
+
+
+def run(
+    program: str,
+    args: argparse.Namespace,
+    studies: Sequence[Study],
+    measure_shard: Callable[[argparse.Namespace], int] | None = None,
+) -> int:
     """Measure what is missing, one study after the other; show what there is, and return the exit status.
 
     Args:
         program: its name, such as ``extrapolation``.
         args: from ``parse``.
+        measure_shard: measure in several processes, see :func:`side_by_side`.
     """
     stamp = command.stamp()
     stop: KeyboardInterrupt | None = None
@@ -423,14 +491,20 @@ def run(program: str, args: argparse.Namespace, studies: Sequence[Study]) -> int
             about = command.about(f"bench {program}", args.command_line, study.settings, stamp, **study.about)
             path = results_path(args.out, study.name, study.settings.key)
             measured.append((study, results := Results(path, about, args.fresh)))
-            for stages, encodings in study.plan:
+            for stages, encodings in study.plan if measure_shard is None else ():
                 measure(results, stages, encodings, args.seeds, args.deadline, stamp, study.shard)
+        if measure_shard is not None:
+            if args.fresh:
+                for _, results in measured:
+                    results.save()  # empty: each process goes on from there
+            side_by_side(f"python -m bench {program}", measure_shard, args)
     except KeyboardInterrupt as error:
         stop = error
     finally:
         torch.set_flush_denormal(False)
     for study, results in measured:
-        if study.shard[0] == 0:  # the others would write the same
+        if study.shard[0] == 0 and multiprocessing.parent_process() is None:  # the others would write the same
+            results.runs = results.read()
             show(study, results)
     return command.stopped(stop) if stop else 0
 
@@ -441,7 +515,7 @@ def show(study: Study, results: Results) -> None:
         print("Nothing is measured yet.")
         return
     print(f"\n{study.table(results.runs)}")
-    print(f"\nMeasured in {tables.seconds(results.runs) / 60:.1f} minutes: {results.path}")
+    print(f"\n{tables.seconds(results.runs) / 60:.1f} minutes of measuring, over all processes: {results.path}")
     try:
         picture = results.path.with_suffix(".png")
         print(*(study.draw(picture, results.runs) or [picture]), sep="\n")
