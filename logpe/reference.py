@@ -137,14 +137,26 @@ def rotate(x: Tensor, positions: Tensor, theta: Tensor, rotary_scale: float, inv
     Returns:
         (..., N, D), the dtype of x.
     """
-    planes = theta.numel()
-    compute = torch.promote_types(x.dtype, torch.float32)
+    return turn(x, *turns(positions, theta, rotary_scale, x), inverse)
+
+
+def turns(positions: Tensor, theta: Tensor, rotary_scale: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles of :func:`rotate`, (..., N, planes).
+
+    They lie where ``like`` does, in its dtype, and in float32 at least.
+    """
     angle = log_map(positions.clamp(min=0).to(theta.device).double(), rotary_scale)[..., None] * theta
-    cos, sin = (t.to(compute).to(x.device) for t in (angle.cos(), angle.sin()))
-    if inverse:
-        sin = -sin
-    first, second, rest = x.to(compute).split((planes, planes, x.shape[-1] - 2 * planes), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+    compute = torch.promote_types(like.dtype, torch.float32)
+    return angle.cos().to(compute).to(like.device), angle.sin().to(compute).to(like.device)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Return x (..., N, D), turned by angles of :func:`turns`, or back."""
+    planes = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split((planes, planes, x.shape[-1] - 2 * planes), dim=-1)
+    sign = -1 if inverse else 1
+    turned = (first * cos).addcmul(second, sin, value=-sign), (second * cos).addcmul(first, sin, value=sign)
+    return torch.cat((*turned, rest), dim=-1).to(x.dtype)
 
 
 # --- dropout ------------------------------------------------------------------------------------------------
