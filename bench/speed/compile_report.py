@@ -101,7 +101,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * KIB, Rates(1024, None, 128, None)),
 }
 #: LogPosition's presets; log-invariant is the heaviest for the backward and takes the query gain along.
-PRESETS = ("none", "alibi", "log-bias", "log-invariant+gain", "log-rotary", "log-rotary-bias")
+PRESETS = ("none", "alibi", "log-bias", "log-bias-rope", "log-invariant+gain", "log-rotary", "log-rotary-bias")
 #: Beside them: a plain kernel that is not ours, see bench/speed/yardstick.py. It has a forward pass alone.
 YARDSTICK = "yardstick"
 MASKS = ("causal", "full")
@@ -213,7 +213,8 @@ class Row:
         if self.feature != "plain" or self.kernel not in roofline.PRODUCTS or self.preset == YARDSTICK:
             return None
         dtype = "half" if self.dtype in HALF else self.dtype
-        return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {self.preset} [{self.tile}]"
+        preset = self.preset.removesuffix("-rope")  # which rotates beforehand
+        return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {preset} [{self.tile}]"
 
     def failures(self, budgets: dict[str, list[float]] | None, complete: bool = False) -> Iterator[str]:
         """Yield what --check objects to.
@@ -346,7 +347,7 @@ def cases(
 def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
     """Yield a slice of all cases: on each target the common size, and the heaviest position where it is tightest."""
     for target in targets:
-        yield Case(target, "bfloat16", 64, ("log-bias",))
+        yield Case(target, "bfloat16", 64, ("log-bias", "log-bias-rope"))
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
     rest = [
         ("float32", 64, ("log-bias",), "full", "plain"),
