@@ -17,6 +17,7 @@ PROGRAMS = {
     "decode": "speed",
     "host_overhead": "speed",
     "compile_report": "speed",
+    "counters": "speed",
     "scaling": "speed",
     "gpu": "speed",
 }

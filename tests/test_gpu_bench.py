@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import status_of
 
-from bench.speed import gpu, host_overhead, throughput
+from bench.speed import counters, gpu, host_overhead, throughput
 from bench.speed.gpu import Part
 from logpe import files
 from logpe.command import BAD_USE, STATUSES, STOPPED
@@ -101,7 +101,7 @@ def test_time_that_is_not_needed_goes_to_the_next(log, monkeypatch):
 
 def test_parts_are_bounded_commands_of_this_project(tmp_path):
     names = [part.name for part in gpu.parts(tmp_path, gpu=True)]
-    assert names == ["tests", "throughput", "host overhead", "tuner"]
+    assert names == ["tests", "throughput", "host overhead", "counters", "tuner"]
     assert sum(part.share for part in gpu.parts(tmp_path, gpu=True)) == pytest.approx(1)
     commands = {part.name: part.command(120.0) for part in gpu.parts(tmp_path, gpu=True)}
     assert commands["tests"][:4] == ["-m", "pytest", "-m", "gpu"]
@@ -156,9 +156,9 @@ def test_all_parts_in_tiny_sizes(tmp_path):
     assert "skipped" in content["parts"][0]["result"]
     assert content["parts"][1]["result"] == "points: 2 measured"
     assert "us of host time" in content["parts"][2]["result"]
-    names = {path.name for path in (tmp_path / "folder").glob("[!.]*")}  # and tune.json on a GPU
+    names = {path.name for path in (tmp_path / "folder").glob("[!.]*")}  # and counters.json and tune.json on a GPU
     comparison = {f"throughput-cpu.{kind}" for kind in ("json", "csv", *["png"] * PICTURES)}
-    assert names == {"gpu.json", "host_overhead.json", "log.txt", "tests.xml"} | comparison
+    assert names == {"gpu.json", "host_overhead.json", "log.txt"} | comparison
 
     host = json.loads((tmp_path / "folder" / "host_overhead.json").read_text())
     assert host["machine"]["launch"] == host_overhead.STUBBED
@@ -205,3 +205,81 @@ def test_host_overhead_on_a_gpu(tmp_path, capsys):
     assert "+ the launch" in times
     graph = next(value for name, value in times.items() if name.startswith("CUDA graph"))
     assert graph < times[host_overhead.WHOLE]
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+NCU = """#!{python}
+import pathlib, sys
+options = sys.argv[1:]
+metrics = options[options.index("--metrics") + 1].split(",")
+assert options[options.index("-m") :][:3] == ["-m", "bench", "counters"] and "--calls" in options
+print("==PROF== Connected to process 7")
+lost = [name for name in metrics if "gmma" in name or "tensor" in name]
+if lost:
+    sys.exit(f"==ERROR== Failed to find metric {{lost[0]}}")
+if {refused}:
+    sys.exit("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+head = "ID,Process ID,Kernel Name,Section Name,Metric Name,Metric Unit,Metric Value"
+rows = []
+for call in range(4):
+    for place, kernel in enumerate(("forward_kernel", "dq_kernel", "dkdv_kernel")):
+        for name in metrics:
+            value = {{"gpu__time_duration.sum": "1,500,000", "launch__registers_per_thread": "255"}}.get(name, "50.0")
+            value = "8,389,632,000" if name == "smsp__inst_executed.sum" else value
+            value = str(place) + ".25" if "barrier" in name else "n/a" if "stalled" in name else value
+            rows.append((3 * call + place, 7, kernel, "Command line profiler metrics", name, "", value))
+lines = [",".join(f'"{{cell}}"' for cell in row) for row in [head.split(","), *rows]]
+pathlib.Path(options[options.index("--log-file") + 1]).write_text("==PROF== Disconnected\\n" + "\\n".join(lines))
+"""
+
+
+@pytest.fixture
+def fake_ncu(tmp_path, monkeypatch):
+    """A profiler that knows no metric of a matrix unit, and a GPU; returns what writes it."""
+
+    def write(refused=False):
+        path = tmp_path / "bin" / "ncu"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(NCU.format(python=sys.executable, refused=refused))
+        path.chmod(0o700)
+        monkeypatch.setenv("PATH", str(path.parent))
+
+    monkeypatch.setattr(counters.command, "parse_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(counters, "describe_machine", lambda device: {"device": "none"})
+    return write
+
+
+def test_counters_are_read_from_the_profiler(fake_ncu, tmp_path, capsys):
+    fake_ncu()
+    out = tmp_path / "counters.json"
+    assert counters.main(["--out", str(out)]) == 0
+    head, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert [line[:3] for line in lines[:3]] == [[kernel, "log-bias", "128"] for kernel in ("forward", "dq", "dkdv")]
+    assert [line[1:3] for line in lines[3:12:3]] == [["log-bias", "64"], ["none", "128"], ["none", "64"]]
+    line = dict(zip(head[:10], lines[1], strict=False))
+    scores = 2 * 16 * 8192 * 8193 / 2
+    assert (line["us"], line["issued"]) == ("1500.0", f"{8_389_632_000 * 32 / scores:.1f}")
+    assert lines[1][6] == "-"  # the matrix unit's
+    assert lines[1][-3:] == ["255", "barrier", "1.25"]
+    rows = json.loads(out.read_text())["kernels"]
+    assert len(rows) == 12
+    assert rows[4]["gpu__time_duration.sum"] == 1_500_000
+    assert rows[4]["smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"] is None
+
+
+def test_counters_say_why_there_are_none(fake_ncu, monkeypatch, tmp_path, capsys):
+    fake_ncu(refused=True)
+    assert counters.main([]) == BAD_USE
+    assert "ERR_NVGPUCTRPERM" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert counters.main([]) == 0
+    assert "not installed" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert counters.main(["--device", "cpu"]) == BAD_USE
+    assert "the device is cpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_calls_that_are_counted():
+    counters.make_calls(torch.device("cuda"))

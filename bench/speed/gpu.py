@@ -3,11 +3,11 @@
     python -m bench gpu --minutes 9 --out DIR
     PYTHONPATH=.:kernels python -m bench gpu --out DIR        # from a checkout that is not installed
 
-Runs the GPU tests, the throughput comparison in its most telling points, the host overhead, and the tuner, each as a
-process with a share of the time; what one does not need, the next ones get. Each is a line of the table that is
-printed at the end, with what it said last. If one fails, or runs out of time, the others go on. DIR then holds JSON,
-CSV and PNG, and ``log.txt`` with all that was printed. The same command on the same DIR goes on where throughput and
-tuner were stopped.
+Runs the GPU tests, the throughput comparison in its most telling points, the host overhead, the counters of the main
+kernels where NVIDIA's profiler is installed, and the tuner, each as a process with a share of the time; what one does
+not need, the next ones get. Each is a line of the table that is printed at the end, with what it said last. If one
+fails, or runs out of time, the others go on. DIR then holds JSON, CSV and PNG, and ``log.txt`` with all that was
+printed. The same command on the same DIR goes on where throughput and tuner were stopped.
 
 Exit status 1: a part did not end well. ``--cpu`` runs what there is without a GPU, in tiny sizes: it checks this
 command, and measures nothing.
@@ -77,8 +77,7 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         where = [] if gpu else ["tests/test_attention.py"]
         processes = max(1, min(12, (os.cpu_count() or 1) - 2))
         several = ["-n", str(processes)] if gpu and importlib.util.find_spec("xdist") else []
-        report = folder / "tests.xml"
-        options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+        options = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
         return ["-m", "pytest", "-m", "gpu", *where, *several, *options]
 
     def compare(seconds: float) -> list[str]:
@@ -96,13 +95,11 @@ def parts(folder: Path, gpu: bool) -> list[Part]:
         size = ["--masks", "causal", "--presets", "log-bias", "--lengths", "8192"]
         return ["-m", "logpe", "tune", *size, "--minutes", minutes(seconds), "--out", str(folder / "tune.json")]
 
-    all_parts = [
-        Part("tests", 0.32, tests),
-        Part("throughput", 0.34, compare),
-        Part("host overhead", 0.06, host),
-        Part("tuner", 0.28, tune),
-    ]
-    return all_parts if gpu else all_parts[:-1]
+    def count(seconds: float) -> list[str]:
+        return ["-m", "bench", "counters", "--out", str(folder / "counters.json")]
+
+    anywhere = [Part("tests", 0.31, tests), Part("throughput", 0.32, compare), Part("host overhead", 0.06, host)]
+    return [*anywhere, Part("counters", 0.06, count), Part("tuner", 0.25, tune)] if gpu else anywhere
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -201,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_in(folder: Path, options: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     """Run all parts, write and print what became of them; return the exit status."""
     gpu = not options.cpu
-    for name in ("tests.xml", "host_overhead.json"):  # of an earlier call: not to be taken for this one's
+    for name in ("host_overhead.json", "counters.json"):  # of an earlier call: not to be taken for this one's
         (folder / name).unlink(missing_ok=True)
     log = folder / "log.txt"
     machine = describe_machine(torch.device("cuda" if gpu else "cpu"))
