@@ -6,17 +6,14 @@ All rows have the training length, and all encodings train on the same rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.study.tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    from bench.study.protocol import Text
+from logpe.lm.text import Sampler
 
 COLLAGE = "collage"
 KINDS = (COLLAGE, *TASKS)
@@ -64,20 +61,30 @@ class Mixture:
     """Draws batches of which shares are collages, or prompts of tasks; the rest is text.
 
     Args:
-        text: where the text comes from, and the settings.
+        text: windows of text, int64 (rows, length).
+        batch: rows of a batch.
+        length: tokens of a row.
+        shares: of a batch, by kind.
         tasks: by name, in symbols that ``symbols`` makes tokens.
         symbols: the token of each symbol, int64.
     """
 
-    def __init__(self, text: Text, tasks: dict[str, Task], symbols: Tensor) -> None:
-        self.text, self.tasks, self.symbols = text, tasks, symbols
-        self.batch, self.length = text.settings.batch, text.settings.train_length + 1
-        self.rows = {kind: round(share * self.batch) for kind, share in text.settings.mixture}
+    def __init__(
+        self,
+        text: Sampler,
+        batch: int,
+        length: int,
+        shares: Iterable[tuple[str, float]],
+        tasks: dict[str, Task],
+        symbols: Tensor,
+    ) -> None:
+        self.text, self.batch, self.length, self.tasks, self.symbols = text, batch, length, tasks, symbols
+        self.rows = {kind: round(share * batch) for kind, share in shares}
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return tokens int64 (batch, train_length + 1), and the targets of all but the last, some UNSCORED."""
+        """Return tokens int64 (batch, length), and the targets of all but the last, some UNSCORED."""
         questions = {kind: rows for kind, rows in self.rows.items() if kind in self.tasks and rows}
-        tokens = self.text.sampler(self.batch - sum(questions.values()), generator)
+        tokens = self.text(self.batch - sum(questions.values()), generator)
         collages = self.rows.get(COLLAGE, 0)
         tokens[:collages] = collage(tokens[:collages], generator)
         parts, targets = [tokens], [tokens[:, 1:]]

@@ -285,7 +285,8 @@ def stages(jobs: Mapping[str, Job], settings: Settings, symbols: Tensor, device:
     if not settings.mixture or not isinstance(text, Text):
         return found
     known = {name: tasks.with_names(task, settings.shape.vocabulary) for name, task in tasks.TASKS.items()}
-    mixed = mixture.Mixture(text, known, symbols)
+    rows = settings.batch, settings.train_length + 1, settings.mixture
+    mixed = mixture.Mixture(text.sampler, *rows, known, symbols)
 
     def loss(model: Model, seed: int) -> runner.BatchLoss:
         return mixture.loss(model, lambda tokens: predict(model, tokens, None), mixed, seed)
