@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     what = f"shares of every batch of text, of {', '.join(mixture.KINDS)}; one model then serves all tasks"
     p.add_argument("--mixture", nargs="+", type=parse_share, default=[], metavar="KIND=F", help=what)
     p.add_argument("--smeared-keys", action="store_true", help="mix each key with the one before, in every model")
-    what = "so many on the CPU at once, each with its share of the threads (default: one for each thread)"
+    what = "measure so many models side by side (default: on the CPU one for each thread, else 1)"
     p.add_argument("--processes", type=count, metavar="N", help=what)
     add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
     p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")

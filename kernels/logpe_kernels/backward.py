@@ -263,7 +263,7 @@ def attention_backward(
         raise ValueError("there is no gradient through a block_table")
     plan = plan_of(q, k, v, options)
     dq, dk, dv = (new_output(x, plan.packed) for x in (q, k, v))
-    q, k = turned(q, k, options, plan)
+    q, k = turned(q, k, options, plan)  # again: kept, they would take as much memory as q and k
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
