@@ -14,7 +14,7 @@ class Busy(RuntimeError):
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = "") -> Iterator[None]:
+def locked(folder: Path, name: str = "", wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing to ``folder``, or only to ``name`` in it, while the context lasts.
 
     The lock is the file ``.lock``, or ``.name.lock``, in the folder. The file stays there, and is unlocked as soon as
@@ -22,6 +22,7 @@ def locked(folder: Path, name: str = "") -> Iterator[None]:
 
     Args:
         folder: created if it does not exist.
+        wait: for the lock, instead of raising Busy.
 
     Raises:
         Busy: another process, or another context of this one, holds the lock.
@@ -32,7 +33,7 @@ def locked(folder: Path, name: str = "") -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / (f".{name}.lock" if name else ".lock"))
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except filelock.Timeout:
         raise Busy(f"another run writes to {folder / name}: wait until it has ended, or name another folder") from None
     try:

@@ -284,7 +284,7 @@ def arguments(folder, out, *more):
     small = ["--steps", "120", "--batch", "16", "--documents", "20", "--joined", "6", "--train-length", "16"]
     small += ["--reach", "8", "--dim", "16", "--layers", "1", "--heads", "2", "--vocabulary", "400"]
     small += ["--learning-rate", "1e-2", "--encodings", "rope", "log-bias", "--seeds", "0"]
-    return ["--device", "cpu", "--data", str(folder), "--out", str(out), *small, *more]
+    return ["--device", "cpu", "--processes", "1", "--data", str(folder), "--out", str(out), *small, *more]
 
 
 @pytest.fixture(scope="module")

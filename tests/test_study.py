@@ -636,11 +636,11 @@ def test_time_limit_covers_all_training_lengths(folder, tmp_path, capsys):
 
 
 def test_torchrun_says_which_part(monkeypatch):
-    assert extrapolation.parse_shard(None) == (0, 1)
+    assert runner.parse_shard(None) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert extrapolation.parse_shard(None) == (3, 8)
-    assert extrapolation.parse_shard("1/2") == (1, 2)
+    assert runner.parse_shard(None) == (3, 8)
+    assert runner.parse_shard("1/2") == (1, 2)
 
 
 # --- the quick run --------------------------------------------------------------------------------------------------

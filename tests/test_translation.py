@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, out, *more):
     small = ["--steps", "6", "--batch", "4", "--tested", "6", "--limit", "12", "--vocabulary", "512"]
-    small += ["--dim", "16", "--layers", "1", "--heads", "2", "--device", "cpu", "--seeds", "0"]
+    small += ["--dim", "16", "--layers", "1", "--heads", "2", "--device", "cpu", "--processes", "1", "--seeds", "0"]
     return ["--data", str(folder), "--out", str(out), *small, *more]
 
 

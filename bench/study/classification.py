@@ -365,7 +365,11 @@ def parser() -> argparse.ArgumentParser:
 @command.program("bench classification")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    args = runner.parse(parser(), arguments, BUDGETS)
+    return measure(runner.parse(parser(), arguments, BUDGETS))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run with these options; return the exit status."""
     for name in args.encodings:
         layer_encoding(name)
     reviews = corpus.load_reviews(args.data)
@@ -395,4 +399,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = [({JOB: stage(Task(reviews, settings), args.device)}, args.encodings)]
     about = {"corpus": reviews.describe()}
     study = runner.Study(f"classification-{args.device.type}", settings, about, plan, table, draw)
-    return runner.run("classification", args, [study])
+    return runner.run("classification", args, [study], measure)

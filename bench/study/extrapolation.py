@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,21 +92,8 @@ def parser() -> argparse.ArgumentParser:
     what = f"shares of every batch of text, of {', '.join(mixture.KINDS)}; one model then serves all tasks"
     p.add_argument("--mixture", nargs="+", type=parse_share, default=[], metavar="KIND=F", help=what)
     p.add_argument("--smeared-keys", action="store_true", help="mix each key with the one before, in every model")
-    what = "measure so many models side by side (default: on the CPU one for each thread, else 1)"
-    p.add_argument("--processes", type=count, metavar="N", help=what)
     add("baseline", str, "what paired differences are taken from", "rope", metavar="NAME")
-    p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """Return (2, 8) for "2/8"; for None the rank of torchrun, or all. Raises ValueError."""
-    if text is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"--shard must be I/N with 0 <= I < N, got {text!r}")
-    return int(index), int(count)
 
 
 def parse_share(text: str) -> tuple[str, float]:
@@ -183,7 +169,6 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.S
         plan=[(protocol.stages(jobs, settings, symbols, args.device), args.encodings)],
         table=table,
         draw=draw,
-        shard=parse_shard(args.shard),
     )
 
 
@@ -191,26 +176,16 @@ def study_of(args: argparse.Namespace, text: corpus.Corpus, settings: protocol.S
 def main(arguments: Sequence[str] | None = None, shape: Shape | None = None) -> int:
     """Run the command; return its exit status."""
     args = runner.parse(parser(), arguments, BUDGETS)
-    if parse_shard(args.shard)[1] > 1:
-        if args.fresh:
-            raise ValueError("--fresh is for one process alone: others would lose what they measured")
-        if (args.processes or 1) > 1:
-            raise ValueError("--processes divides the work as --shard and torchrun do: name one of them")
     shape = shape or Shape(args.dim, args.layers, args.heads, args.qk_norm, args.tokens)
     if sum(part for _, part in args.mixture) >= 1:
         raise ValueError("--mixture must leave room for text: its shares must sum to less than 1")
     for name in args.encodings:
         Attention(shape, encoding(name, args.train_length[0]))  # complains about what it cannot be
-    if args.processes is None:
-        models = len(args.encodings) * len(args.seeds) * (1 if args.mixture else 1 + len(args.tasks))
-        alone = args.device.type != "cpu" or parse_shard(args.shard)[1] > 1
-        args.processes = 1 if alone else min(torch.get_num_threads(), models)
     return measure(shape, args)
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> int:
-    """Run with options that are complete, in one process or in several; return the exit status."""
+    """Run with these options; return the exit status."""
     text = corpus.load(args.corpus)
     studies = [study_of(args, text, settings_of(args, text, length, shape)) for length in args.train_length]
-    several = functools.partial(measure, shape) if args.processes > 1 else None
-    return runner.run("extrapolation", args, studies, several)
+    return runner.run("extrapolation", args, studies, functools.partial(measure, shape))

@@ -276,7 +276,11 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus) -> Settings:
 @command.program("bench generation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    args = runner.parse(parser(), arguments, BUDGETS)
+    return measure(runner.parse(parser(), arguments, BUDGETS))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run with these options; return the exit status."""
     text = corpus.load(args.corpus)
     settings = settings_of(args, text)
     texts = Texts(text, settings, args.seeds)
@@ -296,4 +300,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table=lambda runs: table(runs, settings),
         draw=draw,
     )
-    return runner.run("generation", args, [generation])
+    return runner.run("generation", args, [generation], measure)

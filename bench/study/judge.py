@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.study import corpus, protocol, runner
 from bench.study.model import Model, Shape, encoding
 from bench.study.runner import Advance, Stage
+from logpe.files import locked
 from logpe.lm.text import TEST_SHARE, Document, Sampler, document_windows
 
 GRAM, HISTORY = 8, 512  # bytes of what counts as repeated, and how far back it is looked for
@@ -179,7 +180,8 @@ class Judge:
         """Return the judge; where its checkpoint was lost since it read the real text, it is trained again."""
         if self.model is None:
             self.model = self.build()
-            self.stage().train(self.model, 0, self.folder, lambda work: None)
+            with locked(self.folder.parent, self.folder.name, wait=True):
+                self.stage().train(self.model, 0, self.folder, lambda work: None)
             self.model.eval()
         return self.model
 

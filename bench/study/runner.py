@@ -96,18 +96,40 @@ def new_parser(
     add("layers", count, "blocks of a model")
     add("heads", count, "attention heads of a block")
     command.add_run_options(p)
+    what = "measure so many models side by side (default: on the CPU one for each thread, else 1)"
+    p.add_argument("--processes", type=count, metavar="N", help=what)
+    p.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N; by default torchrun's rank")
     return p, add
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Return (2, 8) for "2/8"; for None the rank of torchrun, or all. Raises ValueError."""
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard must be I/N with 0 <= I < N, got {text!r}")
+    return int(index), int(count)
 
 
 def parse(p: argparse.ArgumentParser, arguments: Sequence[str] | None, budgets: command.Budgets) -> argparse.Namespace:
     """Return the options; those left out come from the budget of --quick or of the device.
 
-    ``device`` is a torch.device, ``deadline`` by time.monotonic(), ``command_line`` what was given.
+    ``device`` is a torch.device, ``deadline`` by time.monotonic(), ``command_line`` what was given, ``shard`` two
+    numbers. Raises ValueError.
     """
     args = p.parse_args(arguments)
     args.command_line = arguments
     args.deadline = command.deadline(args.minutes)
     args.device = command.parse_device(args.device)
+    args.shard = parse_shard(args.shard)
+    if args.shard[1] > 1:
+        if args.fresh:
+            raise ValueError("--fresh is for one process alone: others would lose what they measured")
+        if (args.processes or 1) > 1:
+            raise ValueError("--processes divides the work as --shard and torchrun do: name one of them")
+    if args.processes is None:
+        args.processes = torch.get_num_threads() if args.device.type == "cpu" and args.shard[1] == 1 else 1
     budget = "quick" if getattr(args, "quick", False) else "cpu" if args.device.type == "cpu" else "cuda"
     command.fill_in(args, budgets[budget])
     return args
@@ -269,16 +291,16 @@ def results_path(folder: Path, name: str, key: str) -> Path:
 class Progress:
     """The bar over all stages, and the reasons to stop early: Ctrl-C, SIGTERM and the deadline (time.monotonic).
 
-    A process of :func:`side_by_side` stops, too, when the one that started it is gone. line: where the bar stands.
+    A process of :func:`side_by_side` stops, too, when the one that started it is gone. line: where its bar stands.
     """
 
-    def __init__(self, total: int, done: int, deadline: float, line: int = 0) -> None:
+    def __init__(self, total: int, done: int, deadline: float, line: int) -> None:
         self.stop = Stop(deadline)
         self.parent = multiprocessing.parent_process()
         self.bar = tqdm(
             total=total,
             initial=done,
-            position=line,
+            position=0 if self.parent is None else line,
             smoothing=0.05,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
@@ -415,33 +437,32 @@ class Study:
     plan: Sequence[tuple[Mapping[str, Stage], Sequence[str]]]  # stages by job, and the encodings that go through them
     table: Callable[[Runs], str]
     draw: Callable[[Path, Runs], Sequence[Path] | None]  # the PNG file, or others beside it, which it returns
-    shard: tuple[int, int] = (0, 1)
 
 
-def side_by_side(name: str, measure_shard: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:
-    """Measure in ``args.processes`` processes, each with its share of the threads: small models gain little from more.
+def side_by_side(name: str, again: Callable[[argparse.Namespace], int], args: argparse.Namespace, count: int) -> None:
+    """Measure in ``count`` processes, each with its share of the threads: small models gain little from more.
 
     Args:
         name: of the program, for its messages.
-        measure_shard: run in each process, with ``shard`` set and ``processes`` 1; returns the exit status.
+        again: what this process does, for each of them with a ``shard``; returns the exit status.
 
     Raises:
         KeyboardInterrupt: a process was stopped, at the deadline TimeIsOver.
         ChildProcessError: a process failed.
     """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // args.processes)
-    shards = [f"{i}/{args.processes}" for i in range(args.processes)]
-    changed = dict(processes=1, fresh=False)
-    each = [argparse.Namespace(**{**vars(args), **changed, "shard": shard}) for shard in shards]
+    threads = max(1, torch.get_num_threads() // count)
     lock = context.RLock()  # two bars must not write at once
-    processes = [context.Process(target=_shard, args=(name, measure_shard, part, threads, lock)) for part in each]
+    processes = []
+    for index in range(count):
+        part = argparse.Namespace(**{**vars(args), "processes": 1, "fresh": False, "shard": (index, count)})
+        processes.append(context.Process(target=_be_one_of_many, args=(name, again, part, threads, lock)))
     with Stop(math.inf, impatient=False) as stop:
         for process in processes:
             process.start()
         told = False
-        while any(process.is_alive() for process in processes):
-            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 0.5)
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait(alive, 0.5)
             failed = any(process.exitcode not in (None, 0, TIME_IS_OVER) for process in processes)
             if (stop.signalled or failed) and not told:
                 told = True
@@ -457,33 +478,35 @@ def side_by_side(name: str, measure_shard: Callable[[argparse.Namespace], int], 
         raise command.TimeIsOver
 
 
-def _shard(
-    name: str, measure_shard: Callable[[argparse.Namespace], int], args: argparse.Namespace, threads: int, lock: Any
+def _be_one_of_many(
+    name: str, again: Callable[[argparse.Namespace], int], args: argparse.Namespace, threads: int, lock: Any
 ) -> None:
-    """Be a process of :func:`side_by_side`."""
+    """Do the part of a process of :func:`side_by_side`."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C is for the process that started this one, which passes it on
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  that one reports
     tqdm.set_lock(lock)
     torch.set_num_threads(threads)
-    sys.exit(command.run(name, lambda: measure_shard(args)))
+    sys.exit(command.run(name, lambda: again(args)))
 
 
 def run(
-    program: str,
-    args: argparse.Namespace,
-    studies: Sequence[Study],
-    measure_shard: Callable[[argparse.Namespace], int] | None = None,
+    program: str, args: argparse.Namespace, studies: Sequence[Study], again: Callable[[argparse.Namespace], int]
 ) -> int:
     """Measure what is missing, one study after the other; show what there is, and return the exit status.
+
+    With ``args.processes`` above 1, the last part of each plan is measured in as many processes, or one for each model.
 
     Args:
         program: its name, such as ``extrapolation``.
         args: from ``parse``.
-        measure_shard: measure in several processes, see :func:`side_by_side`.
+        again: makes these studies and this call, see :func:`side_by_side`.
     """
     stamp = command.stamp()
     stop: KeyboardInterrupt | None = None
+    last = [(stages, encodings) for study in studies for stages, encodings in study.plan[-1:]]
+    models = (len(encodings) for stages, encodings in last for stage in stages.values() if not stage.trained_as)
+    count = min(args.processes, len(args.seeds) * (sum(models) or sum(len(encodings) for _, encodings in last)))
     measured = []
     torch.set_flush_denormal(True)
     try:
@@ -491,19 +514,18 @@ def run(
             about = command.about(f"bench {program}", args.command_line, study.settings, stamp, **study.about)
             path = results_path(args.out, study.name, study.settings.key)
             measured.append((study, results := Results(path, about, args.fresh)))
-            for stages, encodings in study.plan if measure_shard is None else ():
-                measure(results, stages, encodings, args.seeds, args.deadline, stamp, study.shard)
-        if measure_shard is not None:
-            if args.fresh:
-                for _, results in measured:
-                    results.save()  # empty: each process goes on from there
-            side_by_side(f"python -m bench {program}", measure_shard, args)
+            for stages, encodings in study.plan[:-1] if count > 1 else study.plan:
+                measure(results, stages, encodings, args.seeds, args.deadline, stamp, args.shard)
+            if count > 1 and args.fresh:
+                results.save()  # without what was there, since the processes go on from the file
+        if count > 1:
+            side_by_side(f"python -m bench {program}", again, args, count)
     except KeyboardInterrupt as error:
         stop = error
     finally:
         torch.set_flush_denormal(False)
-    for study, results in measured:
-        if study.shard[0] == 0 and multiprocessing.parent_process() is None:  # the others would write the same
+    if args.shard[0] == 0 and multiprocessing.parent_process() is None:  # else another process shows the same
+        for study, results in measured:
             results.runs = results.read()
             show(study, results)
     return command.stopped(stop) if stop else 0

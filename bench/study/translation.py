@@ -353,7 +353,11 @@ def parser() -> argparse.ArgumentParser:
 @command.program("bench translation")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    args = runner.parse(parser(), arguments, BUDGETS)
+    return measure(runner.parse(parser(), arguments, BUDGETS))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run with these options; return the exit status."""
     if args.dim % args.heads:
         raise ValueError(f"--dim must be a multiple of --heads, {args.heads}, got {args.dim}")
     for name in args.encodings:
@@ -396,4 +400,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"data": {**pairs.describe(), "short_train_pairs": len(drawn.pairs)}, "tests": sizes}
     plan = [({JOB: stage}, args.encodings)]
     study = runner.Study(f"translation-{args.device.type}", settings, about, plan, report, draw)
-    return runner.run("translation", args, [study])
+    return runner.run("translation", args, [study], measure)
