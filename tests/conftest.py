@@ -6,6 +6,7 @@ LOGPE_TEST_SEED does the same. A run that fails says which seed repeats it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -112,16 +113,20 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _speed_up_interpreter() -> None:
-    """Save half of the interpreter's time: it patches triton.language anew for each function that a kernel calls.
+    """Save two thirds of the interpreter's time, and change nothing else.
 
-    Patch it once per launch. Nothing else changes, and a triton without this inner function runs as it is.
+    It patches triton.language anew for each function that a kernel calls: once per launch is enough. And it computes
+    whether each sum and product of integers overflows, for an assertion that it does not make outside debug mode. A
+    triton without these inner names runs as it is.
     """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
 
-        patch = interpreter._patch_lang
-    except (ImportError, AttributeError):
+        patch, builder = interpreter._patch_lang, interpreter.interpreter_builder
+        if not builder.options.debug:
+            builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    except (ImportError, AttributeError, TypeError):
         return
     nothing = type("Scope", (), {"restore": lambda self: None})()
     languages: dict[Any, list[Any]] = {}
