@@ -37,8 +37,8 @@ def settings(**changes):
 
 
 def arguments(folder, out, *more):
-    small = "--device cpu --processes 1 --train-length 16 --reach 4 --prompt 8 --steps 3 --batch-bytes 32 --samples 2 --real 2"
-    small += " --judge-length 32 --judge-steps 3 --judge-batch 2 --dim 16 --layers 1 --heads 2"
+    small = "--device cpu --processes 1 --train-length 16 --reach 4 --prompt 8 --steps 3 --batch-bytes 32"
+    small += " --samples 2 --real 2 --judge-length 32 --judge-steps 3 --judge-batch 2 --dim 16 --layers 1 --heads 2"
     return ["--corpus", str(folder), "--out", str(out), *small.split(), *more]
 
 
@@ -230,7 +230,7 @@ def whole(folder, tmp_path_factory):
 
 
 def test_processes_side_by_side_share_a_judge(whole, folder, tmp_path):
-    path, found = whole
+    path, _ = whole
     assert generation.main(arguments(folder, tmp_path, *ENOUGH, "--processes", "2")) == 0
     assert numbers(tmp_path / path.name) == numbers(path)
 
