@@ -31,6 +31,7 @@ VARIANTS = [
     *("log-bias+logit-gain", "log-invariant+logit-gain+shared", "log-invariant+rotary=0.5+gain", "none+rotary=0.5"),
     *(
         "log-bias+shared",
+        "log-bias-rope+fixed",
         "log-bias+qk-norm",
         "rope+rotary=0.5",
         "log-rotary-bias+rotary=0.5",

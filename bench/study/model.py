@@ -80,6 +80,7 @@ OPTIONS = {
     "gain": "a query gain on the scores",
     "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
     "shared": "one set of parameters for all layers",
+    "fixed": "parameters of the position that keep their first values",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
     "base=B": "plane p of P turns by B^(-p / P) per position",
@@ -89,6 +90,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # fields of Encoding that options without 
     "gain": dict(query_gain=True),
     "logit-gain": dict(query_gain=True, gain_on_bias=True),
     "shared": dict(shared=True),
+    "fixed": dict(learnable=False),
     "qk-norm": dict(qk_norm=True),
 }
 
