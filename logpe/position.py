@@ -66,6 +66,16 @@ def mapped(raw: Tensor | None) -> Tensor | None:
     return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
 
 
+def bounded(power: Tensor, rate: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Return powers and rates with which at least half of a head's weight lies within ``reach`` tokens.
+
+    Keys of equal scores have weights of (1 + rate d)^-power. Where the power is above 1 their sum over all distances
+    converges, and the share beyond R is about (1 + rate R)^(1 - power).
+    """
+    rate = rate.clamp(min=1 / reach)
+    return torch.maximum(power, 1 + math.log(2) / torch.log1p(rate * reach)), rate
+
+
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """Raise RuntimeError. As ``__prepare_scriptable__`` of a module, this is what torch.jit.script calls first."""
     raise RuntimeError(f"torch.jit.script cannot compile {type(module).__name__}: use torch.compile or torch.export")
@@ -103,7 +113,7 @@ def plain_options(**options: Any) -> dict[str, Any]:
             value = plain_bool(name, value)
         elif name == "learnable":
             value = _plain_learnable(value)
-        elif name == "gain_length" or (name in ROTATION and value is not None):
+        elif name == "gain_length" or (name in (*ROTATION, "reach") and value is not None):
             value = plain_float(name, value)
             if name == "rotary_fraction":
                 if not 0 < value <= 1:
@@ -149,6 +159,11 @@ class LogPosition(nn.Module):
             ``log-bias-rope``.
         rotary_base: theta_t = rotary_base ** (-t / planes). 10000 by default; 30 for ``log-bias-rope``.
         gain_length: n0 of the query gain, in tokens.
+        reach: the length of the training texts, in tokens, or None. With it, at least half of a head's weight lies
+            within that many tokens, where scores are equal: powers and rates that training would take further stay at
+            this bound, and get no gradient there. Without it, heads that nothing held back in training may spread
+            over ever more keys in longer texts. They find single tokens from further away, and predict worse
+            (bench/results/far-context.md).
 
     The parameters are stored unconstrained, as ``raw_power`` and so on, and softplus maps them. They stay float32
     under ``.half()`` and ``.bfloat16()``, and carry ``_no_weight_decay = True``; see :func:`parameter_groups`.
@@ -165,7 +180,9 @@ class LogPosition(nn.Module):
     raw_rate: nn.Parameter | None
     raw_sharpness: nn.Parameter | None
     raw_alpha: nn.Parameter | None
-    head_mesh: DeviceMesh | None = None  # also of modules pickled before there was one
+    # Also of modules that were pickled before there were these:
+    head_mesh: DeviceMesh | None = None
+    reach: float | None = None
 
     def __init__(
         self,
@@ -179,6 +196,7 @@ class LogPosition(nn.Module):
         rotary_fraction: float | None = None,
         rotary_base: float | None = None,
         gain_length: float = 512.0,
+        reach: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -192,6 +210,7 @@ class LogPosition(nn.Module):
             rotary_fraction=rotary_fraction,
             rotary_base=rotary_base,
             gain_length=gain_length,
+            reach=reach,
         )
         self.num_heads: int = options["num_heads"]
         self.head_dim: int = options["head_dim"]
@@ -200,7 +219,10 @@ class LogPosition(nn.Module):
         rotation = ROTATION | PRESET_ROTATION.get(self.preset, {}) | given
         self.rotary_scale, self.rotary_fraction, self.rotary_base = rotation.values()
         self.gain_length: float = options["gain_length"]
+        self.reach = options["reach"]
         self.parts = PRESET_PARTS[self.preset] + (("alpha",) if options["query_gain"] else ())
+        if self.reach is not None and not {"power", "rate"} <= {*self.parts}:
+            raise ValueError(f"reach must be None for preset {self.preset!r}, which has no power and rate to bound")
         learned = options["learnable"]
         for name in LEARNABLE_PARTS:
             raw = None
@@ -331,12 +353,12 @@ class LogPosition(nn.Module):
     @property
     def power(self) -> Tensor | None:
         """The power of the distance with which a key's weight falls, (num_heads,). None if absent."""
-        return mapped(self.raw_power)
+        return self._power_and_rate(self.raw_power, self.raw_rate)[0]
 
     @property
     def rate(self) -> Tensor | None:
         """The rate per token, (num_heads,): distances below 1 / rate count as near. None if absent."""
-        return mapped(self.raw_rate)
+        return self._power_and_rate(self.raw_power, self.raw_rate)[1]
 
     @property
     def sharpness(self) -> Tensor | None:
@@ -370,9 +392,14 @@ class LogPosition(nn.Module):
                 device = next((x.device for x in (power, rate, sharpness, alpha) if x is not None), theta.device)
             if theta.device != device:
                 theta = self._angles_on(device)
-        return PositionValues(
-            mapped(power), mapped(rate), mapped(sharpness), mapped(alpha), theta, self.rotary_scale, self.gain_length
-        )
+        power, rate = self._power_and_rate(power, rate)
+        return PositionValues(power, rate, mapped(sharpness), mapped(alpha), theta, self.rotary_scale, self.gain_length)
+
+    def _power_and_rate(self, raw_power: Tensor | None, raw_rate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        power, rate = mapped(raw_power), mapped(raw_rate)
+        if self.reach is None or power is None or rate is None:
+            return power, rate
+        return bounded(power, rate, self.reach)
 
     def extra_repr(self) -> str:
         """Return the settings, for print(model)."""
@@ -381,6 +408,8 @@ class LogPosition(nn.Module):
             text += f", rotary_scale={self.rotary_scale:g}, planes={self.planes}"
         if "alpha" in self.parts:
             text += f", query_gain=True, gain_length={self.gain_length:g}"
+        if self.reach is not None:
+            text += f", reach={self.reach:g}"
         return text
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogPosition:

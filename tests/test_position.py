@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import logpe
 from logpe import LogPosition, LogSinusoid, PositionValues, log_attention, parameter_groups, position_parameters
+from logpe.position import inverse_softplus
 
 PARTS = {
     "none": (),
@@ -753,7 +755,7 @@ def test_training_moves_the_position() -> None:
 
 NUMBERS = [
     ("num_heads", 4, int), ("head_dim", 16, int), ("rotary_scale", 512, float), ("rotary_fraction", 0.5, float),
-    ("rotary_base", 100, float), ("gain_length", 64, float),
+    ("rotary_base", 100, float), ("gain_length", 64, float), ("reach", 64, float),
 ]  # fmt: skip
 
 
@@ -875,3 +877,64 @@ def test_a_traced_sinusoid() -> None:
 def test_scripting_is_refused(module: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile Log\w+: use torch.compile"):
         torch.jit.script(module)
+
+
+# --- the reach of heads -----------------------------------------------------------------------------------------------
+
+
+def test_half_of_a_heads_weight_lies_within_its_reach() -> None:
+    position = LogPosition(4, 8, "log-bias-rope", reach=128)
+    start = dict(power=torch.tensor([0.2, 0.5, 3.0, 1.0]), rate=torch.tensor([1e-4, 0.1, 0.1, 2.0]))
+    for name, value in start.items():
+        getattr(position, f"raw_{name}").data.copy_(inverse_softplus(value))
+    values = position()
+    distance = torch.arange(10**7).double()
+    assert values.power is not None
+    assert values.rate is not None
+    for power, rate, before in zip(values.power.tolist(), values.rate.tolist(), start["power"].tolist(), strict=True):
+        weights = (1 + rate * distance) ** -power
+        assert weights[128:].sum() / weights.sum() <= 0.51
+        assert power >= before - 1e-6
+    torch.testing.assert_close(values.power[2].item(), 3.0)  # far steeper than it must be
+    assert values.rate[0] == 1 / 128
+    assert torch.equal(values.power, position.power)
+    assert torch.equal(values.rate, position.rate)
+    values.power.sum().backward()
+    assert position.raw_power.grad is not None
+    assert (position.raw_power.grad != 0).tolist() == [False, False, True, False]  # at the bound there is none
+
+
+def test_reach_is_an_option_like_others() -> None:
+    position = LogPosition(4, 8, "log-bias", reach=np.int64(64))
+    assert position.reach == 64.0
+    assert type(position.reach) is float
+    assert "reach=64" in repr(position)
+    assert LogPosition(4, 8).reach is None
+    for bad, message in ((0, "reach must be positive, got 0"), (math.inf, "reach must be finite"), ("x", "reach")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            LogPosition(4, 8, reach=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reach must be None for preset 'alibi', which has no power and rate"):
+        LogPosition(4, 8, "alibi", reach=64)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_gradients_within_the_reach(backend: str) -> None:
+    """Those of the raw parameters, against the definition in float64, where one head is at its bound."""
+    torch.manual_seed(0)
+    position = LogPosition(2, 8, "log-bias", reach=16)
+    position.raw_power.data.copy_(inverse_softplus(torch.tensor([0.5, 4.0])))
+    position.raw_rate.data.fill_(inverse_softplus(torch.tensor(0.3)).item())
+    q, k, v = (torch.randn(1, 2, 50, 8) for _ in range(3))
+    logpe.log_attention(q, k, v, position, is_causal=True, backend=backend).square().sum().backward()
+    exact = copy.deepcopy(position).double()
+    distance = (torch.arange(50)[:, None] - torch.arange(50)).double()
+    rate = F.softplus(exact.raw_rate).clamp(min=1 / 16)
+    power = torch.maximum(F.softplus(exact.raw_power), 1 + math.log(2) / torch.log1p(16 * rate))
+    logit = q.double() @ k.double().mT / math.sqrt(8)
+    logit = logit - power[:, None, None] * torch.log1p(rate[:, None, None] * distance.clamp(min=0))
+    weights = logit.masked_fill(distance < 0, -math.inf).softmax(-1)
+    exact.zero_grad()
+    (weights @ v.double()).square().sum().backward()
+    torch.testing.assert_close(position.raw_power.grad.double(), exact.raw_power.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(position.raw_rate.grad.double(), exact.raw_rate.grad, rtol=1e-4, atol=1e-5)
+    assert position.raw_rate.grad.abs().min() > 0  # the bound on the power moves with the rate

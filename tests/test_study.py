@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from helpers import status_of
 from studies import numbers, stop_at, write_texts
 
-import logpe
 from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
-from bench.study.model import ENCODINGS, Attention, Model, Shape, bound_reach, encoding, learned_positions, yarn
+from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, STOPPED, TIME_IS_OVER
 from logpe.lm.text import Document, Sampler, document_windows
@@ -106,19 +105,6 @@ def test_gain_on_the_whole_logit_equals_its_definition():
     logit = logit.masked_fill(torch.ones(300, 300).triu(1).bool(), -math.inf)
     expected = attention.out((logit.softmax(-1) @ v.double()).float().transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x), expected)
-
-
-def test_a_bounded_head_gives_half_of_its_weight_to_what_is_near():
-    rate, power = torch.tensor([1e-4, 0.1, 0.1, 2.0]), torch.tensor([0.2, 0.5, 3.0, 1.0])
-    values = logpe.LogPosition(4, 8, "log-bias")()._replace(power=power, rate=rate)
-    found = bound_reach(values, 128)
-    distance = torch.arange(10**7).double()
-    for r, p, before in zip(found.rate.tolist(), found.power.tolist(), power.tolist(), strict=True):
-        weights = (1 + r * distance) ** -p
-        assert weights[128:].sum() / weights.sum() <= 0.51
-        assert p >= before
-    assert found.power[2] == 3.0  # far steeper than it must be
-    assert found.rate[0] == 1 / 128
 
 
 def test_yarn_equals_its_definition():

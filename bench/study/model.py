@@ -35,7 +35,7 @@ class Encoding:
     rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
     rotary_base: float | None = None  # plane p of P turns by base^(-p / P) per position; None: preset
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
-    bounded: int | None = None  # bytes it is trained at, beyond which at most half of each head's weight may lie
+    reach: int | None = None  # bytes it is trained at, beyond which at most half of each head's weight may lie
     qk_norm: bool = False  # RMSNorm on queries and keys
     shared: bool = False  # one LogPosition for all layers
     kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
@@ -50,6 +50,7 @@ class Encoding:
             rotary_scale=self.rotary_scale,
             rotary_fraction=self.rotary,
             rotary_base=self.rotary_base,
+            reach=self.reach,
         )
 
     def start(self, position: LogPosition) -> None:
@@ -110,7 +111,7 @@ def encoding(name: str, train_length: int) -> Encoding:
         chosen = replace(chosen, yarn=train_length)
     for option in options:
         if option == "bounded":
-            chosen = replace(chosen, bounded=train_length)
+            chosen = replace(chosen, reach=train_length)
             continue
         key, _, value = option.partition("=")
         try:
@@ -134,7 +135,7 @@ def encoding(name: str, train_length: int) -> Encoding:
         raise ValueError(f"{name!r} rotates nothing: base goes with rotary=F, or a preset that rotates")
     if chosen.gain_on_bias and "power" not in parts:
         raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
-    if chosen.bounded and not {"power", "rate"} <= parts:
+    if chosen.reach and not {"power", "rate"} <= parts:
         raise ValueError(f"{name!r} has no power and rate to bound")
     if chosen.shared and not parts & set(LEARNABLE_PARTS):
         raise ValueError(f"{name!r} has no parameters to share")
@@ -150,18 +151,6 @@ def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
     s = max(1.0, length / trained)
     kept = ((trained * theta / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
     return theta * (kept + (1 - kept) / s), (1 + 0.1 * math.log(s)) ** 2
-
-
-def bound_reach(values: PositionValues, trained: int) -> PositionValues:
-    """Return the position with powers so large that at most half of a head's weight lies beyond ``trained`` tokens.
-
-    Keys of equal scores have weights of (1 + rate d)^-power. Where the power is above 1 their sum converges, and the
-    share beyond T is (1 + rate T)^(1 - power). Where it is 1 or less, what is far outweighs all else in long texts.
-    """
-    assert values.power is not None
-    assert values.rate is not None
-    rate = values.rate.clamp(min=1 / trained)
-    return values._replace(rate=rate, power=torch.maximum(values.power, 1 + math.log(2) / torch.log1p(rate * trained)))
 
 
 class Attention(language_model.Attention):
@@ -225,8 +214,6 @@ class Attention(language_model.Attention):
     def values(self, length: int) -> tuple[PositionValues, float]:
         """Return the position in a text of this length, and the scale of the scores."""
         values, scale = self.position(), (self.qkv.in_features // self.heads) ** -0.5
-        if self.encoding.bounded is not None:
-            values = bound_reach(values, self.encoding.bounded)
         if self.theta is not None:
             values = values._replace(theta=self.theta, rotary_scale=math.inf)
         if self.encoding.yarn is not None and values.theta is not None:

@@ -51,7 +51,7 @@ from logpe.lm.model import LanguageModel, Shape
 Result = TypeVar("Result")
 
 #: Settings that LogPosition takes, and all that say what the model is.
-POSITION = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length")
+POSITION = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length", "reach")
 ARCHITECTURE = (*POSITION, "dim", "layers", "heads", "qk_norm")
 
 
@@ -71,6 +71,7 @@ class Settings:
     rotary_fraction: float | None = _option(None, "share of a head that is rotated", shown="preset's")
     rotary_base: float | None = _option(None, "base of the rotary frequencies", shown="preset's")
     gain_length: float = _option(512.0, "n0 of the query gain, in tokens")
+    reach: float | None = _option(None, "keep half of each head's weight within so many tokens", shown="no bound")
     dim: int = _option(256, "width of the model")
     layers: int = _option(6, "blocks of the model")
     heads: int = _option(4, "attention heads of a layer")
