@@ -392,8 +392,8 @@ class LogPosition(nn.Module):
                 device = next((x.device for x in (power, rate, sharpness, alpha) if x is not None), theta.device)
             if theta.device != device:
                 theta = self._angles_on(device)
-        shared = theta, self.rotary_scale, self.gain_length
-        return PositionValues(*self._power_and_rate(power, rate), mapped(sharpness), mapped(alpha), *shared)
+        p, r = self._power_and_rate(power, rate)
+        return PositionValues(p, r, mapped(sharpness), mapped(alpha), theta, self.rotary_scale, self.gain_length)
 
     def _power_and_rate(self, raw_power: Tensor | None, raw_rate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         power, rate = mapped(raw_power), mapped(raw_rate)
