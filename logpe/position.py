@@ -140,8 +140,8 @@ class LogPosition(nn.Module):
             * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there.
               power runs from 1/2 to 4 over the heads, where KERPLE draws it from U(0, 2). Most heads then look near,
               which predicts better at any length, and some look far.
-            * ``log-bias-rope``: the bias and a rotation. The powers start from 1 to 4, so that no head spreads its
-              attention over ever more keys. Half of each head has ordinary rotary embedding, which tells order. Its
+            * ``log-bias-rope``: the bias and a rotation. The powers start from 1 to 4, so that at first no head spreads
+              its attention over ever more keys (see ``reach``). Half of each head has ordinary rotary embedding, which tells order. Its
               periods are 6 to at most 190 tokens, so that training windows of that length show all of them. The
               default: the best preset measured in language models, translation and generation
               (bench/results/extrapolation.md), also where training texts were as short as 16 tokens.
