@@ -141,9 +141,9 @@ class LogPosition(nn.Module):
               power runs from 1/2 to 4 over the heads, where KERPLE draws it from U(0, 2). Most heads then look near,
               which predicts better at any length, and some look far.
             * ``log-bias-rope``: the bias and a rotation. The powers start from 1 to 4, so that at first no head spreads
-              its attention over ever more keys (see ``reach``). Half of each head has ordinary rotary embedding, which tells order. Its
-              periods are 6 to at most 190 tokens, so that training windows of that length show all of them. The
-              default: the best preset measured in language models, translation and generation
+              its attention over ever more keys (see ``reach``). Half of each head has ordinary rotary embedding, which
+              tells order. Its periods are 6 to at most 190 tokens, so that training windows of that length show all of
+              them. The default: the best preset measured in language models, translation and generation
               (bench/results/extrapolation.md), also where training texts were as short as 16 tokens.
             * ``log-invariant``: the bias, and a contrast sqrt(1 + sharpness * log(1 + rate * d)) on the score. It
               starts at power 2, sharpness 2, rate 1/10, which is scale-invariant attention (Anson et al., 2025).
