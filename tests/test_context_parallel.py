@@ -701,6 +701,7 @@ def main(rank: int, world: int, rendezvous: str, only: str = "") -> None:
             start = time.perf_counter()
             case(rank, world)
             print(f"{case.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
+    dist.barrier()  # see logpe.lm.train.World
     dist.destroy_process_group()
 
 

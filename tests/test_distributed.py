@@ -228,4 +228,5 @@ if __name__ == "__main__":
     for case in (data_parallel, sharded_bfloat16, sharded_mixed_precision, sharded_by_fsdp1, sharded_on_meta):
         print(case.__name__, flush=True)
         case(rank)
+    dist.barrier()  # see logpe.lm.train.World
     dist.destroy_process_group()

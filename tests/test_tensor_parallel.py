@@ -316,4 +316,5 @@ if __name__ == "__main__":
     for case in (attention_modules, refusals, dropout, with_context_parallel, language_model, converted):
         print(case.__name__, flush=True)
         case(rank, folder)
+    dist.barrier()  # see logpe.lm.train.World
     dist.destroy_process_group()

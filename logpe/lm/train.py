@@ -153,8 +153,12 @@ class World:
                 self.context_parallel = logpe.ContextParallel(mesh["context"], reduction="mean")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self.parallel:
+            # DDP and FSDP keep gloo's threads alive. A thread that still waits for Python's lock, to drop a tensor,
+            # when the interpreter ends aborts the process; while we wait here, it gets the lock.
+            if error is None and self.device.type == "cpu":
+                dist.barrier()
             dist.destroy_process_group()
 
     @property
