@@ -108,22 +108,19 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, and of power, rate, sharpness, alpha: None where absent or not ``learned``.
 
-    sum_j P dP is <dout, out>, but for dropout, and for an ``out`` in half precision, whose rounding would bias the
-    gradients of the parameters: then it is summed over each row again.
+    ``out`` is not used: sum_j P dP is <dout, out>, too, but the rounding of that would be the same for all keys of a
+    row, and add up in the gradients of the parameters. It is summed over each row again.
     """
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    sum_rows = options.dropout_p > 0 or out.dtype != lse.dtype
-    q, k, v, dout, out, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, out, dq, dk, dv))
+    q, k, v, dout, full_dq, full_dk, full_dv = (_batched(x) for x in (q, k, v, dout, dq, dk, dv))
     lse = lse if lse.dim() == 3 else lse[None]
-    delta = torch.zeros_like(lse) if sum_rows else (dout * out).sum(-1)
-    if dlse is not None:
-        delta -= dlse if dlse.dim() == 3 else dlse[None]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.view_as(lse)
     parameters = _parameters(options)
     wanted = [n for n, want in zip(LEARNABLE_PARTS, learned, strict=True) if want and n in parameters]
     gradients = {name: torch.zeros_like(parameters[name]) for name in wanted}
     for span in _spans(options, q, k):
         part = _Part(options, span, q, k, v)
-        part_dout, part_lse, part_delta = (part.reversed(x) for x in (dout, lse[..., None] / LN2, delta[..., None]))
+        part_dout, part_lse, part_dlse = (part.reversed(x) for x in (dout, lse[..., None] / LN2, dlse[..., None]))
         part_dq, part_dk, part_dv = torch.empty_like(part.q), torch.zeros_like(part.k), torch.zeros_like(part.v)
         dtables = {name: torch.zeros_like(table, dtype=torch.float64) for name, table in part.tables.items()}
         for tile in part.tiles():
@@ -132,9 +129,8 @@ def backward(
             weights = _exp2(logits)
             # Divided by the sum of the weights, 1 up to the rounding of lse (0 in a keyless row).
             mass = weights.sum(-1, keepdim=True).clamp_(min=0.5)
-            tile_dout, tile_delta = tile_dout / mass, part_delta[tile.queries].flatten(1, 2)
-            tile_v, dweights = part.v[tile.keys], part.buffer("dweights", tile)
-            torch.baddbmm(tile_delta / mass, tile_dout, tile_v.mT, beta=0 if sum_rows else -1, out=dweights)
+            tile_dout = tile_dout / mass
+            dweights = torch.bmm(tile_dout, part.v[tile.keys].mT, out=part.buffer("dweights", tile))
             if options.dropout_p:
                 dropout = part.dropout(tile)
                 part_dv[tile.keys].baddbmm_((weights * dropout).mT, tile_dout)
@@ -144,9 +140,8 @@ def backward(
 
             g, padded_g = part.padded(tile)
             torch.mul(tile.by_head(weights), tile.by_head(dweights), out=g)
-            if sum_rows:
-                tile_delta = (g.sum(-1, keepdim=True) + tile.by_head(tile_delta)) / tile.by_head(mass)
-                g.addcmul_(tile.by_head(weights), tile_delta, value=-1)
+            delta = (g.sum(-1, keepdim=True) - part_dlse[tile.queries]) / tile.by_head(mass)
+            g.addcmul_(tile.by_head(weights), delta, value=-1)
             if wanted:
                 dtables["bias"][tile.diagonals].add_(_diagonal_sums(padded_g))
             dscores = g

@@ -111,7 +111,7 @@ def position_of(model: PreTrainedModel) -> list[LogPosition]:
 
 def check_a_step(model: PreTrainedModel, folder: Path, ids: Tensor, **labels: Tensor) -> None:
     """Train for a step, which reaches all positions, and load what is saved."""
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-3)
     before = model(ids, **labels).loss
     before.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in logpe.position_parameters(model))
@@ -939,7 +939,7 @@ def test_trainer(packed: bool, tmp_path: Path) -> None:
         disable_tqdm=True,
         save_steps=4,
     )
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-3)
     data = dict(train_dataset=rows, data_collator=collator)
     trainer = transformers.Trainer(model, arguments, **data, optimizers=(optimizer, None))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
