@@ -33,6 +33,7 @@ VARIANTS = [
         "log-bias+shared",
         "log-bias-rope+fixed",
         "log-bias-rope+bounded+power=0.1:4+rate=0.001:1",
+        "log-bias-rope+bounded=2.5+power=0.1:4+rate=0.001:1",
         "log-bias+qk-norm",
         "rope+rotary=0.5",
         "log-rotary-bias+rotary=0.5",
@@ -91,6 +92,14 @@ def test_every_variant_is_causal_and_its_eager_attention_is_the_same(name):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 30))
     logits.logsumexp(-1).mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_bounds_count_training_lengths():
+    assert encoding("log-bias+bounded", 64).reach == 64
+    assert encoding("log-bias+bounded=2.5", 64).reach == 160
+    for wrong in ("bounded=0", "bounded=1:2", "bounded=far"):
+        with pytest.raises(ValueError, match=f"'{wrong}' does not apply"):
+            encoding(f"log-bias+{wrong}", 64)
 
 
 def test_gain_on_the_whole_logit_equals_its_definition():

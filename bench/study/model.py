@@ -35,7 +35,7 @@ class Encoding:
     rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
     rotary_base: float | None = None  # plane p of P turns by base^(-p / P) per position; None: preset
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
-    reach: int | None = None  # bytes it is trained at, beyond which at most half of each head's weight may lie
+    reach: float | None = None  # at least half of each head's weight lies within so many bytes or tokens
     qk_norm: bool = False  # RMSNorm on queries and keys
     shared: bool = False  # one LogPosition for all layers
     kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
@@ -82,7 +82,7 @@ OPTIONS = {
     "gain": "a query gain on the scores",
     "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
     "shared": "one set of parameters for all layers",
-    "bounded": "no head learns to give more than half of its weight to what is beyond the training length",
+    "bounded, bounded=F": "no head gives more than half of its weight to what is beyond F (1) training lengths",
     "fixed": "parameters of the position that keep their first values",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
@@ -110,9 +110,6 @@ def encoding(name: str, train_length: int) -> Encoding:
     if chosen.yarn:
         chosen = replace(chosen, yarn=train_length)
     for option in options:
-        if option == "bounded":
-            chosen = replace(chosen, reach=train_length)
-            continue
         key, _, value = option.partition("=")
         try:
             numbers = [float(x) for x in value.split(":")] if value else []
@@ -120,6 +117,8 @@ def encoding(name: str, train_length: int) -> Encoding:
             numbers = []
         if option in FLAGS:
             chosen = replace(chosen, **FLAGS[option])
+        elif option == "bounded" or (key == "bounded" and len(numbers) == 1 and numbers[0] > 0):
+            chosen = replace(chosen, reach=train_length * (numbers or [1])[0])
         elif key == "rotary" and len(numbers) == 1:
             chosen = replace(chosen, rotary=numbers[0])
         elif key == "base" and len(numbers) == 1 and numbers[0] > 1:
