@@ -34,7 +34,9 @@ and all raise the same error if it is not. Then the method decides:
 * ``all-gather``: each rank receives at once all the keys and values that one of its queries may see. The backward pass
   receives them again, and returns their gradients. One call for each chunk of queries; memory for all these keys.
 * ``ring``: the same messages in P steps. In step t, rank r computes with the keys of rank r - t while those of rank
-  r - t - 1 arrive. Memory for the keys of two ranks beside its own.
+  r - t - 1 arrive. Memory for the keys of two ranks beside its own. In half precision each chunk's out is rounded, and
+  the gradient of the power is up to 1.6 times as far off as eager attention's (bfloat16, two ranks, mean of 16 draws);
+  with the other methods it is as exact as in one process.
 * ``heads``: queries, keys and values change from a share of the tokens to a share of the heads; each rank then attends
   over the whole sequence with its own heads and their parameters; the results change back. The backward pass makes the
   same way with the gradients.
