@@ -38,7 +38,7 @@ VARIANTS = [
         "rope+rotary=0.5",
         "log-rotary-bias+rotary=0.5",
         "log-bias+rotary=0.5+base=54",
-        "log-bias+gain+power=0.5:4+rate=1+alpha=0.1",
+        "log-bias+gain=4+power=0.5:4+rate=1+alpha=0.1",
     ),
 ]
 
@@ -94,10 +94,12 @@ def test_every_variant_is_causal_and_its_eager_attention_is_the_same(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_bounds_count_training_lengths():
+def test_bounds_count_training_lengths_and_the_gain_tokens():
+    assert encoding("log-bias+gain", 64).options["gain_length"] == 512
+    assert encoding("log-bias+gain=2", 64).options["gain_length"] == 2
     assert encoding("log-bias+bounded", 64).reach == 64
     assert encoding("log-bias+bounded=2.5", 64).reach == 160
-    for wrong in ("bounded=0", "bounded=1:2", "bounded=far"):
+    for wrong in ("bounded=0", "bounded=1:2", "bounded=far", "gain=0", "gain=1:2"):
         with pytest.raises(ValueError, match=f"'{wrong}' does not apply"):
             encoding(f"log-bias+{wrong}", 64)
 

@@ -31,6 +31,7 @@ class Encoding:
     sinusoid_scale: float | None = None  # added to the embedding; math.inf: on plain positions
     learnable: bool = True
     query_gain: bool = False
+    gain_length: float = 512.0  # n0 of the query gain
     gain_on_bias: bool = False  # the gain multiplies the whole logit, not the score alone
     rotary: float | None = None  # share of head_dim that is turned, by RoPE where the preset turns none; None: preset
     rotary_base: float | None = None  # plane p of P turns by base^(-p / P) per position; None: preset
@@ -46,6 +47,7 @@ class Encoding:
         """Keywords of its LogPosition, beside the preset."""
         return dict(
             query_gain=self.query_gain,
+            gain_length=self.gain_length,
             learnable=self.learnable,
             rotary_scale=self.rotary_scale,
             rotary_fraction=self.rotary,
@@ -79,7 +81,7 @@ ENCODINGS = {
 }
 ENCODINGS |= {f"{name}+gain": replace(e, query_gain=True) for name, e in ENCODINGS.items()}
 OPTIONS = {
-    "gain": "a query gain on the scores",
+    "gain, gain=N": "a query gain on the scores, with n0 = N (512)",
     "logit-gain": "a query gain on the whole logit, bias included (slow: eager attention)",
     "shared": "one set of parameters for all layers",
     "bounded, bounded=F": "no head gives more than half of its weight to what is beyond F (1) training lengths",
@@ -119,6 +121,8 @@ def encoding(name: str, train_length: int) -> Encoding:
             chosen = replace(chosen, **FLAGS[option])
         elif option == "bounded" or (key == "bounded" and len(numbers) == 1 and numbers[0] > 0):
             chosen = replace(chosen, reach=train_length * (numbers or [1])[0])
+        elif key == "gain" and len(numbers) == 1 and numbers[0] > 0:
+            chosen = replace(chosen, query_gain=True, gain_length=numbers[0])
         elif key == "rotary" and len(numbers) == 1:
             chosen = replace(chosen, rotary=numbers[0])
         elif key == "base" and len(numbers) == 1 and numbers[0] > 1:
