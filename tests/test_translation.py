@@ -223,7 +223,7 @@ TINY = Shape(vocabulary=300, dim=16, layers=2, heads=2, dropout=0.1)
 
 @pytest.mark.parametrize("name", translation.NAMES)
 def test_cached_translation_has_the_models_own_logits(name, monkeypatch):
-    model = Translator(TINY, name, seed=0).eval()
+    model = Translator(TINY, translator_encoding(name, 16), seed=0).eval()
     source = pad(texts(3, 300), CPU)
     most = torch.tensor([20, 13, 5])
     with torch.no_grad():  # so that END comes up now and then, and texts do not repeat one token
@@ -243,21 +243,23 @@ def test_cached_translation_has_the_models_own_logits(name, monkeypatch):
 
 
 def test_options_of_an_encoding():
-    model = Translator(TINY, "log-bias-rope+base=3+power=0.5:2+shared", seed=0)
+    model = Translator(TINY, translator_encoding("log-bias-rope+base=3+power=0.5:2+shared", 16), seed=0)
     position = model.encoder.layers[0].self_attn.position
     assert position is model.decoder.layers[1].self_attn.position
     assert position.rotary_base == 3
     assert position.power.tolist() == pytest.approx([0.5, 2.0])
+    bounded = Translator(TINY, translator_encoding("log-bias+bounded", 16), seed=0)
+    assert bounded.encoder.layers[0].self_attn.position.reach == 16
     absent = "no LogPosition"
     for name, message in (("rope-yarn", absent), ("log-bias+rotary=0.5", absent), ("rop", "must be")):
         with pytest.raises(ValueError, match=message):
-            translator_encoding(name)
+            translator_encoding(name, 16)
     with pytest.raises(ValueError, match="normalises queries and keys"):
-        translator_encoding("log-bias+qk-norm")
+        translator_encoding("log-bias+qk-norm", 16)
 
 
 def test_translation_ends_at_the_end():
-    model = Translator(TINY, "log-bias", seed=0).eval()
+    model = Translator(TINY, translator_encoding("log-bias", 16), seed=0).eval()
     with torch.no_grad():  # END wins always
         model.norm.weight.zero_()
         model.norm.bias.copy_(10 * model.embedding.weight[END])
@@ -267,7 +269,7 @@ def test_translation_ends_at_the_end():
 
 @pytest.mark.parametrize("name", translation.NAMES)
 def test_model_is_causal_and_blind_to_padding(name):
-    model = Translator(TINY, name, seed=0)
+    model = Translator(TINY, translator_encoding(name, 16), seed=0)
     source, target = texts(2, 300), pad(texts(2, 300), CPU)
     assert not torch.equal(model(pad(source, CPU), target), model(pad(source, CPU), target))  # dropout
     model.eval()
@@ -279,7 +281,7 @@ def test_model_is_causal_and_blind_to_padding(name):
 
 
 def test_encodings_differ_in_the_position_alone():
-    models = {name: Translator(TINY, name, seed=5) for name in translation.NAMES}
+    models = {name: Translator(TINY, translator_encoding(name, 16), seed=5) for name in translation.NAMES}
     plain = models["none"].state_dict()
     for name, model in models.items():
         state = model.state_dict()
@@ -290,7 +292,7 @@ def test_encodings_differ_in_the_position_alone():
         for layer in model.decoder.layers:
             assert layer.multihead_attn.position is None
             assert bool(layer.self_attn.position) is (name not in ("none", "sinusoid", "log-sinusoid"))
-    state = Translator(TINY, "none", seed=6).state_dict()
+    state = Translator(TINY, translator_encoding("none", 16), seed=6).state_dict()
     assert not any(torch.equal(state[key], plain[key]) for key in plain if plain[key].ndim == 2)
 
 
@@ -298,7 +300,7 @@ def test_encodings_differ_in_the_position_alone():
     ("name", "told"), [("log-bias", False), ("rope", True), ("log-rotary-bias", True), ("sinusoid", True)]
 )
 def test_only_a_distance_has_no_direction(name, told):
-    model = Translator(TINY, name, seed=0).eval()
+    model = Translator(TINY, translator_encoding(name, 16), seed=0).eval()
     source = torch.tensor(texts(1, 300))
     there, back = (model.encode(x)[0] for x in (source, source.flip(1)))
     assert torch.allclose(there, back.flip(1), atol=1e-5) is not told
@@ -328,7 +330,7 @@ def test_training_learns_to_translate(tmp_path):
         pairs="", vocabulary="", device="", versions={}, shape=Shape(vocabulary.size, 32, 1, 2, 0.0), limit=10,
         steps=120, batch=8, tested=8, learning_rate=1e-2,
     )  # fmt: skip
-    model = Translator(settings.shape, "log-rotary-bias", seed=0).eval()
+    model = Translator(settings.shape, translator_encoding("log-rotary-bias", 16), seed=0).eval()
     before = translation.score(model, vocabulary, tokens, lambda n: None)
     examples = Examples(tokens, settings.limit, settings.batch)
     loss = translation.line_loss(model, examples, 0)

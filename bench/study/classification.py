@@ -232,7 +232,9 @@ def stage(task: Task, device: torch.device) -> Stage:
     settings = task.settings
     return Stage(
         settings,
-        build=lambda name, seed: Classifier(settings.shape, len(task.classes), layer_encoding(name), seed).to(device),
+        build=lambda name, seed: Classifier(
+            settings.shape, len(task.classes), layer_encoding(name, settings.train_length), seed
+        ).to(device),
         loss=lambda model, seed: crop_loss(model, task, seed),
         score=lambda model, test, seed, advance: score(model, task, test, advance),
         step_work=3 * work(settings.batch, settings.train_length),  # backward costs twice the forward pass
@@ -371,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> int:
     """Run with these options; return the exit status."""
     for name in args.encodings:
-        layer_encoding(name)
+        layer_encoding(name, args.train_length)
     reviews = corpus.load_reviews(args.data)
     same = ("train_length", "steps", "batch", "documents", "joined", "learning_rate", "word_dropout")
     settings = Settings(

@@ -18,9 +18,9 @@ from logpe.position import PRESET_PARTS, LogPosition
 PAD, BEGIN, END, NEWLINE = range(4)  # PAD fills up texts for readers too
 
 
-def layer_encoding(name: str) -> Encoding:
+def layer_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that torch's own layers can have, see replace_attention. Raises ValueError for others."""
-    chosen = encoding(name, 1)
+    chosen = encoding(name, train_length)
     added = chosen.rotary is not None and "rotary" not in PRESET_PARTS[chosen.preset]
     if chosen.yarn or chosen.gain_on_bias or added:
         raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
@@ -137,9 +137,9 @@ class CachedLayer:
         return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def translator_encoding(name: str) -> Encoding:
+def translator_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that the translator can have. Raises ValueError for others."""
-    chosen = layer_encoding(name)
+    chosen = layer_encoding(name, train_length)
     if chosen.qk_norm:
         raise ValueError(f"{name!r} normalises queries and keys, which the cache of the decoder here does not")
     return chosen
@@ -151,9 +151,8 @@ class Translator(nn.Module):
     Self-attention has the position: both ways in the encoder, causal in the decoder. Cross-attention has none.
     """
 
-    def __init__(self, shape: Shape, name: str, seed: int) -> None:
+    def __init__(self, shape: Shape, encoding: Encoding, seed: int) -> None:
         super().__init__()
-        chosen = translator_encoding(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layer: dict[str, Any] = dict(
@@ -175,13 +174,13 @@ class Translator(nn.Module):
                     nn.init.xavier_uniform_(weight)
             self.embedding = nn.Embedding(shape.vocabulary, shape.dim)
             nn.init.normal_(self.embedding.weight, std=shape.dim**-0.5)
-            replace_attention(self, chosen)
+            replace_attention(self, encoding)
         for module in self.modules():
             if isinstance(module, logpe.LogAttention):
                 module.dropout = 0.0  # of attention weights; the residual branches keep theirs
         self.sinusoid = None
-        if chosen.sinusoid_scale is not None:
-            self.sinusoid = logpe.LogSinusoid(shape.dim, chosen.sinusoid_scale)
+        if encoding.sinusoid_scale is not None:
+            self.sinusoid = logpe.LogSinusoid(shape.dim, encoding.sinusoid_scale)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return (B, N, dim) of tokens int64 (B, N), the first of them at position ``start``."""
