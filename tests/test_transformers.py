@@ -939,7 +939,7 @@ def test_trainer(packed: bool, tmp_path: Path) -> None:
         disable_tqdm=True,
         save_steps=4,
     )
-    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-3)
+    optimizer = torch.optim.AdamW(logpe.parameter_groups(model, weight_decay=0.1), lr=1e-2)
     data = dict(train_dataset=rows, data_collator=collator)
     trainer = transformers.Trainer(model, arguments, **data, optimizers=(optimizer, None))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

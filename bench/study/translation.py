@@ -360,8 +360,7 @@ def measure(args: argparse.Namespace) -> int:
     """Run with these options; return the exit status."""
     if args.dim % args.heads:
         raise ValueError(f"--dim must be a multiple of --heads, {args.heads}, got {args.dim}")
-    for name in args.encodings:
-        translator_encoding(name, args.limit)
+    encodings = {name: translator_encoding(name, args.limit) for name in args.encodings}
     pairs = corpus.load_pairs(args.data)
     vocabulary = Vocabulary((text for pair in pairs.train for text in pair), args.vocabulary)
     train_tokens, test_tokens = (
@@ -379,9 +378,7 @@ def measure(args: argparse.Namespace) -> int:
     )
     stage = runner.Stage(
         settings,
-        build=lambda name, seed: Translator(settings.shape, translator_encoding(name, settings.limit), seed).to(
-            args.device
-        ),
+        build=lambda name, seed: Translator(settings.shape, encodings[name], seed).to(args.device),
         loss=lambda model, seed: line_loss(model, drawn, seed),
         score=lambda model, test, seed, advance: score(model, vocabulary, tests[test], advance),
         step_work=3 * 2 * settings.limit * settings.batch,  # in tokens read; backward costs twice the forward pass

@@ -155,8 +155,8 @@ class World:
 
     def __exit__(self, error: object, *_: object) -> None:
         if self.parallel:
-            # DDP and FSDP keep gloo's threads alive. A thread that still waits for Python's lock, to drop a tensor,
-            # when the interpreter ends aborts the process; while we wait here, it gets the lock.
+            # DDP and FSDP keep gloo's threads alive. If one still waits for Python's lock when the interpreter ends
+            # (it needs the lock to drop a tensor), it aborts the process. It gets the lock while we wait here.
             if error is None and self.device.type == "cpu":
                 dist.barrier()
             dist.destroy_process_group()
