@@ -44,6 +44,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context_length: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     validate: bool = False,
@@ -82,6 +83,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
         context_length: n of the query gain, an int or an int tensor (B,). By default it is the query's position when
             causal (at most window[0]), and otherwise the number of keys: the position of the last key, plus 1.
+        out_dtype: the dtype of out, that of q by default. torch.float32 keeps what the sums of half precision hold, so
+            that parts to be merged are not rounded one by one. The gradient of out is rounded to the dtype of q.
         return_lse: also return the log of the sum of exponentials.
         backend: "auto" takes "triton" on a GPU and "blocked" on the CPU. "reference" is the eager definition: it holds
             the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
@@ -91,7 +94,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             There may be no block_table. See :class:`ContextParallel`, also for the gradients.
 
     Returns:
-        out: (B, Hq, Nq, Dv), the dtype of q. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
+        out: (B, Hq, Nq, Dv), out_dtype. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
         see no key gets zeros and -inf.
 
     Raises:
@@ -102,15 +105,15 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         result = _context_parallel(
             context_parallel, q, k, v, position, is_causal=is_causal, query_start=query_start, key_start=key_start,
             key_lengths=key_lengths, key_mask=key_mask, block_table=block_table, window=window, scale=scale,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, context_length=context_length, backend=backend,
-            validate=validate,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context_length=context_length, out_dtype=out_dtype,
+            backend=backend, validate=validate,
         )  # fmt: skip
         return result if return_lse else result[0]
     q, k, v = autocast(q, k, v)
     values = values_of(position, q)
     left, right = checks.resolve_window(window, is_causal)
     key = None
-    plain = query_start is key_lengths is key_mask is block_table is context_length is None
+    plain = query_start is key_lengths is key_mask is block_table is context_length is out_dtype is None
     if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
         key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
         if key is not None and (plan := ops.plans().get(key)) is not None:
@@ -167,6 +170,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         gain_length=values.gain_length,
         scale=checks.resolve_scale(scale, head_dim),
         dropout_p=dropout_p,
+        out_dtype=checks.resolve_out_dtype(out_dtype, q),
     )
     result = _attend(q, k, v, options, backend, key)
     return result if return_lse else result[0]
@@ -198,6 +202,7 @@ def log_attention_varlen(  # type: ignore[misc]
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context_length: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     validate: bool = False,
@@ -223,7 +228,7 @@ def log_attention_varlen(  # type: ignore[misc]
             context_parallel, q, k, v, position, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, is_causal=is_causal, query_start=query_start,
             key_start=key_start, window=window, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            context_length=context_length, backend=backend, validate=validate,
+            context_length=context_length, out_dtype=out_dtype, backend=backend, validate=validate,
         )  # fmt: skip
         return result if return_lse else result[0]
     q, k, v = autocast(q, k, v)
@@ -280,6 +285,7 @@ def log_attention_varlen(  # type: ignore[misc]
         gain_length=values.gain_length,
         scale=checks.resolve_scale(scale, head_dim),
         dropout_p=dropout_p,
+        out_dtype=checks.resolve_out_dtype(out_dtype, q),
     )
     result = _attend(q, k, v, options, backend)
     return result if return_lse else result[0]

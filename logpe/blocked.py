@@ -51,12 +51,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         k, v: (B, Hkv, Nk, D) and (B, Hkv, Nk, Dv), or packed (total_k, Hkv, D) and (total_k, Hkv, Dv).
 
     Returns:
-        out: like q, with the Dv of v. lse: (B, Hq, Nq), or packed (Hq, total_q), float32, and float64 for float64.
+        out: like q, with the Dv of v, in options.out_dtype. lse: (B, Hq, Nq), or packed (Hq, total_q), float32, and
+            float64 for float64.
     """
     if options.block_table is not None:
         k, v, key_bias = reference.gather_pages(k, v, options.block_table, options.key_bias)
         options = options._replace(key_bias=key_bias)
-    out = new_output(q, True, v.shape[-1])
+    out = new_output(q, True, v.shape[-1], options.out_dtype)
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_full(lse_shape, -math.inf, dtype=_compute_dtype(q))
     q, k, v, full_out = (_batched(x) for x in (q, k, v, out))

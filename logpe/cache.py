@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logpe.attention import log_attention, rotate
+from logpe.attention import autocast, log_attention, rotate
 from logpe.checks import PAGE_SIZES, check_dense, per_sequence, plain_int
 from logpe.distributed import ContextParallel
 from logpe.position import LogPosition, Position
@@ -264,6 +264,8 @@ class KVCache:
             values = self.position(q.device) if isinstance(self.position, LogPosition) else self.position
             q, plain = rotate(q, values, first), values if values is None else values.unrotated()
             own = [(token, count) for rank, token, count in placed if rank == parallel.rank]
+            dtype = autocast(q, k, v)[0].dtype
+            options["out_dtype"] = torch.promote_types(dtype, torch.float32)
             parts: list[Any] = []
             row = 0
             for token, count in own or [(0, 0)]:
@@ -271,7 +273,8 @@ class KVCache:
                 starts = dict(query_start=first, key_start=self._key_start + token)
                 parts.append(log_attention(q, held_k, held_v, plain, **starts, **options))
                 row += count
-            return parallel.merge(parts)
+            out, lse = parallel.merge(parts)
+            return out.to(dtype), lse
 
     def _place(self, parallel: ContextParallel, held: int, count: int) -> list[tuple[int, int, int]]:
         """Return who holds what after ``count`` more tokens: the rank that stored the last one goes on while it can."""

@@ -238,6 +238,16 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return scale
 
 
+def resolve_out_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype | None:
+    """Return the dtype of out; None: that of q."""
+    if out_dtype is None or out_dtype == q.dtype:
+        return None
+    if out_dtype != torch.float32 or q.dtype == torch.float64:
+        allowed = " or ".join(dict.fromkeys(map(str, (q.dtype, torch.promote_types(q.dtype, torch.float32)))))
+        raise TypeError(f"out_dtype must be None or {allowed} for q in {q.dtype}, got {out_dtype!r}")
+    return out_dtype
+
+
 def resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[float, Tensor | None]:
     """Return the probability to drop a weight and the seed, drawn if there is none; no seed without dropout."""
     dropout_p = check_number("dropout_p", dropout_p)

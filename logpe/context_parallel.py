@@ -34,9 +34,7 @@ and all raise the same error if it is not. Then the method decides:
 * ``all-gather``: each rank receives at once all the keys and values that one of its queries may see. The backward pass
   receives them again, and returns their gradients. One call for each chunk of queries; memory for all these keys.
 * ``ring``: the same messages in P steps. In step t, rank r computes with the keys of rank r - t while those of rank
-  r - t - 1 arrive. Memory for the keys of two ranks beside its own. In half precision each chunk's out is rounded, and
-  the gradient of the power is up to 1.6 times as far off as eager attention's (bfloat16, two ranks, mean of 16 draws);
-  with the other methods it is as exact as in one process.
+  r - t - 1 arrive. Memory for the keys of two ranks beside its own.
 * ``heads``: queries, keys and values change from a share of the tokens to a share of the heads; each rank then attends
   over the whole sequence with its own heads and their parameters; the results change back. The backward pass makes the
   same way with the gradients.
@@ -117,6 +115,7 @@ class _Call:
     key_mask: Tensor | None = None  # of all keys
     cu_seqlens: tuple[Tensor, Tensor] | None = None  # of packed sequences, as max_seqlens
     max_seqlens: tuple[int, int] = (0, 0)
+    out_dtype: torch.dtype | None = None  # None: that of q
 
     @property
     def dim(self) -> int:
@@ -148,12 +147,20 @@ class _Call:
         return column[..., 0] if self.cu_seqlens is None else column[..., 0].mT.contiguous()
 
     def attend(
-        self, queries: Span, keys: Span, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
+        self,
+        queries: Span,
+        keys: Span,
+        out_dtype: torch.dtype | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return out and lse of these queries over these keys."""
+        """Return out, in out_dtype, and lse of these queries over these keys."""
         present = [name for name in LEARNABLE_PARTS if getattr(self.values, name) is not None]
         learnable: dict[str, Any] = dict(zip(present, parameters, strict=True))
         values = self.values._replace(**learnable)
+        options = dict(self.options, out_dtype=out_dtype)
         (first, end), (first_key, end_key) = queries, keys
         if self.cu_seqlens is None:
             key_lengths = self.key_lengths
@@ -162,7 +169,7 @@ class _Call:
             key_mask = None if self.key_mask is None else self.key_mask[:, first_key:end_key]
             starts = dict(query_start=self.query_start + first, key_start=self.key_start + first_key)
             hidden = dict(key_lengths=key_lengths, key_mask=key_mask)
-            return attention.log_attention(q, k, v, values, return_lse=True, **starts, **hidden, **self.options)
+            return attention.log_attention(q, k, v, values, return_lse=True, **starts, **hidden, **options)
         cu_seqlens_q, cu_seqlens_k = self.cu_seqlens
         lengths = (
             (cu_seqlens_q - first).clamp(0, end - first),
@@ -174,7 +181,7 @@ class _Call:
             query_start=self.query_start + (first - cu_seqlens_q[:-1]).clamp(min=0),
             key_start=self.key_start + (first_key - cu_seqlens_k[:-1]).clamp(min=0),
         )
-        return attention.log_attention_varlen(q, k, v, values, *lengths, return_lse=True, **starts, **self.options)
+        return attention.log_attention_varlen(q, k, v, values, *lengths, return_lse=True, **starts, **options)
 
 
 class _Attention(torch.autograd.Function):
@@ -258,8 +265,10 @@ class _Chunks:
         self.needs = [union(itertools.chain(*map(reach, parallel.spans(call.num_queries, rank)))) for rank in ranks]
         # In each step: whose keys come here, and to whom this rank's keys go.
         self.steps = [([*ranks], [*ranks])]
-        if parallel.method == "ring":
+        ring = parallel.method == "ring"
+        if ring:
             self.steps = [([(me - step) % parallel.size], [(me + step) % parallel.size]) for step in ranks]
+        self.merges = ring or any(len(spans) > 1 for spans in self.reach)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
@@ -270,30 +279,33 @@ class _Chunks:
         for runs in self.runs(k, v):
             while runs:  # each is freed before the next ones come
                 self.merge(partials, runs.pop(0), q, parameters)
-        merged = any(partial is not None and partial[0].dtype != q.dtype for partial in partials)
-        out, lse = new_output(q, True, v.shape[-1]).to(_compute_dtype(q) if merged else q.dtype), call.no_lse(q)
+        out, lse = new_output(q, True, v.shape[-1], self.out_dtype(q)), call.no_lse(q)
         row = 0
         for (first, end), partial in zip(self.queries, partials, strict=True):
             if partial is not None:
                 call.narrow(out, row, end - first).copy_(partial[0])
                 lse.narrow(-1, row, end - first).copy_(partial[1])
             row += end - first
-        return out.to(q.dtype), lse, (q, k, v, out, lse)
+        return out.to(call.out_dtype or q.dtype), lse, (q, k, v, out, lse)
 
     def merge(
         self, partials: list[tuple[Tensor, Tensor] | None], run: _Run, q: Tensor, parameters: Sequence[Tensor]
     ) -> None:
-        """Merge what the keys of a run add into out and lse of each chunk of queries.
-
-        What is merged is float32 or better, and kept so for the backward pass.
-        """
+        """Merge what the keys of a run add into out and lse of each chunk of queries."""
         for meeting in self.meetings(run):
-            new = self.call.attend(meeting.queries, meeting.keys, *self.inputs(meeting, run, q), *parameters)
+            new = self.attend(meeting, *self.inputs(meeting, run, q), *parameters)
             old = partials[meeting.chunk]
             if old is not None:
-                outs = [out.to(_compute_dtype(q)) for out in (old[0], new[0])]
-                new = attention.merge_partials(outs, [old[1], new[1]])
+                new = attention.merge_partials([old[0], new[0]], [old[1], new[1]])
             partials[meeting.chunk] = new
+
+    def out_dtype(self, q: Tensor) -> torch.dtype | None:
+        """Return the dtype of a chunk's out, which is not rounded before it is merged."""
+        return _compute_dtype(q) if self.merges else self.call.out_dtype
+
+    def attend(self, meeting: _Meeting, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out and lse of a chunk of queries over the keys that it meets."""
+        return self.call.attend(meeting.queries, meeting.keys, self.out_dtype(q), q, *inputs)
 
     def backward(
         self,
@@ -306,7 +318,7 @@ class _Chunks:
         """Return the gradients of q, k and v, and this rank's part of those of the parameters, in float64."""
         q, k, v, out, lse = saved
         call, me, compute = self.call, self.parallel.rank, _compute_dtype(q)
-        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
+        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout.to(q.dtype)
         shift = -call.lse((dout.to(compute) * out).sum(-1, keepdim=True))
         if dlse is not None:
             shift = shift + dlse
@@ -365,7 +377,7 @@ class _Chunks:
             rows, columns = meeting.rows, meeting.columns
             _add_gradients(
                 [narrow(dq, *rows), narrow(dk, *columns), narrow(dv, *columns), *rest],
-                functools.partial(self.call.attend, meeting.queries, meeting.keys),
+                functools.partial(self.attend, meeting),
                 [*self.inputs(meeting, run, q), *parameters],
                 needed,
                 functools.partial(self.cotangents, narrow(dout, *rows), lse.narrow(-1, *rows), shift.narrow(-1, *rows)),
@@ -380,8 +392,9 @@ class _Chunks:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of a chunk's out and lse; ``shift`` is dlse - delta."""
         w = torch.exp(lse_c - lse).masked_fill(lse == -math.inf, 0)
-        dout_c = (self.call.column(w) * dout).to(out_c.dtype)
-        return dout_c, w * shift + self.call.lse((dout_c.to(w.dtype) * out_c).sum(-1, keepdim=True))
+        dout_c = self.call.column(w) * dout
+        dlse_c = w * shift + self.call.lse((dout_c * out_c).sum(-1, keepdim=True))  # of dout_c before it is rounded
+        return dout_c.to(out_c.dtype), dlse_c
 
     def pieces(self, source: int, target: int) -> list[Span]:
         """Return the keys that ``source`` holds and ``target`` needs, rising."""
@@ -480,7 +493,7 @@ class _Heads:
         if self.kv_head_of:
             out, lse = self.attend(*whole, *parameters)
         else:
-            out, lse = new_output(whole[0], False, v.shape[-1]), call.no_lse(whole[0])
+            out, lse = new_output(whole[0], False, v.shape[-1], call.out_dtype), call.no_lse(whole[0])
         out, column = self.by_tokens([out, call.column(lse)], call.num_queries, self.heads, self.num_heads)
         return out, call.lse(column), tuple(whole)
 
@@ -495,7 +508,7 @@ class _Heads:
         """Return the gradients of q, k and v, and this rank's part of those of the parameters, in float64."""
         call, (q, _, v) = self.call, saved
         local = call.empty(q, count_tokens(self.parallel.spans(call.num_queries)), self.num_heads)
-        local = new_output(local, False, v.shape[-1])
+        local = new_output(local, False, v.shape[-1], call.out_dtype)
         if dout is None:
             dout = torch.zeros_like(local)
         if dlse is None:
@@ -519,7 +532,7 @@ class _Heads:
         if self.kv_head_of != [head * kv_heads // heads for head in range(heads)] or heads % kv_heads:
             k, v = k[:, self.kv_head_of], v[:, self.kv_head_of]  # not the same number of query heads for each key head
         spans = (0, self.call.num_queries), (0, self.call.num_keys)
-        return self.call.attend(*spans, q, k, v, *(x[own] for x in parameters))
+        return self.call.attend(*spans, self.call.out_dtype, q, k, v, *(x[own] for x in parameters))
 
     def by_heads(self, local: Sequence[Tensor], length: int, heads: Sequence[Span]) -> list[Tensor]:
         """Return this rank's heads of all tokens, from all heads of this rank's tokens."""
@@ -625,6 +638,7 @@ class _Arguments:
             self.key_mask = checks.resolve_key_mask(options["key_mask"], batch, k.shape[2], q, True)
         self.values = values = values_of(position, q)
         self.parameters = [x for name in LEARNABLE_PARTS if (x := getattr(values, name)) is not None]
+        self.out_dtype = checks.resolve_out_dtype(options["out_dtype"], q)
         dropout_p, self.seed = checks.resolve_dropout(options["dropout_p"], options["dropout_seed"], q)
         if dropout_p and parallel.method == "heads":
             raise ValueError(
@@ -709,6 +723,7 @@ class _Arguments:
             "context_length": self.context_lengths,
             "cu_seqlens_q and cu_seqlens_k": self.bounds,
             "max_seqlen_q and max_seqlen_k": self.max_seqlens,
+            "out_dtype": None if self.out_dtype is None else str(self.out_dtype),
             "backend": self.options["backend"],
         }
 
@@ -782,4 +797,5 @@ class _Arguments:
             None if self.key_mask is None else self.parallel.gather(self.key_mask, 1, num_keys),
             self.cu_seqlens,
             self.max_seqlens,
+            self.out_dtype,
         )

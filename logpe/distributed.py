@@ -238,15 +238,13 @@ class ContextParallel:
     def merge(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return out (B, H, N, Dv) and lse (B, H, N) over the keys of all ranks, from those over this rank's, in parts.
 
-        The same bits on every rank. Without a gradient.
+        out and lse are both float32, or both float64. The same bits on every rank. Without a gradient.
         """
-        dtype, compute = parts[0][0].dtype, parts[0][1].dtype
-        mine = merge_partials([out.to(compute) for out, _ in parts], [lse for _, lse in parts])
+        mine = merge_partials(*zip(*parts, strict=True))
         packed = torch.cat([mine[0], mine[1][..., None]], -1).contiguous()
         everyone = [torch.empty_like(packed) for _ in range(self.size)]
         dist.all_gather(everyone, packed, group=self.group)
-        out, lse = merge_partials([x[..., :-1] for x in everyone], [x[..., -1] for x in everyone])
-        return out.to(dtype), lse
+        return merge_partials([x[..., :-1] for x in everyone], [x[..., -1] for x in everyone])
 
     def reduce(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums, or means, over the ranks of tensors of equal shape, added in rank order in float64."""

@@ -25,7 +25,13 @@ _NO_TRANSFORM = (
     "logpe.attention has no derivative under torch.func (grad, vjp, jvp, jacrev, ...) and no forward-mode one (jvp): "
     'they work with backend="reference", and in LogAttention with need_weights=True'
 )
-_TYPES = {Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float"}
+_TYPES = {
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    torch.dtype | None: "ScalarType?",
+}
 _SCHEMA = ", ".join(f"{_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())
 
 _library = torch.library.Library("logpe", "DEF")
@@ -194,8 +200,9 @@ def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, _ = rest
     lse_shape = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    out = new_output(q, False, v.shape[-1])
+    out = new_output(q, False, v.shape[-1], Options(*options).out_dtype)
     return out, q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -241,6 +248,7 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * len(ctx.needs_input_grad)
             dout = torch.zeros_like(out)
+        dout = dout.to(q.dtype)
         dq, dk, dv, *gradients = torch.ops.logpe.attention_backward(
             dout, dlse, q, k, v, out, lse, *tensors, *numbers, ctx.needs_input_grad[-NUM_LEARNABLE:], backend
         )

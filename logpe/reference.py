@@ -263,8 +263,9 @@ def attention(
         return_weights: also return the weights.
 
     Returns:
-        out: (B, Hq, Nq, Dv), the dtype of q. lse: (B, Hq, Nq), natural log, before dropout. A query that sees no key
-        gets zeros and -inf. With ``return_weights``, the weights (B, Hq, Nq, Nk) after dropout.
+        out: (B, Hq, Nq, Dv), options.out_dtype, by default the dtype of q. lse: (B, Hq, Nq), natural log, before
+            dropout. A query that sees no key gets zeros and -inf. With ``return_weights``, the weights
+            (B, Hq, Nq, Nk) after dropout.
     """
     key_bias, scale = options.key_bias, options.scale
     if options.block_table is not None:
@@ -337,7 +338,8 @@ def attention(
         batch_head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
         keep = dropout_keep(options.dropout_seed, batch_head, i, j, options.dropout_p)
         weights = weights.where(keep, 0) / (1 - options.dropout_p)
-    out = (weights.to(v.dtype) @ v).where(sees_any, 0)
+    out_dtype = options.out_dtype or v.dtype
+    out = (weights.to(v.dtype).to(out_dtype) @ v.to(out_dtype)).where(sees_any, 0)
     return (out, lse, weights) if return_weights else (out, lse)
 
 
@@ -360,7 +362,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
 
     index_q, lengths_q = _padded_index(options.cu_seqlens_q)
     index_k, lengths_k = _padded_index(options.cu_seqlens_k)
-    out = new_output(q, True, v.shape[-1])
+    out = new_output(q, True, v.shape[-1], options.out_dtype)
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     if len(k) == 0:  # so that there is something to index, in the graph of k and v
         k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))

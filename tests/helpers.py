@@ -142,7 +142,7 @@ def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str,
         x = getattr(values, name)
         if x is not None and x.requires_grad:
             inputs[f"d{name}"] = x
-    results, cotangents = [out], [call.dout.to(dtype)]
+    results, cotangents = [out], [call.dout.to(out.dtype)]
     if call.dlse is not None:
         results.append(lse)
         cotangents.append(call.dlse.to(lse.dtype))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PARAMETERS, check, make_call, make_packed_call, make_values, run
+from helpers import HALF, PARAMETERS, Reference, check, make_call, make_packed_call, make_values, run
 from logpe_kernels.options import Options
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -230,6 +230,12 @@ REFUSED = [
     refused("dropout_seed must be an int64 tensor of one element on cpu, got 7", dropout_p=0.1, dropout_seed=7),
     refused("dropout_seed must be an int64 tensor", dropout_p=0.1, dropout_seed=torch.tensor([7], dtype=torch.int32)),
     refused("dropout_seed...tensor([7, 8])", dropout_p=0.1, dropout_seed=torch.tensor([7, 8])),
+    refused(
+        "out_dtype must be None or torch.float32 for q in torch.float32, got torch.float16",
+        TypeError,
+        out_dtype=torch.float16,
+    ),
+    refused("out_dtype must be None or torch.float32 for q in torch.float32, got '32'", TypeError, out_dtype="32"),
     refused("backend must be one of auto, triton, blocked, reference, got 'cuda'", backend="cuda"),
 ]
 REFUSED_PACKED = [
@@ -266,6 +272,12 @@ REFUSED_PACKED = [
     refused("max_seqlen_k must be an int of at least 0, got '5'", max_seqlen_k="5"),
     refused("scale must be a number, got a tensor", TypeError, scale=torch.tensor(1.0)),
     refused("q must be a tensor, got list", TypeError, q=[1.0]),
+    refused(
+        "out_dtype must be None or torch.bfloat16 or torch.float32 for q in torch.bfloat16, got torch.float64",
+        TypeError,
+        **{name: normal(8, KV, D, dtype=torch.bfloat16) for name in "qkv"},
+        out_dtype=torch.float64,
+    ),
 ]
 
 
@@ -473,6 +485,33 @@ def test_autocast(backend: str) -> None:
         assert torch.equal(log_attention(**mixed, position=position, is_causal=True, backend=backend), out)
         wide = {name: t.double() for name, t in x.items()}
         assert log_attention(**wide, is_causal=True, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("form", ["dense", "packed", "decode"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_dtype(backend: str, form: str, dtype: torch.dtype) -> None:
+    """A float32 out is what would be rounded: closer to the exact one, and so are its gradients."""
+    options: dict[str, Any] = dict(dtype=dtype, value_dim=12, preset="log-invariant", query_gain=True, is_causal=True)
+    if form == "packed":
+        call = make_packed_call([9, 20], [17, 20], kv_heads=2, head_dim=16, **options)
+    else:
+        call = make_call(2, 4, 2, *((40, 40) if form == "dense" else (2, 600)), 16, **options)
+    wide = call.replace(options=call.options | dict(out_dtype=torch.float32))
+    rounded, actual, again = (run(x, backend) for x in (call, wide, call))
+    assert actual["out"].dtype == torch.float32
+    for x in (rounded, again):
+        assert x["out"].dtype == dtype
+        assert torch.equal(x["lse"], actual["lse"])
+        if backend != "reference":  # which forms the product in the one dtype or the other
+            assert torch.equal(x["out"], actual["out"].to(dtype))
+    reference = Reference(call)
+    reference.check(actual)
+    errors = [(x["out"] - reference.exact["out"]).square().mean() for x in (actual, rounded)]
+    assert errors[0] < errors[1]
+    assert (
+        log_attention(**{n: t.double() for n, t in tensors().items()}, out_dtype=torch.float64).dtype == torch.float64
+    )
 
 
 # --- backends ---------------------------------------------------------------------------------------------------

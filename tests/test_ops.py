@@ -57,10 +57,12 @@ def _fresh_compiler() -> Iterator[None]:
 def everything(form: str, **sizes: Any) -> Call:
     """A call with every option in it, dense or packed; "plain" has none; "gqa" shares keys and freezes a part.
 
-    With options, the values are wider than the keys; in "gqa" narrower.
+    "wide" has a float32 out. With options, the values are wider than the keys; in "gqa" narrower.
     """
     if form == "plain":
         return make_call(2, 2, 2, 9, 9, 8, preset="none")
+    if form == "wide":
+        return make_call(2, 2, 2, 9, 9, 8, dtype=torch.bfloat16, out_dtype=torch.float32)
     if form == "gqa":
         return make_call(2, 4, 1, 9, 9, 8, value_dim=4, values=make_values(4, 8, learnable=("rate",)), is_causal=True)
     values = make_values(4, 8, "log-invariant", query_gain=True)._replace(theta=make_values(4, 8, "log-rotary").theta)
@@ -107,7 +109,7 @@ def test_the_operator_takes_the_options_in_order() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["plain", "gqa", "dense", "packed"])
+@pytest.mark.parametrize("form", ["plain", "gqa", "dense", "packed", "wide"])
 def test_opcheck(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = everything(form)
     forward, backward = arguments_of(call, backend, monkeypatch)

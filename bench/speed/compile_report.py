@@ -120,6 +120,7 @@ FEATURES = (
     "dlse",
     "value_dim",
     "wide_values",
+    "float32_out",
 )
 
 
@@ -304,6 +305,8 @@ def call(case: Case, preset: str) -> None:
         options |= dict(dropout_p=0.1, dropout_seed=meta((1,), dtype=torch.int64))
     if "window" in features:
         options |= dict(window_left=256)
+    if "float32_out" in features:
+        options |= dict(out_dtype=torch.float32)
     given = logpe_kernels.Options(**options)
     rows = (heads, num_queries, head_dim), (kv_heads, LENGTH, head_dim)
     q, k, v = (
@@ -317,7 +320,7 @@ def call(case: Case, preset: str) -> None:
         return
     out, lse = logpe_kernels.attention(q, k, v, given)
     dlse = torch.empty_like(lse) if "dlse" in features else None
-    logpe_kernels.attention_backward(torch.empty_like(out), dlse, q, k, v, out, lse, given)
+    logpe_kernels.attention_backward(torch.empty_like(out, dtype=dtype), dlse, q, k, v, out, lse, given)
 
 
 def cases(

@@ -80,12 +80,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Plan | No
     (num_pages, Hkv, page_size, D or Dv), see :mod:`decode`. plan: that of an earlier call of the same layout and
     options, but for the starts; a caller that has it saves looking for it.
 
-    Returns out, laid out like q but with v's Dv, and lse, float32, (B, Hq, Nq) or packed (Hq, total): natural log of
-    the sum of exponentials.
+    Returns out, laid out like q but with v's Dv and in options.out_dtype, and lse, float32, (B, Hq, Nq) or packed
+    (Hq, total): natural log of the sum of exponentials.
     """
     if plan is None:
         plan = plan_of(q, k, v, options)
-    out = new_output(q, plan.packed, plan.value_dim)
+    out = new_output(q, plan.packed, plan.value_dim, options.out_dtype)
     if plan.packed:
         lse = torch.full((plan.heads, plan.total_queries), -float("inf"), dtype=torch.float32, device=q.device)
     else:

@@ -42,19 +42,20 @@ class Options(NamedTuple):
     gain_length: float = 512.0  # n0 of the query gain, in tokens
     scale: float = 1.0  # of the scores
     dropout_p: float = 0.0  # probability to drop a weight
+    out_dtype: torch.dtype | None = None  # None: that of q
 
 
 LEARNABLE_PARTS = Options._fields[:NUM_LEARNABLE]
 
 
-def new_output(x: Tensor, zeros: bool, size: int | None = None) -> Tensor:
-    """Return an output laid out like x (..., D), or as (..., size) would be in the layout of x.
+def new_output(x: Tensor, zeros: bool, size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an output laid out like x (..., D), or as (..., size) would be in the layout of x. dtype: None: that of x.
 
     zeros: whether it starts from zeros, as packed ones do: tokens outside every sequence keep them.
     """
     if size is None or size == x.shape[-1]:
-        return torch.zeros_like(x) if zeros else torch.empty_like(x)
+        return torch.zeros_like(x, dtype=dtype) if zeros else torch.empty_like(x, dtype=dtype)
     rows = torch.empty_like(x[..., 0], device="meta")
     shape, strides = (*rows.shape, size), (*(size * stride for stride in rows.stride()), 1)
-    out = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    out = torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
     return out.zero_() if zeros else out
