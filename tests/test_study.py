@@ -19,6 +19,7 @@ from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
+from bench.study.encoders import layer_encoding
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, STOPPED, TIME_IS_OVER
@@ -39,6 +40,7 @@ VARIANTS = [
         "log-rotary-bias+rotary=0.5",
         "log-bias+rotary=0.5+base=54",
         "log-bias+gain=4+power=0.5:4+rate=1+alpha=0.1",
+        "log-bias-rope+sink",
     ),
 ]
 
@@ -116,6 +118,30 @@ def test_gain_on_the_whole_logit_equals_its_definition():
     logit = logit.masked_fill(torch.ones(300, 300).triu(1).bool(), -math.inf)
     expected = attention.out((logit.softmax(-1) @ v.double()).float().transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x), expected)
+
+
+def test_a_sink_is_a_key_without_a_place():
+    attention = Attention(TINY, encoding("log-bias+gain=8+sink+alpha=0.5:2", 64))
+    with torch.no_grad():
+        attention.sink.normal_()
+    x = torch.randn(2, 30, 16)
+    values = attention.position()
+    q, k, v = (x.double() for x in attention.project(x, last=20))
+    i, j = torch.arange(10, 30)[:, None], torch.arange(30)
+    power, rate, alpha = (getattr(values, part).double()[:, None, None] for part in ("power", "rate", "alpha"))
+    gain = 1 + alpha * torch.log1p(i / 8)
+    logit = gain * (q @ k.mT) / math.sqrt(8) - power * torch.log1p(rate * (i - j).abs())
+    key, constant = attention.sink[0, :, :-1].double(), attention.sink[0, :, -1:].double()
+    sink = gain * ((q @ key[..., None]) / math.sqrt(8) + constant[..., None])
+    weights = torch.cat([logit.masked_fill(j > i, -math.inf), sink], -1).softmax(-1)
+    expected = attention.out((weights[..., :-1] @ v).float().transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, last=20), expected)
+    with pytest.raises(ValueError, match="no key that a cache keeps"):
+        attention.new_cache(1, 30)
+    with pytest.raises(ValueError, match="which do not go together"):
+        encoding("log-bias+logit-gain+sink", 64)
+    with pytest.raises(ValueError, match="sink and an added rotation do not apply"):
+        layer_encoding("log-bias+sink", 64)
 
 
 def test_yarn_equals_its_definition():

@@ -22,8 +22,8 @@ def layer_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that torch's own layers can have, see replace_attention. Raises ValueError for others."""
     chosen = encoding(name, train_length)
     added = chosen.rotary is not None and "rotary" not in PRESET_PARTS[chosen.preset]
-    if chosen.yarn or chosen.gain_on_bias or added:
-        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
+    if chosen.yarn or chosen.gain_on_bias or chosen.sink or added:
+        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain, sink and an added rotation do not apply here")
     return chosen
 
 

@@ -38,6 +38,7 @@ class Encoding:
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
     reach: float | None = None  # at least half of each head's weight lies within so many bytes or tokens
     qk_norm: bool = False  # RMSNorm on queries and keys
+    sink: bool = False  # a key of each head that stands nowhere, and whose value is zero
     shared: bool = False  # one LogPosition for all layers
     kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
     initial: tuple[tuple[str, float, float], ...] = ()  # of a part: the first head's value and the last head's
@@ -86,6 +87,7 @@ OPTIONS = {
     "shared": "one set of parameters for all layers",
     "bounded, bounded=F": "no head gives more than half of its weight to what is beyond F (1) training lengths",
     "fixed": "parameters of the position that keep their first values",
+    "sink": "a key of each head that stands nowhere: what matches nothing may choose it, and reads zeros",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
     "base=B": "plane p of P turns by B^(-p / P) per position",
@@ -97,6 +99,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # fields of Encoding that options without 
     "shared": dict(shared=True),
     "fixed": dict(learnable=False),
     "qk-norm": dict(qk_norm=True),
+    "sink": dict(sink=True),
 }
 
 
@@ -138,6 +141,8 @@ def encoding(name: str, train_length: int) -> Encoding:
         raise ValueError(f"{name!r} rotates nothing: base goes with rotary=F, or a preset that rotates")
     if chosen.gain_on_bias and "power" not in parts:
         raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
+    if chosen.gain_on_bias and chosen.sink:
+        raise ValueError(f"{name!r} has both logit-gain and sink, which do not go together")
     if chosen.reach and not {"power", "rate"} <= parts:
         raise ValueError(f"{name!r} has no power and rate to bound")
     if chosen.shared and not parts & set(LEARNABLE_PARTS):
@@ -168,6 +173,7 @@ class Attention(language_model.Attention):
         self.smear = nn.Parameter(torch.zeros(shape.heads)) if smeared_keys else None
         self.encoding = encoding
         head_dim = shape.dim // shape.heads
+        self.sink = nn.Parameter(torch.zeros(1, shape.heads, head_dim + 1)) if encoding.sink else None
         encoding.start(self.position)
         theta = None
         if encoding.rotary is not None and "rotary" not in self.position.parts:
@@ -199,7 +205,23 @@ class Attention(language_model.Attention):
             starts = itertools.accumulate((part.shape[2] for part in parts), initial=k.shape[2] - q.shape[2])
             return torch.cat([self.eager(part, k, v, n)[0] for part, n in zip(parts, starts, strict=False)], dim=2)
         values, scale = self.values(k.shape[2])
-        return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
+        if self.sink is None:
+            return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
+        out, lse = logpe.log_attention(q, k, v, values, is_causal=True, scale=scale, return_lse=True)
+        return self.beside_sink(q, out, lse, k.shape[2] - q.shape[2])
+
+    def beside_sink(self, q: Tensor, out: Tensor, lse: Tensor, start: int) -> Tensor:
+        """Return out (B, H, Nq, D) as it is with the sink among the keys, from out and lse (B, H, Nq) without it.
+
+        Its logit is a score and a constant, without a distance; the query gain multiplies both.
+        """
+        assert self.sink is not None
+        values, scale = self.values(start + q.shape[2])
+        score = scale * (q @ self.sink[0, :, :-1, None].to(q.dtype))[..., 0].float() + self.sink[0, :, -1:]
+        if values.alpha is not None:
+            i = torch.arange(start, start + q.shape[2], device=q.device)
+            score = score * reference.query_gain(i, values.alpha[:, None], values.gain_length)
+        return out * torch.sigmoid(lse - score)[..., None].to(out.dtype)
 
     def new_cache(self, batch_size: int, capacity: int, **options: Any) -> logpe.KVCache:
         """Return a cache for texts of ``capacity`` bytes at the most; YaRN turns keys as if every text had so many.
@@ -208,6 +230,8 @@ class Attention(language_model.Attention):
         """
         if self.encoding.gain_on_bias:
             raise ValueError("a gain on the whole logit (logit-gain) has no kernel, and so it cannot use a cache")
+        if self.sink is not None:
+            raise ValueError("a sink is no key that a cache keeps")
         if self.smear is not None:
             raise ValueError("smeared keys need the token before, which a cache does not keep")
         heads, head_dim = self.heads, self.qkv.in_features // self.heads
@@ -225,7 +249,10 @@ class Attention(language_model.Attention):
         return values, scale
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return output, and weights float32 (B, H, Nq, N), of queries that stand at ``start`` and after it."""
+        """Return output, and weights float32 (B, H, Nq, N), of queries that stand at ``start`` and after it.
+
+        The weights sum up to one: a sink takes its share of the output alone.
+        """
         values, scale = self.values(k.shape[2])
         i = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
         j = torch.arange(k.shape[2], device=q.device)
@@ -238,8 +265,8 @@ class Attention(language_model.Attention):
             gain = reference.query_gain(i, alpha, values.gain_length)
             bias = (gain - 1) * reference.distance_bias(reference.log_distance((i - j).abs(), rate), power)
         options = Options(**values._asdict(), query_start=start, window_right=0, scale=scale)
-        out, _, weights = reference.attention(q, k, v, options, attn_mask=bias, return_weights=True)
-        return out, weights
+        out, lse, weights = reference.attention(q, k, v, options, attn_mask=bias, return_weights=True)
+        return out if self.sink is None else self.beside_sink(q, out, lse, start), weights
 
 
 class Model(LanguageModel):
