@@ -44,6 +44,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context_length: int | Tensor | None = None,
+    sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -83,6 +84,9 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         dropout_seed: int64 tensor of one element, on the device of q; drawn from torch's generator by default.
         context_length: n of the query gain, an int or an int tensor (B,). By default it is the query's position when
             causal (at most window[0]), and otherwise the number of keys: the position of the last key, plus 1.
+        sink: floating (Hq,) or (B, Hq, Nq), finite: the score of one more key, which a query may choose where no other
+            matches. It has no place, so that neither distance nor masks matter to it, and its value is zero; a query
+            gain multiplies it as all scores. It is no part of k and v, and dropout leaves it. lse counts it.
         out_dtype: the dtype of out, that of q by default. torch.float32 keeps what the sums of half precision hold, so
             that parts to be merged are not rounded one by one. The gradient of out is rounded to the dtype of q.
         return_lse: also return the log of the sum of exponentials.
@@ -105,15 +109,15 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         result = _context_parallel(
             context_parallel, q, k, v, position, is_causal=is_causal, query_start=query_start, key_start=key_start,
             key_lengths=key_lengths, key_mask=key_mask, block_table=block_table, window=window, scale=scale,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, context_length=context_length, out_dtype=out_dtype,
-            backend=backend, validate=validate,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context_length=context_length, sink=sink,
+            out_dtype=out_dtype, backend=backend, validate=validate,
         )  # fmt: skip
         return result if return_lse else result[0]
     q, k, v = autocast(q, k, v)
     values = values_of(position, q)
     left, right = checks.resolve_window(window, is_causal)
     key = None
-    plain = query_start is key_lengths is key_mask is block_table is context_length is out_dtype is None
+    plain = query_start is key_lengths is key_mask is block_table is context_length is sink is out_dtype is None
     if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
         key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
         if key is not None and (plan := ops.plans().get(key)) is not None:
@@ -132,6 +136,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         key_lengths = checks.check_int_tensor("key_lengths", key_lengths, batch, q, validate, low=0, high=num_keys)
     if key_mask is not None:
         key_mask = checks.resolve_key_mask(key_mask, batch, num_keys, q, validate)
+    if sink is not None:
+        checks.check_sink(sink, (batch, heads, num_queries), q, validate)
 
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
     first_key = key_start if key_starts is None else key_starts
@@ -172,7 +178,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         dropout_p=dropout_p,
         out_dtype=checks.resolve_out_dtype(out_dtype, q),
     )
-    result = _attend(q, k, v, options, backend, key)
+    result = _attend(q, k, v, options, backend, key, sink)
     return result if return_lse else result[0]
 
 
@@ -202,6 +208,7 @@ def log_attention_varlen(  # type: ignore[misc]
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context_length: int | Tensor | None = None,
+    sink: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -215,6 +222,7 @@ def log_attention_varlen(  # type: ignore[misc]
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0 on and never falling. Sequence b consists of the tokens
             from cu_seqlens[b] to before cu_seqlens[b + 1]. Tokens after the last sequence get zeros.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; longer ones are cut there.
+        sink: (Hq,) or (Hq, total_q).
         query_start: by default, when causal, each sequence's last query stands at its last key. Without is_causal
             queries start where keys do, which needs equal lengths: with two different cu_seqlens it is required.
 
@@ -228,12 +236,14 @@ def log_attention_varlen(  # type: ignore[misc]
             context_parallel, q, k, v, position, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, is_causal=is_causal, query_start=query_start,
             key_start=key_start, window=window, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            context_length=context_length, out_dtype=out_dtype, backend=backend, validate=validate,
+            context_length=context_length, sink=sink, out_dtype=out_dtype, backend=backend, validate=validate,
         )  # fmt: skip
         return result if return_lse else result[0]
     q, k, v = autocast(q, k, v)
     values = values_of(position, q)
-    (_, heads, head_dim), *_ = checks.check_tensors(3, q=q, k=k, v=v)
+    (total_queries, heads, head_dim), *_ = checks.check_tensors(3, q=q, k=k, v=v)
+    if sink is not None:
+        checks.check_sink(sink, (heads, total_queries), q, validate)
     same_lengths = cu_seqlens_q is cu_seqlens_k
     max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
@@ -287,7 +297,7 @@ def log_attention_varlen(  # type: ignore[misc]
         dropout_p=dropout_p,
         out_dtype=checks.resolve_out_dtype(out_dtype, q),
     )
-    result = _attend(q, k, v, options, backend)
+    result = _attend(q, k, v, options, backend, sink=sink)
     return result if return_lse else result[0]
 
 
@@ -386,13 +396,24 @@ def _context_parallel(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, key: Hashable = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    backend: str,
+    key: Hashable = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a backend and run it on a call whose other arguments are checked.
 
     Args:
         key: the key by which later calls like this one, which need no checks, will find the plan.
     """
+    if sink is not None:  # what it scales is not rounded before
+        wide = options._replace(out_dtype=checks.resolve_out_dtype(torch.promote_types(q.dtype, torch.float32), q))
+        tokens = torch.arange(q.shape[-2 if q.dim() == 4 else 0], device=q.device)
+        out, lse = reference.add_sink(*_attend(q, k, v, wide, backend), sink, options, tokens)
+        return out.to(options.out_dtype or q.dtype), lse
     backend = _resolve_backend(backend, q)
     dropout_p, dropout_seed = checks.resolve_dropout(options.dropout_p, options.dropout_seed, q)
     options = options._replace(dropout_p=dropout_p, dropout_seed=dropout_seed)

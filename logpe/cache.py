@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from logpe_kernels.options import Options
 from torch import Tensor
 
 from logpe.attention import autocast, log_attention, rotate
-from logpe.checks import PAGE_SIZES, check_dense, per_sequence, plain_int
+from logpe.checks import PAGE_SIZES, check_dense, check_sink, per_sequence, plain_int
 from logpe.distributed import ContextParallel
 from logpe.position import LogPosition, Position
-from logpe.reference import PositionValues
+from logpe.reference import PositionValues, add_sink
 
 
 def _is_int(value: Any) -> bool:
@@ -163,6 +164,7 @@ class KVCache:
         key_mask: Tensor | None = None,
         scale: float | None = None,
         context_length: int | Tensor | None = None,
+        sink: Tensor | None = None,
         return_lse: bool = False,
         backend: str = "auto",
         validate: bool = False,
@@ -173,7 +175,7 @@ class KVCache:
             q: (B, Hq, N, D), not rotated. Results for right padding mean nothing.
             k, v, lengths: as in :meth:`append`.
             key_mask: as in :func:`logpe.log_attention`, with one column for each place of the cache.
-            scale, context_length, return_lse, backend, validate: as in :func:`logpe.log_attention`.
+            scale, context_length, sink, return_lse, backend, validate: as in :func:`logpe.log_attention`.
 
         Returns:
             out (B, Hq, N, Dv), and lse with ``return_lse``. Differentiable in q and the position, except over pages.
@@ -183,7 +185,7 @@ class KVCache:
         """
         held = self._host_lengths
         if self.context_parallel is not None:
-            options = dict(scale=scale, context_length=context_length, backend=backend, validate=validate)
+            options = dict(scale=scale, context_length=context_length, sink=sink, backend=backend, validate=validate)
             with self.context_parallel.together():
                 if lengths is not None or key_mask is not None:
                     name = "key_mask" if lengths is None else "lengths"
@@ -209,6 +211,7 @@ class KVCache:
                 key_mask=key_mask,
                 scale=scale,
                 context_length=context_length,
+                sink=sink,
                 return_lse=return_lse,
                 backend=backend,
                 validate=validate,
@@ -265,6 +268,9 @@ class KVCache:
             q, plain = rotate(q, values, first), values if values is None else values.unrotated()
             own = [(token, count) for rank, token, count in placed if rank == parallel.rank]
             dtype = autocast(q, k, v)[0].dtype
+            sink = options.pop("sink")
+            if sink is not None:
+                check_sink(sink, tuple(q.shape[:3]), q, options["validate"])
             options["out_dtype"] = torch.promote_types(dtype, torch.float32)
             parts: list[Any] = []
             row = 0
@@ -274,6 +280,16 @@ class KVCache:
                 parts.append(log_attention(q, held_k, held_v, plain, **starts, **options))
                 row += count
             out, lse = parallel.merge(parts)
+            if sink is not None:
+                context = options["context_length"]
+                gain = Options(
+                    alpha=None if plain is None else plain.alpha,
+                    gain_length=1.0 if plain is None else plain.gain_length,
+                    query_starts=first,
+                    context_lengths=None if context is None else per_sequence("context_length", context, len(q), q),
+                    window_left=self.window,
+                )
+                out, lse = add_sink(out, lse, sink, gain, torch.arange(q.shape[2], device=q.device))
             return out.to(dtype), lse
 
     def _place(self, parallel: ContextParallel, held: int, count: int) -> list[tuple[int, int, int]]:

@@ -345,6 +345,20 @@ def resolve_key_mask(key_mask: Tensor, batch: int, num_keys: int, q: Tensor, val
     return bounded(key_mask.to(torch.promote_types(q.dtype, torch.float32)))
 
 
+def check_sink(sink: Tensor, lse_shape: tuple[int, ...], q: Tensor, validate: bool) -> None:
+    """Raise unless ``sink`` holds the score of one more key for each head, or for each head and query."""
+    check_dense("sink", sink, "a floating tensor")
+    if not sink.is_floating_point():
+        raise TypeError(f"sink must be a floating tensor, got {sink.dtype}")
+    heads = q.shape[1]
+    if sink.shape not in ((heads,), lse_shape):
+        raise ValueError(f"sink must have shape ({heads},) or {lse_shape}, got {tuple(sink.shape)}")
+    if sink.device != q.device:
+        raise ValueError(f"sink must be on the device of q, {q.device}, got {sink.device}")
+    if readable(sink, validate) and not sink.isfinite().all():
+        raise ValueError("sink must be finite, got NaN or inf")
+
+
 def check_max_seqlen(name: str, x: int) -> int:
     """Return the length of the longest sequence as an int."""
     if isinstance(x, bool) or not isinstance(x, _INTEGERS) or x < 0:

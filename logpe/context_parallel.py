@@ -54,11 +54,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from logpe_kernels.options import new_output
+from logpe_kernels.options import Options, new_output
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logpe import attention, checks
+from logpe import attention, checks, reference
 from logpe.distributed import ContextParallel, Exchange, Span, count_tokens, index_of, intersect, union
 from logpe.position import LEARNABLE_PARTS, LogPosition, Position, values_of
 from logpe.reference import PositionValues
@@ -125,6 +125,21 @@ class _Call:
     def narrow(self, x: Tensor, first: int, count: int) -> Tensor:
         """Return tokens of q, k, v, out or a gradient of theirs."""
         return x.narrow(self.dim, first, count)
+
+    def gain_options(self, batch: int, device: torch.device) -> Options:
+        """Return the options that the query gain of ``batch`` sequences follows from."""
+        length, starts = self.options["context_length"], self.query_start
+        if isinstance(length, int):
+            length = torch.full((batch,), length, device=device)
+        return Options(
+            alpha=self.values.alpha,
+            gain_length=self.values.gain_length,
+            query_starts=starts if isinstance(starts, Tensor) else None,
+            query_start=0 if isinstance(starts, Tensor) else starts,
+            context_lengths=length,
+            window_left=self.left,
+            cu_seqlens_q=None if self.cu_seqlens is None else self.cu_seqlens[0],
+        )
 
     def no_lse(self, q: Tensor) -> Tensor:
         """Return the lse of queries that see no key."""
@@ -206,6 +221,21 @@ class _Attention(torch.autograd.Function):
         for n, total in zip(learned, ctx.plan.call.parallel.reduce([gradients[n] for n in learned]), strict=True):
             gradients[n] = total.to(parameters[n - 3].dtype)
         return None, *(x if need else None for x, need in zip(gradients, needed, strict=True))
+
+
+class _Shared(torch.autograd.Function):
+    """A tensor with the same values on all ranks, whose gradient is added up over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, parallel: ContextParallel, x: Tensor) -> Tensor:
+        ctx.parallel = parallel
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (total,) = ctx.parallel.reduce([gradient])
+        return None, total.to(gradient.dtype)
 
 
 def _add_gradients(
@@ -612,7 +642,18 @@ def attend(
     call = arguments.call(num_queries, num_keys)
     q, k, v = arguments.q, arguments.k, arguments.v
     plan = _Heads(call, q.shape[1], k.shape[1]) if parallel.method == "heads" else _Chunks(call)
-    return _Attention.apply(plan, q, k, v, *arguments.parameters)
+    sink = options["sink"]
+    if sink is None:
+        return _Attention.apply(plan, q, k, v, *arguments.parameters)
+    call.out_dtype = checks.resolve_out_dtype(_compute_dtype(q), q)  # what the sink scales is not rounded before
+    out, lse = _Attention.apply(plan, q, k, v, *arguments.parameters)
+    gain = call.gain_options(len(arguments.key_starts), q.device)
+    if gain.alpha is not None:
+        gain = gain._replace(alpha=_Shared.apply(parallel, gain.alpha))
+    if sink.dim() == 1:
+        sink = _Shared.apply(parallel, sink)
+    out, lse = reference.add_sink(out, lse, sink, gain, parallel.positions(num_queries, q.device))
+    return out.to(arguments.out_dtype or q.dtype), lse
 
 
 class _Arguments:
@@ -639,6 +680,9 @@ class _Arguments:
         self.values = values = values_of(position, q)
         self.parameters = [x for name in LEARNABLE_PARTS if (x := getattr(values, name)) is not None]
         self.out_dtype = checks.resolve_out_dtype(options["out_dtype"], q)
+        sink = options["sink"]
+        if sink is not None:
+            checks.check_sink(sink, (q.shape[1], batch) if self.packed else q.shape[:3], q, options["validate"])
         dropout_p, self.seed = checks.resolve_dropout(options["dropout_p"], options["dropout_seed"], q)
         if dropout_p and parallel.method == "heads":
             raise ValueError(
@@ -720,6 +764,7 @@ class _Arguments:
             "key_start": self.key_starts,
             "key_lengths": self.key_lengths,
             "the use of key_mask": self.key_mask is not None,
+            "the use of sink": self.given["sink"] is not None,
             "context_length": self.context_lengths,
             "cu_seqlens_q and cu_seqlens_k": self.bounds,
             "max_seqlen_q and max_seqlen_k": self.max_seqlens,

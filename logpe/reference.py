@@ -220,6 +220,25 @@ def positions_of(count: int, start: int, starts: Tensor | None, device: torch.de
     return first[:, None] + torch.arange(count, device=device)
 
 
+def query_lengths(options: Options, tokens: Tensor) -> Tensor:
+    """Return n of the query gain, (B or 1, N) or packed (N,), of the queries with these indices (N,)."""
+    start, context = options.query_starts, options.context_lengths
+    if options.cu_seqlens_q is None:
+        tokens = tokens[None]
+        start, context = (x if x is None else x[:, None] for x in (start, context))
+    else:
+        ends = options.cu_seqlens_q[1:]
+        sequence = torch.searchsorted(ends, tokens.to(ends.dtype), right=True).clamp(max=len(ends) - 1)
+        tokens = tokens - options.cu_seqlens_q[sequence]
+        start, context = (x if x is None else x[sequence] for x in (start, context))
+    n = tokens + (options.query_start if start is None else start)
+    if context is not None:
+        n = context + torch.zeros_like(tokens)
+    elif options.window_left is not None:
+        n = n.clamp(max=options.window_left)
+    return n.clamp(min=0)
+
+
 def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Copy paged keys and values into dense ones.
 
@@ -312,11 +331,8 @@ def attention(
         q, k, scale = q / 8, k / 8, 64 * scale
     logit = (q @ k.mT).to(compute) * scale
     if options.alpha is not None:
-        if options.context_lengths is not None:
-            n = options.context_lengths[:, None, None, None]
-        else:
-            n = i if options.window_left is None else i.clamp(max=options.window_left)
-        logit = logit * query_gain(n.clamp(min=0).to(compute), per_head(options.alpha), options.gain_length)
+        n = query_lengths(options, torch.arange(num_queries, device=q.device))[:, None, :, None].to(compute)
+        logit = logit * query_gain(n, per_head(options.alpha), options.gain_length)
     if options.rate is not None or options.power is not None:
         rate = None if options.rate is None else per_head(options.rate)
         l = log_distance((i - j).abs().to(compute), rate)  # noqa: E741
@@ -366,13 +382,32 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
     lse = out.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     if len(k) == 0:  # so that there is something to index, in the graph of k and v
         k, v = (torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in (k, v))
-    padded_out, padded_lse = attention(
-        padded(q, index_q), padded(k, index_k), padded(v, index_k), options._replace(key_lengths=lengths_k)
-    )[:2]
+    dense = options._replace(key_lengths=lengths_k, cu_seqlens_q=None, cu_seqlens_k=None)
+    padded_out, padded_lse = attention(padded(q, index_q), padded(k, index_k), padded(v, index_k), dense)[:2]
     real = torch.arange(index_q.shape[1], device=q.device) < lengths_q[:, None]  # (B, longest)
     tokens = index_q[real]
     out = out.index_put((tokens,), padded_out.transpose(1, 2)[real])
     return out, lse.T.index_put((tokens,), padded_lse.transpose(1, 2)[real]).T
+
+
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor, options: Options, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out and lse with one more key in each row, whose score is ``sink`` and whose value is zero.
+
+    Args:
+        out: (B, Hq, N, Dv), or packed (total, Hq, Dv).
+        lse: (B, Hq, N), or packed (Hq, total).
+        sink: (Hq,), or like lse. The query gain multiplies it.
+        options: those of the call that gave out and lse.
+        tokens: (N,), the indices of these queries among those of the options.
+    """
+    sink = (sink if sink.dim() > 1 else sink[:, None]).to(lse.dtype)
+    if options.alpha is not None:
+        n, alpha = query_lengths(options, tokens).to(lse.dtype), options.alpha.to(lse.dtype)
+        sink = sink * query_gain(n[..., None, :], alpha[:, None], options.gain_length)
+    keyless = lse == -math.inf
+    share = torch.sigmoid((lse - sink).masked_fill(keyless, -math.inf))
+    lse = torch.where(keyless, sink, torch.logaddexp(lse.masked_fill(keyless, 0), sink))
+    return out * (share if options.cu_seqlens_q is None else share.mT)[..., None], lse
 
 
 def _padded_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HALF, PARAMETERS, Reference, check, make_call, make_packed_call, make_values, run
+from helpers import HALF, PARAMETERS, Call, Reference, check, make_call, make_packed_call, make_values, run
 from logpe_kernels.options import Options
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -236,6 +236,11 @@ REFUSED = [
         out_dtype=torch.float16,
     ),
     refused("out_dtype must be None or torch.float32 for q in torch.float32, got '32'", TypeError, out_dtype="32"),
+    refused("sink must be a floating tensor, got float", TypeError, sink=0.0),
+    refused("sink must be a floating tensor, got torch.int64", TypeError, sink=torch.zeros(HEADS).long()),
+    refused("sink must have shape (4,) or (2, 4, 5), got (2, 4)", sink=torch.zeros(2, 4)),
+    refused("sink must be on the device of q, cpu, got meta", sink=torch.zeros(HEADS, device="meta")),
+    refused("sink must be finite, got NaN or inf", sink=torch.full((HEADS,), -INF)),
     refused("backend must be one of auto, triton, blocked, reference, got 'cuda'", backend="cuda"),
 ]
 REFUSED_PACKED = [
@@ -272,6 +277,7 @@ REFUSED_PACKED = [
     refused("max_seqlen_k must be an int of at least 0, got '5'", max_seqlen_k="5"),
     refused("scale must be a number, got a tensor", TypeError, scale=torch.tensor(1.0)),
     refused("q must be a tensor, got list", TypeError, q=[1.0]),
+    refused("sink must have shape (4,) or (4, 8), got (8, 4)", sink=torch.zeros(8, HEADS)),
     refused(
         "out_dtype must be None or torch.bfloat16 or torch.float32 for q in torch.bfloat16, got torch.float64",
         TypeError,
@@ -512,6 +518,98 @@ def test_out_dtype(backend: str, form: str, dtype: torch.dtype) -> None:
     assert (
         log_attention(**{n: t.double() for n, t in tensors().items()}, out_dtype=torch.float64).dtype == torch.float64
     )
+
+
+# --- a sink -----------------------------------------------------------------------------------------------------
+
+
+def with_a_sink(call: Call, sink: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out and lse in float64, from those without a sink: exp(lse) and exp(sink) share each row."""
+    exact = run(call, "reference", torch.float64)
+    a, b = exact["lse"].exp(), (gain * sink.double()).exp()
+    share = a / (a + b)
+    return exact["out"] * (share if call.lengths is None else share.mT)[..., None], (a + b).log()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "form", ["causal", "window", "starts", "padded", "context", "packed", "packed context", "step"]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sink(backend: str, form: str, dtype: torch.dtype) -> None:
+    """In each form n of the query gain is counted here token by token."""
+    values = make_values(4, 16, query_gain=True, gain_length=8.0)
+    options: dict[str, Any] = dict(kv_heads=2, head_dim=16, dtype=dtype, values=values, is_causal=True)
+    if form.startswith("packed"):
+        call = make_packed_call([5, 0, 9], [7, 3, 9], **options)
+        n = torch.tensor([*range(2, 7), *range(9)])
+        if "context" in form:
+            call.options["context_length"] = torch.tensor([3, 4, 50])
+            n = torch.tensor(5 * [3] + 9 * [50])
+    else:
+        more, n = {
+            "causal": ({}, torch.arange(4, 13)),
+            "window": (dict(window=(5, None)), torch.arange(4, 13).clamp(max=5)),
+            "starts": (dict(query_start=torch.tensor([4, -2])), torch.arange(9) + torch.tensor([[4], [-2]])),
+            "padded": (
+                dict(is_causal=False, query_start=0, key_lengths=torch.tensor([13, 6])),
+                torch.tensor([[13], [6]]).expand(2, 9),
+            ),
+            "context": (dict(context_length=100), torch.full((9,), 100)),
+            "step": ({}, torch.tensor([12])),
+        }[form]
+        call = make_call(num_queries=1 if form == "step" else 9, num_keys=13, **options | more)
+    gain = 1 + values.alpha.detach().double()[:, None] * torch.log1p(n.clamp(min=0).double() / 8)[..., None, :]
+    for sink in (normal(4, requires_grad=True), normal(*call.dlse.shape).to(dtype).requires_grad_()):
+        expected = with_a_sink(call, sink.detach() if sink.dim() > 1 else sink.detach()[:, None], gain)
+        leaves = [call.q.clone().requires_grad_(), sink, values.alpha]
+        part = call.replace(q=leaves[0], options=call.options | dict(sink=sink))
+        bounds = [F.pad(x.cumsum(0), (1, 0)).int() for x in call.lengths or ()]
+        function = log_attention if call.lengths is None else log_attention_varlen
+        longest = [int(x.max()) for x in call.lengths or ()]
+        arguments = (part.q, part.k, part.v, values, *bounds, *longest)
+        out, lse = function(*arguments, return_lse=True, backend=backend, **part.options)
+        assert out.dtype == dtype
+        tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out.double(), expected[0], **tolerance)
+        torch.testing.assert_close(lse.double(), expected[1], **tolerance)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().sum() + lse.sum(), leaves))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_sink_gradcheck(form: str, backend: str) -> None:
+    """Rows without a key, too: a sink takes all of them."""
+    values = make_values(2, 4, query_gain=True, gain_length=2.0)
+    values = values._replace(**{n: getattr(values, n).detach().double().requires_grad_() for n in ("power", "alpha")})
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    shape, lengths = ((1, 2, 5, 4), ()) if form == "dense" else ((5, 2, 4), (bounds, bounds, 3, 3))
+    options = dict(query_start=-1, is_causal=True, return_lse=True, backend=backend)
+
+    def function(q: Tensor, k: Tensor, sink: Tensor, power: Tensor, alpha: Tensor) -> Any:
+        position = values._replace(power=power, alpha=alpha)
+        if form == "dense":
+            return log_attention(q, k, k, position, sink=sink, **options)
+        return log_attention_varlen(q, k, k, position, *lengths, sink=sink, **options)
+
+    x = [normal(*shape, dtype=torch.float64, requires_grad=True) for _ in "qk"]
+    for rows in ((2,), (1, 2, 5) if form == "dense" else (2, 5)):
+        sink = normal(*rows, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(function, (*x, sink, values.power, values.alpha))
+
+
+def test_a_sink_is_a_part_of_its_own() -> None:
+    """Keys in parts, of which one has the sink, are merged to the whole; far below all scores it is none."""
+    x, sink = tensors(), normal(HEADS)
+    k, v, options = x["k"], x["v"], dict(query_start=0, return_lse=True)
+    whole = log_attention(**x, sink=sink, **options)
+    parts = [
+        log_attention(x["q"], k[:, :, :3], v[:, :, :3], sink=sink, **options),
+        log_attention(x["q"], k[:, :, 3:], v[:, :, 3:], **options),
+    ]
+    for a, b in zip(merge_partials(*zip(*parts, strict=True)), whole, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(log_attention(**x, sink=sink - 200), log_attention(**x))
 
 
 # --- backends ---------------------------------------------------------------------------------------------------

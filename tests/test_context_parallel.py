@@ -51,6 +51,8 @@ def shard_call(parallel: ContextParallel, call: Call) -> Call:
     options = dict(call.options, context_parallel=parallel)
     if "key_mask" in options:
         options["key_mask"] = parallel.shard(options["key_mask"], 1)
+    if "sink" in options and options["sink"].dim() > 1:
+        options["sink"] = parallel.shard(options["sink"], -1)
     return call.replace(**tensors, dlse=dlse, options=options)
 
 
@@ -199,6 +201,38 @@ def packed(rank: int, world: int) -> None:
     check(make_packed_call([3, 9, 1], [10, 9, 4], outside=2, **options))
     starts = torch.tensor([2, 0, 5])
     check(make_packed_call([3, 9, 1], [10, 4, 4], head_dim=8, query_start=starts, key_start=torch.tensor([-2, 0, 3])))
+
+
+def sinks(rank: int, world: int) -> None:
+    """For each head, or for each query; with a gain whose length is counted, given, or cut by a window."""
+    options: dict[str, Any] = dict(kv_heads=2, head_dim=8, query_gain=True)
+    check(make_call(num_queries=29, is_causal=True, sink=torch.randn(4), **options))
+    check(make_call(num_queries=23, is_causal=True, window=(7, None), sink=torch.randn(2, 4, 23), **options))
+    start = torch.tensor([3, -2])
+    check(make_call(num_queries=17, context_length=40, query_start=start, sink=torch.randn(2, 4, 17), **options))
+    check(make_call(num_queries=17, sink=torch.randn(2, 4, 17), **options))
+    check(make_packed_call([9, 0, 8], [9, 0, 8], is_causal=True, sink=torch.randn(4, 17), **options))
+    check(make_packed_call([9, 8], [9, 8], context_length=torch.tensor([4, 99]), sink=torch.randn(4), **options))
+    call = make_call(num_queries=29, is_causal=True, **options)
+    for method, layout in WAYS:
+        parallel = ContextParallel(dist.group.WORLD, method=method, layout=layout)
+        part = shard_call(parallel, call)
+        shared, own = torch.randn(4, requires_grad=True), torch.randn(2, 4, 29, requires_grad=True)
+        local = parallel.shard(own.detach(), 2).requires_grad_()
+        for sink, piece in (shared, shared), (own, local):
+            out = log_attention(call.q, call.k, call.v, call.values, sink=sink, is_causal=True)
+            (expected,) = torch.autograd.grad((out * call.dout).sum(), sink)
+            out = log_attention(part.q, part.k, part.v, call.values, sink=piece, **part.options)
+            (actual,) = torch.autograd.grad((out * part.dout).sum(), piece)
+            torch.testing.assert_close(actual, expected if sink is shared else parallel.shard(expected, 2))
+            assert sink is not shared or all_equal(actual)
+    call = make_call(num_queries=29, dtype=torch.bfloat16, is_causal=True, sink=torch.randn(4), **options)
+    parallel = ContextParallel(dist.group.WORLD, method="ring")
+    part = shard_call(parallel, call)
+    out = log_attention(part.q, part.k, part.v, call.values, **part.options)
+    assert out.dtype == torch.bfloat16
+    expected = log_attention(call.q, call.k, call.v, call.values, **call.options)
+    torch.testing.assert_close(out, parallel.shard(expected, 2), rtol=0.01, atol=0.01)
 
 
 def dtypes(rank: int, world: int) -> None:
@@ -364,7 +398,9 @@ def errors_of(parallel: ContextParallel, bad: bool) -> None:
     assert "out_dtype must be None or torch.float32" in refused(
         q, k, v, error=TypeError, out_dtype=torch.float16 if bad else None
     )
+    assert "sink must have shape (4,)" in refused(q, k, v, sink=torch.zeros(3 if bad else 4))
     if world > 1:
+        assert "the use of sink must be the same" in refused(q, k, v, sink=torch.zeros(4) if bad else None)
         text = "window, with is_causal must be the same on all ranks, got (3, 3, False) on rank 0 and (4, 4, False)"
         assert text in refused(q, k, v, window=3 + bad)
         longer = torch.cat([q, q], 2) if bad else q
@@ -604,10 +640,12 @@ def caches(rank: int, world: int) -> None:
                 for number, count in enumerate(steps):
                     q = torch.randn(2, 4, count, 8, dtype=dtype)
                     k, v = (torch.randn(2, 2, count, size, dtype=dtype) for size in sizes)
-                    out, lse = whole.attend(q, k, v, return_lse=True)
+                    sink = torch.randn(2, 4, count) if turn else None
+                    out, lse = whole.attend(q, k, v, sink=sink, return_lse=True)
                     if number == 0:
                         q, k, v, out, lse = (parallel.shard(x, 2) for x in (q, k, v, out, lse))
-                    actual, actual_lse = across.attend(q, k, v, return_lse=True)
+                        sink = None if sink is None else parallel.shard(sink, 2)
+                    actual, actual_lse = across.attend(q, k, v, sink=sink, return_lse=True)
                     bound = 1e-12 if dtype == torch.float64 else 1e-5
                     torch.testing.assert_close(actual, out, rtol=0, atol=bound)
                     torch.testing.assert_close(actual_lse, lse, rtol=0, atol=10 * bound)
@@ -712,7 +750,7 @@ def fully_sharded(alone: Any, tokens: Tensor) -> None:
 
 
 CASES = (
-    sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, dtypes, pooled, kernels,
+    sharding, presets, lengths, windows, grouped_heads, starts, dropout, packed, sinks, dtypes, pooled, kernels,
     gradients_of_some, repeats, errors, traffic, checkpointing, mesh, modules, sharded, tokens_and_heads, caches,
     transformers,
 )  # fmt: skip
