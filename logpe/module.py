@@ -51,6 +51,43 @@ class HeadNorm(nn.RMSNorm):
         distribute(self, {"weight": Replicate()}, mesh, source)
 
 
+class HeadSink(nn.Module):
+    """A key for each head that stands nowhere, and whose value is zero: see ``sink`` of :func:`logpe.log_attention`.
+
+    The score of a query is scale * <q, key> + bias. Both parameters start at zero, so that at first it is a key of
+    score 0.
+    """
+
+    def __init__(
+        self, num_heads: int, head_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to zero."""
+        nn.init.zeros_(self.key)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """Return the scores (B, H, N), float32 or better, of q (B, H, N, D). scale: 1 / sqrt(D) by default."""
+        parameters: tuple[Any, ...] = self.key, self.bias
+        key, bias = (x.to_local() if hasattr(x, "device_mesh") else x for x in parameters)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        score = (q @ key[..., None].to(q.dtype))[..., 0]
+        return scale * score.to(torch.promote_types(q.dtype, torch.float32)) + bias[:, None]
+
+    def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
+        """Let each rank of ``mesh`` hold some of the heads: see :class:`logpe.HeadParallel`."""
+        from torch.distributed.tensor import Shard
+
+        from logpe.tensor_parallel import distribute
+
+        distribute(self, {"key": Shard(0), "bias": Shard(0)}, mesh, source)
+
+
 class LogAttention(nn.MultiheadAttention):
     """Multi-head attention with a log position: a drop-in for ``nn.MultiheadAttention``.
 
@@ -73,6 +110,9 @@ class LogAttention(nn.MultiheadAttention):
             unless the model ensures them in another way.
         position_options: more keywords for the LogPosition that a preset name builds, such as
             ``{"query_gain": True}``.
+        sink: give each head a key that stands nowhere and whose value is zero, in the submodule ``sink``: a query that
+            matches nothing may choose it. It goes well with a query gain, which otherwise makes such a query choose
+            some other key all the same.
         context_parallel: attend across processes. Inputs, key_padding_mask and output are then those of this rank's
             tokens, and ``need_weights`` must be False. See :class:`ContextParallel`. The attribute may be set later.
 
@@ -81,9 +121,9 @@ class LogAttention(nn.MultiheadAttention):
     ``forward`` falls back on the attribute ``query_start``, which is None. Set it to 0 for cross-attention whose
     queries and keys share an axis.
 
-    The state_dict of a ``nn.MultiheadAttention`` loads strictly. A part without any entry in it (``position.*``, or
-    ``q_norm.*`` and ``k_norm.*``) keeps its present values; a part with some entries must be complete. For the way
-    back, drop these entries.
+    The state_dict of a ``nn.MultiheadAttention`` loads strictly. A part without any entry in it (``position.*``,
+    ``q_norm.*`` and ``k_norm.*``, ``sink.*``) keeps its present values; a part with some entries must be complete. For
+    the way back, drop these entries.
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
@@ -92,6 +132,7 @@ class LogAttention(nn.MultiheadAttention):
     position: LogPosition | None
     q_norm: nn.RMSNorm | None
     k_norm: nn.RMSNorm | None
+    sink: HeadSink | None
     query_start: int | Tensor | None
     context_parallel: ContextParallel | None = None  # also of modules pickled before there was one
     head_mesh: DeviceMesh | None = None
@@ -114,6 +155,7 @@ class LogAttention(nn.MultiheadAttention):
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
         position_options: Mapping[str, Any] | None = None,
+        sink: bool = False,
         context_parallel: ContextParallel | None = None,
     ) -> None:
         embed_dim, num_heads = plain_int("embed_dim", embed_dim), plain_int("num_heads", num_heads)
@@ -131,7 +173,7 @@ class LogAttention(nn.MultiheadAttention):
         if num_kv_heads != num_heads:
             self._shrink_kv(num_kv_heads * self.head_dim)
             self._qkv_same_embed_dim = False  # it would promise one weight of 3 * embed_dim rows
-        self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm, context_parallel)
+        self._extend(num_kv_heads, _make_position(position, self, position_options), qk_norm, sink, context_parallel)
 
     @classmethod
     def _from_plain(
@@ -139,6 +181,7 @@ class LogAttention(nn.MultiheadAttention):
         plain: nn.MultiheadAttention,
         position: LogPosition | None,
         qk_norm: bool,
+        sink: bool,
         context_parallel: ContextParallel | None,
     ) -> LogAttention:
         """Return a LogAttention that holds the very parameters, output projection and hooks of ``plain``."""
@@ -149,7 +192,7 @@ class LogAttention(nn.MultiheadAttention):
         attention.__dict__.pop("_compiled_call_impl", None)
         if not plain._forward_pre_hooks:  # a shared dict would put our hook on ``plain``, too: no fused inference
             attention._forward_pre_hooks = OrderedDict()
-        attention._extend(plain.num_heads, position, qk_norm, context_parallel)
+        attention._extend(plain.num_heads, position, qk_norm, sink, context_parallel)
         return attention
 
     def _extend(
@@ -157,6 +200,7 @@ class LogAttention(nn.MultiheadAttention):
         num_kv_heads: int,
         position: LogPosition | None,
         qk_norm: bool,
+        sink: bool,
         context_parallel: ContextParallel | None,
     ) -> None:
         """Add what a ``nn.MultiheadAttention`` lacks."""
@@ -176,6 +220,10 @@ class LogAttention(nn.MultiheadAttention):
             self.q_norm, self.k_norm = (
                 HeadNorm(self.head_dim, device=like.device, dtype=like.dtype).train(self.training) for _ in range(2)
             )
+        self.sink = None
+        if plain_bool("sink", sink):
+            heads = self.num_heads, self.head_dim
+            self.sink = HeadSink(*heads, device=like.device, dtype=like.dtype).train(self.training)
         self.query_start = None
         if context_parallel is not None:
             if not isinstance(context_parallel, ContextParallel):
@@ -194,6 +242,7 @@ class LogAttention(nn.MultiheadAttention):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._modules.setdefault("sink", None)  # older pickles have none
         same = self.kdim == self.vdim == self.embed_dim and self.num_kv_heads == self.num_heads
         self._qkv_same_embed_dim = same  # older pickles always have False
         self._keep_forward()
@@ -224,8 +273,8 @@ class LogAttention(nn.MultiheadAttention):
         if self.head_mesh is not None:
             raise ValueError("the heads of a LogAttention must be shared out once, got a mesh for them again")
         check_heads(mesh, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
-        for module in (self.position, self.q_norm, self.k_norm):
-            if isinstance(module, LogPosition | HeadNorm):
+        for module in (self.position, self.q_norm, self.k_norm, self.sink):
+            if isinstance(module, LogPosition | HeadNorm | HeadSink):
                 module.shard_heads(mesh, source)
         by_rows = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"
         distribute(self, {name: Shard(0) for name in by_rows} | {"bias_k": Shard(2), "bias_v": Shard(2)}, mesh, source)
@@ -377,6 +426,7 @@ class LogAttention(nn.MultiheadAttention):
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
                 context_length=context_length,
+                sink=None if self.sink is None else self.sink(q),
             )
 
         out = out.transpose(1, 2).flatten(-2)  # (B, L, embed_dim)
@@ -463,6 +513,7 @@ class LogAttention(nn.MultiheadAttention):
             key_start=key_start,
             key_mask=_key_mask(key_padding_mask),
             dropout_p=self.dropout if self.training else 0.0,
+            sink=None if self.sink is None else self.sink(q),
             context_parallel=self.context_parallel,
         )
         out = out.transpose(1, 2).flatten(-2)  # (B, L, embed_dim)
@@ -512,8 +563,14 @@ class LogAttention(nn.MultiheadAttention):
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )
-        out, _, weights = reference.attention(q, k, v, options, attn_mask=attn_mask, return_weights=True)
-        return out, weights.to(q.dtype)
+        if self.sink is not None:  # what it scales is not rounded before
+            options = options._replace(out_dtype=torch.promote_types(q.dtype, torch.float32))
+        out, lse, weights = reference.attention(q, k, v, options, attn_mask=attn_mask, return_weights=True)
+        if self.sink is not None:
+            tokens = torch.arange(q.shape[2], device=q.device)
+            out, lse_beside = reference.add_sink(out, lse, self.sink(q), options, tokens)
+            weights = weights * torch.exp(lse - lse_beside)[..., None]
+        return out.to(q.dtype), weights.to(q.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (B, num_heads, L, head_dim), and k and v (B, num_kv_heads, S, head_dim): views, not copies."""
@@ -604,7 +661,7 @@ class LogAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # load_state_dict hands in a copy, and reads it again for the children.
-        for names in (("position",), ("q_norm", "k_norm")):
+        for names in (("position",), ("q_norm", "k_norm"), ("sink",)):
             parts = {f"{prefix}{name}.": getattr(self, name) for name in names if getattr(self, name) is not None}
             if not any(key.startswith(tuple(parts)) for key in state_dict):
                 for part, module in parts.items():
@@ -627,6 +684,7 @@ def replace_attention(
     share_position: bool = False,
     qk_norm: bool = False,
     position_options: Mapping[str, Any] | None = None,
+    sink: bool = False,
     context_parallel: ContextParallel | None = None,
 ) -> int:
     """Swap every ``nn.MultiheadAttention`` inside ``model`` for a :class:`LogAttention`, in place.
@@ -646,7 +704,7 @@ def replace_attention(
             ``self_attn``, like ``multihead_attn`` of ``nn.TransformerDecoderLayer``.
         share_position: share one set of position parameters among all layers of the same use (self or cross), shape
             and device. A given LogPosition is then used itself; otherwise each layer gets a copy.
-        qk_norm, position_options, context_parallel: see :class:`LogAttention`.
+        qk_norm, position_options, sink, context_parallel: see :class:`LogAttention`.
 
     Returns:
         The number of swapped modules. 0 comes with a warning.
@@ -686,7 +744,7 @@ def replace_attention(
             made = shared[shared_by]
         else:
             made = _make_position(copy.deepcopy(chosen), plain, position_options)
-        swapped[plain] = LogAttention._from_plain(plain, made, qk_norm, context_parallel)
+        swapped[plain] = LogAttention._from_plain(plain, made, qk_norm, sink, context_parallel)
         if cross and made is not None:
             swapped[plain].query_start = 0
     for parent, name, plain in places:

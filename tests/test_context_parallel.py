@@ -513,7 +513,7 @@ def modules(rank: int, world: int) -> None:
     for causal in (True, False):
         layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
         encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        logpe.replace_attention(encoder, "log-invariant", position_options={"query_gain": causal})
+        logpe.replace_attention(encoder, "log-invariant", position_options={"query_gain": causal}, sink=causal)
         parallel = ContextParallel(dist.group.WORLD, method="ring", reduction="mean")
         across = copy.deepcopy(encoder)
         for module in across.modules():

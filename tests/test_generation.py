@@ -17,6 +17,7 @@ from logpe.command import TIME_IS_OVER
 TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (
     "log-bias+shared",
+    "log-bias+gain=4+sink",
     "log-bias+rotary=0.5",
     "log-invariant+rotary=0.5+gain",
     "rope+qk-norm",

@@ -325,14 +325,18 @@ def test_grouped_heads_equal_repeated_weights(num_kv_heads: int, separate: bool)
 @pytest.mark.parametrize("query_gain", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_position_reaches_both_paths(preset: str, query_gain: bool) -> None:
+    """With a query gain, a sink does, too."""
     ours = LogAttention(
         EMBED,
         HEADS,
         position=preset,
         position_options={"query_gain": query_gain, "gain_length": 5},
         qk_norm=True,
+        sink=query_gain,
     )
     assert isinstance(ours.position, LogPosition)
+    for parameter in () if ours.sink is None else ours.sink.parameters():
+        nn.init.normal_(parameter)
     x = torch.randn(9, 2, EMBED)
     padding = torch.arange(9).expand(2, 9) > torch.tensor([[8], [5]])
     for options in ({}, {"is_causal": True}, {"key_padding_mask": padding}):
@@ -343,7 +347,10 @@ def test_position_reaches_both_paths(preset: str, query_gain: bool) -> None:
             results.append([out, *gradients])
         assert_same(results[0], results[1])
         assert weights.shape == (2, 9, 9)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+        if query_gain:
+            assert (weights.sum(-1) < 1).all()
+        else:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
     # the hint given with the mask, and the mask alone, hide the same keys (a gain by position needs the hint)
     hinted = ours(x, x, x, is_causal=True, attn_mask=causal_mask(9), need_weights=False)[0]
     torch.testing.assert_close(hinted, ours(x, x, x, is_causal=True, attn_mask=causal_mask(9))[0])
@@ -364,6 +371,39 @@ def test_equals_log_attention_by_hand(is_causal: bool) -> None:
         for need_weights in (False, True):
             result = ours(x, x, x, is_causal=is_causal, need_weights=need_weights, key_start=start)[0]
             torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_sink_is_the_zero_key_of_torch(dtype: torch.dtype) -> None:
+    """At first it has score zero and value zero, as add_zero_attn's, for every query."""
+    plain = nn.MultiheadAttention(EMBED, HEADS, add_zero_attn=True, dtype=dtype)
+    ours = LogAttention(EMBED, HEADS, position=None, sink=True, dtype=dtype)
+    ours.load_state_dict(plain.state_dict())
+    assert ours.sink is not None
+    assert all((x == 0).all() for x in ours.sink.parameters())
+    x = inputs(ours, 5, 9)
+    expected, weights = plain(*x)
+    tolerance: dict[str, Any] = dict(rtol=0.02, atol=0.02) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours(*x, need_weights=False)[0], expected, **tolerance)
+    torch.testing.assert_close(ours(*x)[1], weights[..., :-1], **tolerance)
+
+
+def test_a_sink_by_hand() -> None:
+    ours = LogAttention(EMBED, HEADS, sink=True, position_options={"query_gain": True, "gain_length": 3.0})
+    assert ours.sink is not None
+    for parameter in ours.sink.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(9, 2, EMBED)
+    q, k, v = ours._project(x, x, x)
+    score = torch.einsum("bhnd,hd->bhn", q, ours.sink.key) / HEAD_DIM**0.5 + ours.sink.bias[:, None]
+    out = log_attention(q, k, v, ours.position, is_causal=True, sink=score)
+    expected = ours.out_proj(out.permute(2, 0, 1, 3).flatten(2))
+    torch.testing.assert_close(ours(x, x, x, need_weights=False, is_causal=True)[0], expected)
+    old = LogAttention.__new__(LogAttention)
+    state = vars(LogAttention(EMBED, HEADS))
+    old.__setstate__(dict(state, _modules={n: m for n, m in state["_modules"].items() if n != "sink"}))
+    assert old.sink is None  # pickled before there was one
+    assert old(x, x, x, need_weights=False)[0].shape == x.shape
 
 
 def test_positions_say_where_queries_and_keys_stand() -> None:
@@ -493,9 +533,9 @@ def test_dropout_is_the_same_on_both_paths() -> None:
 @pytest.mark.parametrize("assign", [False, True])
 def test_plain_state_dict_loads_strictly_and_keeps_the_rest(assign: bool) -> None:
     plain = nn.MultiheadAttention(EMBED, HEADS)
-    ours = LogAttention(EMBED, HEADS, position="log-invariant", qk_norm=True)
+    ours = LogAttention(EMBED, HEADS, position="log-invariant", qk_norm=True, sink=True)
     kept = {name: p.detach().clone() for name, p in ours.named_parameters() if name not in plain.state_dict()}
-    assert {n.split(".")[0] for n in kept} == {"position", "q_norm", "k_norm"}
+    assert {n.split(".")[0] for n in kept} == {"position", "q_norm", "k_norm", "sink"}
     before = dict(ours.named_parameters())
     state = plain.state_dict()
     names = list(state)
@@ -513,6 +553,7 @@ def test_own_state_dict_round_trips_and_must_be_complete() -> None:
         "position": "log-rotary-bias",
         "qk_norm": True,
         "position_options": {"query_gain": True},
+        "sink": True,
     }
     ours, other = (LogAttention(EMBED, HEADS, **options) for _ in range(2))
     buffer = io.BytesIO()
@@ -520,7 +561,7 @@ def test_own_state_dict_round_trips_and_must_be_complete() -> None:
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer))
     assert all(torch.equal(other.state_dict()[name], x) for name, x in ours.state_dict().items())
-    for name in ("position.raw_rate", "q_norm.weight"):
+    for name in ("position.raw_rate", "q_norm.weight", "sink.bias"):
         state = ours.state_dict()
         del state[name]
         with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
@@ -848,7 +889,7 @@ def test_computed_weights_equal_torchs(change: str) -> None:
 
 @pytest.mark.parametrize("alive", ["to_empty", "assign", "skip_init"])
 def test_modules_made_without_memory(alive: str) -> None:
-    options: dict[str, Any] = dict(batch_first=True, qk_norm=True)
+    options: dict[str, Any] = dict(batch_first=True, qk_norm=True, sink=True)
     source = LogAttention(EMBED, HEADS, **options)
     if alive == "skip_init":
         ours = nn.utils.skip_init(LogAttention, EMBED, HEADS, **options)

@@ -19,7 +19,7 @@ from bench.__main__ import main as bench_main
 from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
-from bench.study.encoders import layer_encoding
+from bench.study.encoders import translator_encoding
 from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, STOPPED, TIME_IS_OVER
@@ -123,7 +123,8 @@ def test_gain_on_the_whole_logit_equals_its_definition():
 def test_a_sink_is_a_key_without_a_place():
     attention = Attention(TINY, encoding("log-bias+gain=8+sink+alpha=0.5:2", 64))
     with torch.no_grad():
-        attention.sink.normal_()
+        for parameter in attention.sink.parameters():
+            parameter.normal_()
     x = torch.randn(2, 30, 16)
     values = attention.position()
     q, k, v = (x.double() for x in attention.project(x, last=20))
@@ -131,17 +132,22 @@ def test_a_sink_is_a_key_without_a_place():
     power, rate, alpha = (getattr(values, part).double()[:, None, None] for part in ("power", "rate", "alpha"))
     gain = 1 + alpha * torch.log1p(i / 8)
     logit = gain * (q @ k.mT) / math.sqrt(8) - power * torch.log1p(rate * (i - j).abs())
-    key, constant = attention.sink[0, :, :-1].double(), attention.sink[0, :, -1:].double()
-    sink = gain * ((q @ key[..., None]) / math.sqrt(8) + constant[..., None])
+    key, constant = (x.double()[..., None, None] for x in (attention.sink.key, attention.sink.bias))
+    sink = gain * ((q @ key[..., 0]) / math.sqrt(8) + constant)
     weights = torch.cat([logit.masked_fill(j > i, -math.inf), sink], -1).softmax(-1)
     expected = attention.out((weights[..., :-1] @ v).float().transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, last=20), expected)
-    with pytest.raises(ValueError, match="no key that a cache keeps"):
-        attention.new_cache(1, 30)
     with pytest.raises(ValueError, match="which do not go together"):
         encoding("log-bias+logit-gain+sink", 64)
-    with pytest.raises(ValueError, match="sink and an added rotation do not apply"):
-        layer_encoding("log-bias+sink", 64)
+    with pytest.raises(ValueError, match="or a sink, which the decoder here does not know"):
+        translator_encoding("log-bias+sink", 64)
+
+
+def test_a_sink_changes_no_other_weight():
+    plain, other = (Model(TINY, encoding(name, 64), seed=0).state_dict() for name in ("log-bias", "log-bias+sink"))
+    assert len(other) == len(plain) + 2 * TINY.layers
+    assert all(torch.equal(other.pop(name), value) for name, value in plain.items())
+    assert all((value == 0).all() for value in other.values())
 
 
 def test_yarn_equals_its_definition():

@@ -94,7 +94,9 @@ def attention_modules(rank: int, folder: Path) -> None:
     mesh = make_mesh(WORLD)
     cases: dict[str, dict[str, Any]] = {
         "default": {},
-        "grouped": dict(num_kv_heads=2, qk_norm=True, batch_first=True, position_options=dict(query_gain=True)),
+        "grouped": dict(
+            num_kv_heads=2, qk_norm=True, batch_first=True, position_options=dict(query_gain=True), sink=True
+        ),
         "separate": dict(kdim=24, num_kv_heads=2, position="log-invariant", batch_first=True),
         "rotary": dict(position="log-rotary", bias=False),
         "appended": dict(position=None, add_bias_kv=True, add_zero_attn=True),

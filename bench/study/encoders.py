@@ -22,8 +22,8 @@ def layer_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that torch's own layers can have, see replace_attention. Raises ValueError for others."""
     chosen = encoding(name, train_length)
     added = chosen.rotary is not None and "rotary" not in PRESET_PARTS[chosen.preset]
-    if chosen.yarn or chosen.gain_on_bias or chosen.sink or added:
-        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain, sink and an added rotation do not apply here")
+    if chosen.yarn or chosen.gain_on_bias or added:
+        raise ValueError(f"{name!r} is no LogPosition: YaRN, logit-gain and an added rotation do not apply here")
     return chosen
 
 
@@ -35,6 +35,7 @@ def replace_attention(model: nn.Module, encoding: Encoding) -> None:
         share_position=encoding.shared,
         qk_norm=encoding.qk_norm,
         position_options=encoding.options,
+        sink=encoding.sink,
     )
     for module in model.modules():
         if isinstance(module, LogPosition):
@@ -140,8 +141,8 @@ class CachedLayer:
 def translator_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that the translator can have. Raises ValueError for others."""
     chosen = layer_encoding(name, train_length)
-    if chosen.qk_norm:
-        raise ValueError(f"{name!r} normalises queries and keys, which the cache of the decoder here does not")
+    if chosen.qk_norm or chosen.sink:
+        raise ValueError(f"{name!r} has normalised queries and keys or a sink, which the decoder here does not know")
     return chosen
 
 

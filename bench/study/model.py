@@ -18,6 +18,7 @@ import logpe
 from logpe import reference
 from logpe.lm import model as language_model
 from logpe.lm.model import EMBEDDING_STD, LanguageModel, Shape
+from logpe.module import HeadSink
 from logpe.position import PRESET_PARTS, LogPosition, inverse_softplus
 from logpe.reference import PositionValues
 
@@ -173,7 +174,7 @@ class Attention(language_model.Attention):
         self.smear = nn.Parameter(torch.zeros(shape.heads)) if smeared_keys else None
         self.encoding = encoding
         head_dim = shape.dim // shape.heads
-        self.sink = nn.Parameter(torch.zeros(1, shape.heads, head_dim + 1)) if encoding.sink else None
+        self.sink = HeadSink(shape.heads, head_dim) if encoding.sink else None
         encoding.start(self.position)
         theta = None
         if encoding.rotary is not None and "rotary" not in self.position.parts:
@@ -199,29 +200,15 @@ class Attention(language_model.Attention):
         """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
         if self.cache is not None:
             scale = self.values(self.cache.capacity)[1]
-            return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale)
+            sink = None if self.sink is None else self.sink(q, scale)
+            return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale, sink=sink)
         if self.encoding.gain_on_bias:
             parts = q.split(256, dim=2)  # queries at once: what is eager holds (B, H, 256, N)
             starts = itertools.accumulate((part.shape[2] for part in parts), initial=k.shape[2] - q.shape[2])
             return torch.cat([self.eager(part, k, v, n)[0] for part, n in zip(parts, starts, strict=False)], dim=2)
         values, scale = self.values(k.shape[2])
-        if self.sink is None:
-            return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale)
-        out, lse = logpe.log_attention(q, k, v, values, is_causal=True, scale=scale, return_lse=True)
-        return self.beside_sink(q, out, lse, k.shape[2] - q.shape[2])
-
-    def beside_sink(self, q: Tensor, out: Tensor, lse: Tensor, start: int) -> Tensor:
-        """Return out (B, H, Nq, D) as it is with the sink among the keys, from out and lse (B, H, Nq) without it.
-
-        Its logit is a score and a constant, without a distance; the query gain multiplies both.
-        """
-        assert self.sink is not None
-        values, scale = self.values(start + q.shape[2])
-        score = scale * (q @ self.sink[0, :, :-1, None].to(q.dtype))[..., 0].float() + self.sink[0, :, -1:]
-        if values.alpha is not None:
-            i = torch.arange(start, start + q.shape[2], device=q.device)
-            score = score * reference.query_gain(i, values.alpha[:, None], values.gain_length)
-        return out * torch.sigmoid(lse - score)[..., None].to(out.dtype)
+        sink = None if self.sink is None else self.sink(q, scale)
+        return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale, sink=sink)
 
     def new_cache(self, batch_size: int, capacity: int, **options: Any) -> logpe.KVCache:
         """Return a cache for texts of ``capacity`` bytes at the most; YaRN turns keys as if every text had so many.
@@ -230,8 +217,6 @@ class Attention(language_model.Attention):
         """
         if self.encoding.gain_on_bias:
             raise ValueError("a gain on the whole logit (logit-gain) has no kernel, and so it cannot use a cache")
-        if self.sink is not None:
-            raise ValueError("a sink is no key that a cache keeps")
         if self.smear is not None:
             raise ValueError("smeared keys need the token before, which a cache does not keep")
         heads, head_dim = self.heads, self.qkv.in_features // self.heads
@@ -266,7 +251,10 @@ class Attention(language_model.Attention):
             bias = (gain - 1) * reference.distance_bias(reference.log_distance((i - j).abs(), rate), power)
         options = Options(**values._asdict(), query_start=start, window_right=0, scale=scale)
         out, lse, weights = reference.attention(q, k, v, options, attn_mask=bias, return_weights=True)
-        return out if self.sink is None else self.beside_sink(q, out, lse, start), weights
+        if self.sink is not None:
+            tokens = torch.arange(q.shape[2], device=q.device)
+            out, _ = reference.add_sink(out, lse, self.sink(q, scale), options, tokens)
+        return out, weights
 
 
 class Model(LanguageModel):

@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
             self.norm = nn.RMSNorm(shape.dim)
         generator = torch.Generator().manual_seed(seed)  # of its own: positions may draw from the global one
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2 and not name.endswith("sink.key"):  # of a HeadSink, which starts at zero
                 std = weight.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):  # into the residual stream
                     std *= (2 * shape.layers) ** -0.5
