@@ -93,9 +93,9 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         backend: "auto" takes "triton" on a GPU and "blocked" on the CPU. "reference" is the eager definition: it holds
             the Nq * Nk scores, runs on any device, and serves ``torch.func`` and double backward.
         validate: also check values that lie on a GPU, which waits for it. CPU values are always checked.
-        context_parallel: how the tokens lie across processes. q, k, v and key_mask, and what is returned, are then
-            those of this rank's tokens. All other arguments are those of the whole sequences, the same on every rank.
-            There may be no block_table. See :class:`ContextParallel`, also for the gradients.
+        context_parallel: how the tokens lie across processes. q, k, v, key_mask and a sink for each query, and what is
+            returned, are then those of this rank's tokens. All other arguments are those of the whole sequences, the
+            same on every rank. There may be no block_table. See :class:`ContextParallel`, also for the gradients.
 
     Returns:
         out: (B, Hq, Nq, Dv), out_dtype. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may

@@ -650,8 +650,6 @@ def attend(
     gain = call.gain_options(len(arguments.key_starts), q.device)
     if gain.alpha is not None:
         gain = gain._replace(alpha=_Shared.apply(parallel, gain.alpha))
-    if sink.dim() == 1:
-        sink = _Shared.apply(parallel, sink)
     out, lse = reference.add_sink(out, lse, sink, gain, parallel.positions(num_queries, q.device))
     return out.to(arguments.out_dtype or q.dtype), lse
 

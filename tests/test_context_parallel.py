@@ -224,8 +224,9 @@ def sinks(rank: int, world: int) -> None:
             (expected,) = torch.autograd.grad((out * call.dout).sum(), sink)
             out = log_attention(part.q, part.k, part.v, call.values, sink=piece, **part.options)
             (actual,) = torch.autograd.grad((out * part.dout).sum(), piece)
+            if sink is shared:  # a weight of the model, as others: each rank has its part
+                dist.all_reduce(actual)
             torch.testing.assert_close(actual, expected if sink is shared else parallel.shard(expected, 2))
-            assert sink is not shared or all_equal(actual)
     call = make_call(num_queries=29, dtype=torch.bfloat16, is_causal=True, sink=torch.randn(4), **options)
     parallel = ContextParallel(dist.group.WORLD, method="ring")
     part = shard_call(parallel, call)

@@ -55,6 +55,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "arcee": {},
     "apertus": {},
     "persimmon": {},
+    "gpt_oss": EXPERTS | HEAD_DIM | SLIDING,  # attention sinks
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),  # ReLU hides differences
     "bloom": dict(n_layer=2, n_head=4),
     "mpt": dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64, attn_config=dict(clip_qkv=3.0)),
@@ -167,10 +168,10 @@ def test_models_that_compute_with_the_mask(name: str, options: dict[str, Any], m
             use_log_position(plain, "none", keep_positions=True)
 
 
-@pytest.mark.parametrize(("name", "options"), [("gpt_oss", HEAD_DIM), ("llama4_text", HEAD_DIM)])
-def test_decoders_that_are_refused(name: str, options: dict[str, Any]) -> None:
-    """Attention sinks, chunks: refused by the name of the type."""
-    config = AutoConfig.for_model(name, **(SIZES | dict(num_local_experts=4) | options))
+def test_a_decoder_that_is_refused() -> None:
+    """Chunks: refused by the name of the type."""
+    name = "llama4_text"
+    config = AutoConfig.for_model(name, **(SIZES | HEAD_DIM | dict(num_local_experts=4)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")
@@ -184,6 +185,21 @@ def test_an_attention_of_another_class() -> None:
         layer.self_attention.__class__ = modeling_falcon.FalconFlashAttention2  # as it is loaded with that
     with pytest.raises(ValueError, match=r'has no attention to convert: load it with attn_implementation="sdpa"'):
         use_log_position(model, "log-rotary")
+
+
+@torch.no_grad()
+def test_sinks_stay() -> None:
+    """One far above all scores takes all of the weight, so that values do not matter."""
+    model, ids = use_log_position(make("gpt_oss")), tokens()
+    logits = [model(ids).logits]
+    for layer in model.model.layers:
+        layer.self_attn.sinks.fill_(1e3)
+    logits.append(model(ids).logits)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.zero_()
+        layer.self_attn.v_proj.bias.zero_()
+    assert (logits[1] - logits[0]).abs().max() > 1e-3 * logits[0].abs().max()
+    assert torch.equal(model(ids).logits, logits[1])
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ What can be converted (:data:`SUPPORTED`), with any head:
 
 * decoders: Llama, Mistral, Mixtral, Qwen 2 and 3 and their MoE, Gemma 1 to 3 (text), OLMo 1 to 3, Phi and Phi-3,
   SmolLM3, Granite and its MoE, GLM and GLM-4, Cohere, Ernie 4.5, EXAONE 4, Seed-OSS, Hunyuan, StarCoder 2, StableLM,
-  Nemotron, Helium, Arcee, Apertus, Persimmon, OPT, BLOOM, MPT, Falcon, GPT-2, GPT-BigCode, GPT-NeoX;
+  Nemotron, Helium, Arcee, Apertus, Persimmon, gpt-oss, OPT, BLOOM, MPT, Falcon, GPT-2, GPT-BigCode, GPT-NeoX;
 * encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, whose windows stay. A bias on the
   distance alone tells an encoder nothing about direction: the default preset rotates, too, as do all whose name says
   ``rotary``;
@@ -43,7 +43,7 @@ What can be converted (:data:`SUPPORTED`), with any head:
 
 They then read texts of any length, whatever ``max_position_embeddings`` says, with padding on the left or the right.
 StableLM, Nemotron, OPT, BLOOM, MPT, Falcon and encoder-decoders take no packed sequences; what is not a decoder alone
-takes no ``context_parallel``. Not yet: Llama 4 (chunks) and gpt-oss (attention sinks). Of a Gemma 3 that also sees,
+takes no ``context_parallel``. The sinks of gpt-oss stay. Not yet: Llama 4 (chunks). Of a Gemma 3 that also sees,
 convert the text part, a model of its own::
 
     text = Gemma3ForCausalLM(model.config.text_config)

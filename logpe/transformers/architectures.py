@@ -28,6 +28,7 @@ class Stack:
         positions: the path, from the stack, of the module with the model's own positions. RELATIVE_BIAS for that of
             T5, which its attentions have; empty where ``forward`` leaves them out.
         rotary: whether that module gives the angles of a rotary embedding; else it is added to the token embedding.
+        angles_per_plane: how often it gives the angle of a plane: for each of its two dimensions, or once.
         attention: what the names of its classes of attention end with.
         causal: whether a token sees those before it alone, as in a decoder; in an encoder it sees all.
         heads: what the config calls the number of its heads.
@@ -41,6 +42,7 @@ class Stack:
     path: str = ""
     positions: str = "rotary_emb"
     rotary: bool = True
+    angles_per_plane: int = 2
     attention: str = "Attention"
     causal: bool = True
     heads: str = "num_attention_heads"
@@ -71,7 +73,11 @@ class Stack:
         if not self.positions:
             return
         path, _, name = self.positions.rpartition(".")
-        setattr(stack.get_submodule(path), name, _NoRotation(rotary_dim) if self.rotary else _NoEmbedding())
+        setattr(
+            stack.get_submodule(path),
+            name,
+            _NoRotation(rotary_dim // 2 * self.angles_per_plane) if self.rotary else _NoEmbedding(),
+        )
 
 
 def _is_a(module: nn.Module, suffix: str) -> bool:
@@ -125,6 +131,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "ernie4_5", "seed_oss", "hunyuan_v1_dense"), DECODER),
     **dict.fromkeys(("starcoder2", "helium", "arcee", "apertus", "persimmon"), DECODER),
     **dict.fromkeys(("stablelm", "nemotron"), (Stack(packs=False),)),
+    "gpt_oss": (Stack(angles_per_plane=1),),
     "gpt_bigcode": LEARNED,
     "opt": (Stack("decoder", "embed_positions", rotary=False, packs=False),),
     "bloom": (Stack(positions="", packs=False, forward=adapters.bloom_attention),),

@@ -38,6 +38,7 @@ def log_attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention when Transformers calls the one named ``logpe``: see ``transformers.AttentionInterface``.
@@ -46,6 +47,7 @@ def log_attention_forward(
         module: the attention layer, converted by :func:`use_log_position`.
         query: (B, Hq, Nq, D). key, value: (B, Hkv, Nk, D), what the cache returned.
         attention_mask: what :func:`log_position_mask` returned.
+        s_aux: (Hq,), the sink of each head, which stays as it is.
 
     Returns:
         (B, Nq, Hq, D), and None for the weights.
@@ -61,7 +63,7 @@ def log_attention_forward(
         raise ValueError(f"is_causal must be {causal} for this {type(module).__name__}")
     if isinstance(bias := options.get("position_bias"), Tensor) and bias.dim() == 0:  # what stands in for that of T5
         del options["position_bias"]
-    for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache"):
+    for name in ("output_attentions", "softcap", "position_bias", "cache"):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f'{name} is not supported by the attention "{IMPLEMENTATION}"')
     if not options.get(CHECKED):  # the base model's hook was bypassed: a layer or a forward() was called directly
@@ -99,6 +101,7 @@ def log_attention_forward(
         window=None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1),
         scale=scaling,
         dropout_p=dropout,
+        sink=s_aux,
         context_parallel=parallel,
     )
     packing: Packing | None = options.get(PACKING)
