@@ -86,7 +86,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             causal (at most window[0]), and otherwise the number of keys: the position of the last key, plus 1.
         sink: floating (Hq,) or (B, Hq, Nq), finite: the score of one more key, which a query may choose where no other
             matches. It has no place, so that neither distance nor masks matter to it, and its value is zero; a query
-            gain multiplies it as all scores. It is no part of k and v, and dropout leaves it. lse counts it.
+            gain multiplies it as all scores. It is no part of k and v, and dropout leaves it. lse counts it, and is
+            its score where a query may see no key.
         out_dtype: the dtype of out, that of q by default. torch.float32 keeps what the sums of half precision hold, so
             that parts to be merged are not rounded one by one. The gradient of out is rounded to the dtype of q.
         return_lse: also return the log of the sum of exponentials.

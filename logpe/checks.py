@@ -351,7 +351,7 @@ def check_sink(sink: Tensor, lse_shape: tuple[int, ...], q: Tensor, validate: bo
     if not sink.is_floating_point():
         raise TypeError(f"sink must be a floating tensor, got {sink.dtype}")
     heads = q.shape[1]
-    if sink.shape not in ((heads,), lse_shape):
+    if sink.shape != (heads,) and sink.shape != lse_shape:  # torch.compile misreads "in"
         raise ValueError(f"sink must have shape ({heads},) or {lse_shape}, got {tuple(sink.shape)}")
     if sink.device != q.device:
         raise ValueError(f"sink must be on the device of q, {q.device}, got {sink.device}")

@@ -719,12 +719,14 @@ def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if form == "paged":
         x |= dict(q=normal(B, heads, 1, D), k=normal(6, kv_heads, 16, D), **starts)
         x |= dict(v=normal(6, kv_heads, 16, value_dim))
-        return x | dict(block_table=torch.randperm(6)[:4].view(2, 2), key_mask=torch.rand(B, 32) < 0.7), rest
+        x |= dict(block_table=torch.randperm(6)[:4].view(2, 2), key_mask=torch.rand(B, 32) < 0.7)
+        return x | dict(sink=normal(heads)), rest
     x |= dict(theta=make_values(heads, D, "log-rotary").theta)
     if form == "packed":
         x |= dict(q=normal(8, heads, D), k=normal(8, kv_heads, D), v=normal(8, kv_heads, value_dim), **starts)
         x |= dict(cu_seqlens_q=torch.tensor([0, 3, 8]), cu_seqlens_k=torch.tensor([0, 4, 7], dtype=torch.int32))
-        return x | dict(dropout_seed=torch.tensor([5])), rest | dict(max_seqlen_q=5, max_seqlen_k=4, dropout_p=0.2)
+        x |= dict(dropout_seed=torch.tensor([5]), sink=normal(heads, 8))
+        return x, rest | dict(max_seqlen_q=5, max_seqlen_k=4, dropout_p=0.2)
     num_queries, num_keys = (1, 513) if form == "decode" else (NQ, NK)
     x |= dict(q=normal(B, heads, num_queries, D), k=normal(B, kv_heads, num_keys, D))
     x |= dict(v=normal(B, kv_heads, num_keys, value_dim))
@@ -732,6 +734,7 @@ def call_of(form: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return x | dict(key_mask=torch.rand(B, num_keys) < 0.7, **starts), rest
     if form == "dense":
         x |= dict(key_mask=normal(B, num_keys), key_lengths=torch.tensor([num_keys, 6]), **starts)
+        x |= dict(sink=normal(B, heads, num_queries))
         return x | dict(dropout_seed=torch.tensor([5])), rest | dict(dropout_p=0.2)
     assert form == "plain"
     return x, rest
@@ -741,7 +744,9 @@ def results_of(
     form: str, x: dict[str, Tensor], rest: dict[str, Any], layout: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """Return the results of a call, and all gradients, from cotangents in this layout."""
-    leaves = () if form in ("paged", "decode") else ("q", "k", "v", "x", "out0", "out1", "lse0", "lse1", *PARAMETERS)
+    leaves = (
+        () if form in ("paged", "decode") else ("q", "k", "v", "x", "sink", "out0", "out1", "lse0", "lse1", *PARAMETERS)
+    )
     x = {name: t.detach().requires_grad_(name in leaves) for name, t in x.items()}
     position = PositionValues(**{name: t for name, t in x.items() if name in PositionValues._fields})
     others = {name: t for name, t in x.items() if name not in PositionValues._fields}

@@ -620,6 +620,26 @@ def test_compiled_lse_gradient_and_autocast() -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_compiled_with_a_sink() -> None:
+    """For each query, whose number changes, and for each head."""
+    position = LogPosition(2, 8, query_gain=True)
+
+    def function(q: Tensor, sink: Tensor) -> Tensor:
+        return log_attention(q, q, q, position, is_causal=True, sink=sink)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sinks in ([torch.randn(1, 2, n) for n in LENGTHS], [torch.randn(2) for _ in LENGTHS]):
+        with torch._dynamo.config.patch(error_on_recompile=sinks[0].dim() == 1):
+            for n, sink in zip(LENGTHS, sinks, strict=True):
+                q, sink = torch.randn(1, 2, n, 8, requires_grad=True), sink.requires_grad_()
+                leaves = [q, sink, *position.parameters()]
+                results = [torch.autograd.grad(f(q, sink).sum(), leaves) for f in (function, compiled)]
+                for x, y in zip(*results, strict=True):
+                    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
 # --- checkpointing, double backward ---------------------------------------------------------------------------------
 
 
