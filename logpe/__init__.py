@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from logpe.attention import log_attention, log_attention_varlen, merge_partials, rotate
 from logpe.cache import KVCache, PagedKVCache
 from logpe.distributed import ContextParallel
-from logpe.module import LogAttention, replace_attention
+from logpe.module import HeadSink, LogAttention, replace_attention
 from logpe.position import PRESETS, LogPosition, LogSinusoid, parameter_groups, position_parameters
 from logpe.reference import PositionValues
 
@@ -31,6 +31,7 @@ __all__ = [
     "PRESETS",
     "ContextParallel",
     "HeadParallel",
+    "HeadSink",
     "KVCache",
     "LogAttention",
     "LogPosition",

@@ -52,10 +52,14 @@ class HeadNorm(nn.RMSNorm):
 
 
 class HeadSink(nn.Module):
-    """A key for each head that stands nowhere, and whose value is zero: see ``sink`` of :func:`logpe.log_attention`.
+    """A key for each head that stands nowhere, and whose value is zero: a query that matches nothing may choose it.
 
-    The score of a query is scale * <q, key> + bias. Both parameters start at zero, so that at first it is a key of
-    score 0.
+    Its score is scale * <q, key> + bias. Both parameters start at zero, so that at first it is a key of score 0, as
+    ``add_zero_attn`` of ``nn.MultiheadAttention`` gives. In an attention of one's own::
+
+        out = log_attention(q, k, v, position, is_causal=True, sink=sink(q))
+
+    A constant sink for each head is that of gpt-oss; one that follows from the query is one key more.
     """
 
     def __init__(
