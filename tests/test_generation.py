@@ -18,7 +18,6 @@ TINY = Shape(dim=16, layers=2, heads=2)
 VARIANTS = (
     "log-bias+shared",
     "log-bias+gain=4+sink",
-    "log-bias+gain=4+twins",
     "log-bias+rotary=0.5",
     "log-invariant+rotary=0.5+gain",
     "rope+qk-norm",

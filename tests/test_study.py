@@ -20,7 +20,7 @@ from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
 from bench.study.encoders import translator_encoding
-from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, log_mass, yarn
+from bench.study.model import ENCODINGS, Attention, Model, Shape, encoding, learned_positions, yarn
 from logpe import files
 from logpe.command import STATUSES, STOPPED, TIME_IS_OVER
 from logpe.lm.text import Document, Sampler, document_windows
@@ -41,7 +41,6 @@ VARIANTS = [
         "log-bias+rotary=0.5+base=54",
         "log-bias+gain=4+power=0.5:4+rate=1+alpha=0.1",
         "log-bias-rope+sink",
-        "log-bias-rope+twins",
     ),
 ]
 
@@ -142,39 +141,6 @@ def test_a_sink_is_a_key_without_a_place():
         encoding("log-bias+logit-gain+sink", 64)
     with pytest.raises(ValueError, match="or a sink, which the decoder here does not know"):
         translator_encoding("log-bias+sink", 64)
-
-
-def test_twins_are_sinks_beside_the_keys():
-    attention = Attention(TINY, encoding("log-bias+gain=8+twins+alpha=0.5:2+power=0.5:2+rate=0.5", 64))
-    with torch.no_grad():
-        for parameter in attention.sink.parameters():
-            parameter.normal_()
-    x = torch.randn(2, 30, 16)
-    values = attention.position()
-    q, k, v = (x.double() for x in attention.project(x, last=20))
-    i, j = torch.arange(10, 30)[:, None], torch.arange(30)
-    power, rate, alpha = (getattr(values, part).double()[:, None, None] for part in ("power", "rate", "alpha"))
-    gain = 1 + alpha * torch.log1p(i / 8)
-    key, constant = (x.double()[..., None, None] for x in (attention.sink.key, attention.sink.bias))
-    scores = (q @ k.mT) / math.sqrt(8), ((q @ key[..., 0]) / math.sqrt(8) + constant).expand(2, 2, 20, 30)
-    logits = [gain * score - power * torch.log1p(rate * (i - j).abs()) for score in scores]
-    weights = torch.cat([logit.masked_fill(j > i, -math.inf) for logit in logits], -1).softmax(-1)
-    expected = attention.out((weights[..., :30] @ v).float().transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, last=20), expected, rtol=0.01, atol=0.01)  # the sum is an integral
-    with pytest.raises(ValueError, match="no power and rate, from which"):
-        encoding("rope+twins", 64)
-
-
-@pytest.mark.parametrize("power", [0.0, 0.3, 0.9999, 1.0, 1.0001, 1.7, 5.0])
-@pytest.mark.parametrize("rate", [1e-4, 0.03, 1.0])
-def test_log_mass(power, rate):
-    n = torch.tensor([0, 1, 5, 127, 4095])
-    d = torch.arange(4096, dtype=torch.float64)
-    expected = ((1 + rate * d) ** -power).cumsum(0)[n].log().float()
-    parameters = [torch.tensor(x, requires_grad=True) for x in (power, rate)]
-    actual = log_mass(n.float(), *parameters)
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
-    assert all(x.isfinite() for x in torch.autograd.grad(actual.sum(), parameters))
 
 
 def test_a_sink_changes_no_other_weight():

@@ -40,7 +40,6 @@ class Encoding:
     reach: float | None = None  # at least half of each head's weight lies within so many bytes or tokens
     qk_norm: bool = False  # RMSNorm on queries and keys
     sink: bool = False  # a key of each head that stands nowhere, and whose value is zero
-    twins: bool = False  # such a key beside each key, at its place
     shared: bool = False  # one LogPosition for all layers
     kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
     initial: tuple[tuple[str, float, float], ...] = ()  # of a part: the first head's value and the last head's
@@ -90,7 +89,6 @@ OPTIONS = {
     "bounded, bounded=F": "no head gives more than half of its weight to what is beyond F (1) training lengths",
     "fixed": "parameters of the position that keep their first values",
     "sink": "a key of each head that stands nowhere: what matches nothing may choose it, and reads zeros",
-    "twins": "such a sink beside each key, at its place: no head weighs sinks less as the text grows",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
     "base=B": "plane p of P turns by B^(-p / P) per position",
@@ -103,7 +101,6 @@ FLAGS: dict[str, dict[str, Any]] = {  # fields of Encoding that options without 
     "fixed": dict(learnable=False),
     "qk-norm": dict(qk_norm=True),
     "sink": dict(sink=True),
-    "twins": dict(sink=True, twins=True),
 }
 
 
@@ -147,8 +144,6 @@ def encoding(name: str, train_length: int) -> Encoding:
         raise ValueError(f"{name!r} has no bias: there logit-gain is gain")
     if chosen.gain_on_bias and chosen.sink:
         raise ValueError(f"{name!r} has both logit-gain and sink, which do not go together")
-    if chosen.twins and not {"power", "rate"} <= parts:
-        raise ValueError(f"{name!r} has no power and rate, from which the weight of twins follows")
     if chosen.reach and not {"power", "rate"} <= parts:
         raise ValueError(f"{name!r} has no power and rate to bound")
     if chosen.shared and not parts & set(LEARNABLE_PARTS):
@@ -165,18 +160,6 @@ def yarn(theta: Tensor, trained: int, length: int) -> tuple[Tensor, float]:
     s = max(1.0, length / trained)
     kept = ((trained * theta / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
     return theta * (kept + (1 - kept) / s), (1 + 0.1 * math.log(s)) ** 2
-
-
-def log_mass(n: Tensor, power: Tensor, rate: Tensor) -> Tensor:
-    """Return log of the sum over d from 0 to n of (1 + rate d)^-power: from 1 on its integral, and half of each end."""
-    last = torch.log1p(rate * n.clamp(min=1))
-    first = torch.log1p(rate)
-    u = (1 - power) * (last - first)
-    small = u.abs() < 1e-3
-    growth = torch.where(small, 1 + u / 2 + u * u / 6, torch.expm1(u) / u.masked_fill(small, 1))  # expm1(u) / u
-    integral = torch.exp((1 - power) * first) / rate * (last - first) * growth
-    rest = integral + (torch.exp(-power * first) + torch.exp(-power * last)) / 2
-    return torch.log1p(rest.where(n >= 1, 0))
 
 
 class Attention(language_model.Attention):
@@ -217,34 +200,15 @@ class Attention(language_model.Attention):
         """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
         if self.cache is not None:
             scale = self.values(self.cache.capacity)[1]
-            sink = self.sink_score(q, self.cache.lengths[:, None], scale)
+            sink = None if self.sink is None else self.sink(q, scale)
             return self.cache.attend(*(x.to(self.cache.k.dtype) for x in (q, k, v)), scale=scale, sink=sink)
         if self.encoding.gain_on_bias:
             parts = q.split(256, dim=2)  # queries at once: what is eager holds (B, H, 256, N)
             starts = itertools.accumulate((part.shape[2] for part in parts), initial=k.shape[2] - q.shape[2])
             return torch.cat([self.eager(part, k, v, n)[0] for part, n in zip(parts, starts, strict=False)], dim=2)
         values, scale = self.values(k.shape[2])
-        sink = self.sink_score(q, k.shape[2] - q.shape[2], scale)
+        sink = None if self.sink is None else self.sink(q, scale)
         return logpe.log_attention(q, k, v, values, is_causal=True, scale=scale, sink=sink)
-
-    def sink_score(self, q: Tensor, start: int | Tensor, scale: float) -> Tensor | None:
-        """Return the sink's score, which the gain is to multiply, for q (B, H, N, D) from position ``start`` on.
-
-        Twins: keys of one score at all distances weigh as much as one at no distance whose logit is larger by log of
-        the sum of (1 + rate d)^-power. That is no part of the score, and divided by the gain.
-        """
-        if self.sink is None:
-            return None
-        score = self.sink(q, scale)
-        if not self.encoding.twins:
-            return score
-        values = self.position()
-        power, rate, alpha = (None if x is None else x[:, None] for x in (values.power, values.rate, values.alpha))
-        assert power is not None
-        assert rate is not None
-        i = (start + torch.arange(q.shape[2], device=q.device))[..., None, :].float()
-        mass = log_mass(i, power, rate)
-        return score + (mass if alpha is None else mass / reference.query_gain(i, alpha, values.gain_length))
 
     def new_cache(self, batch_size: int, capacity: int, **options: Any) -> logpe.KVCache:
         """Return a cache for texts of ``capacity`` bytes at the most; YaRN turns keys as if every text had so many.
@@ -289,9 +253,7 @@ class Attention(language_model.Attention):
         out, lse, weights = reference.attention(q, k, v, options, attn_mask=bias, return_weights=True)
         if self.sink is not None:
             tokens = torch.arange(q.shape[2], device=q.device)
-            sink = self.sink_score(q, start, scale)
-            assert sink is not None
-            out, _ = reference.add_sink(out, lse, sink, options, tokens)
+            out, _ = reference.add_sink(out, lse, self.sink(q, scale), options, tokens)
         return out, weights
 
 
