@@ -737,6 +737,15 @@ def test_the_gradient_of_lse_alone(device: torch.device) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sink(dtype: torch.dtype, device: torch.device) -> None:
+    """With a query gain, for each query and for each head, dense and packed."""
+    options: dict[str, Any] = dict(dtype=dtype, device=device, preset="log-invariant", query_gain=True, is_causal=True)
+    check(make_call(2, 4, 2, 33, 40, 16, sink=torch.randn(2, 4, 33, device=device), **options))
+    sink = torch.randn(4, device=device)
+    check(make_packed_call([20, 0, 13], [24, 3, 13], kv_heads=2, head_dim=16, outside=2, sink=sink, **options))
+
+
 def test_frozen_parts_get_no_gradient(device: torch.device) -> None:
     """Nor is one computed: the operator returns None for them."""
     call = make_call(1, 2, 2, 20, 20, 16, preset="log-invariant", query_gain=True, device=device, is_causal=True)
