@@ -246,7 +246,7 @@ def language_model(rank: int, folder: Path) -> None:
     import logpe
     from logpe.lm.model import LanguageModel, Shape
 
-    shape = Shape(dim=32, layers=2, heads=4, qk_norm=True, vocabulary=16)
+    shape = Shape(dim=32, layers=2, heads=4, qk_norm=True, vocabulary=16, sink=True)
     whole = LanguageModel(shape, dict(query_gain=True), seed=0).double()
     sharded = copy.deepcopy(whole)
     parallelize_module(sharded, make_mesh(WORLD), {"blocks.*.attention": logpe.HeadParallel()})
@@ -280,7 +280,11 @@ def converted(rank: int, folder: Path) -> None:
     tokens = torch.randint(1, 32, (2, 7), generator=torch.Generator().manual_seed(1))  # 0 is padding
     for share in (False, True):
         torch.manual_seed(0)
-        whole = logpe.transformers.use_log_position(transformers.Qwen3ForCausalLM(config), share_position=share)
+        plain = transformers.Qwen3ForCausalLM(config)
+        whole = logpe.transformers.use_log_position(plain, share_position=share, sink=True)
+        for sink in (module for module in whole.modules() if isinstance(module, logpe.HeadSink)):
+            torch.nn.init.normal_(sink.key)
+            torch.nn.init.normal_(sink.bias)
         path = folder / f"share-{share}"
         if rank == 0:
             whole.save_pretrained(path)
@@ -291,7 +295,10 @@ def converted(rank: int, folder: Path) -> None:
         for model in (sharded, whole.eval()):
             logits = model(tokens).logits
             logits.square().mean().backward()
-            gradients.append((logits, [p.grad for p in logpe.position_parameters(model)]))
+            sinks = [module for module in model.modules() if isinstance(module, logpe.HeadSink)]
+            assert len(sinks) == 2
+            learned = [*logpe.position_parameters(model), *(p for sink in sinks for p in sink.parameters())]
+            gradients.append((logits, [p.grad for p in learned]))
         torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-4, atol=1e-5)
         assert gradients[0][1]
         for ours, theirs in zip(gradients[0][1], gradients[1][1], strict=True):

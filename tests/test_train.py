@@ -227,6 +227,18 @@ def test_interrupt_saves_and_goes_on(
     assert len(records(tmp_path)) == 1
 
 
+def test_a_checkpoint_from_before_an_option(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """It was trained with what is now that option's default."""
+    arguments = ["train", str(folder), "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--minutes=0"]) == TIME_IS_OVER
+    manifest = tmp_path / "checkpoints" / "step-00000001" / checkpoint.MANIFEST
+    content = json.loads(manifest.read_text())
+    del content["settings"]["sink"]
+    manifest.write_text(json.dumps(content))
+    assert main(arguments) == 0
+    assert records(tmp_path) == records(whole)
+
+
 @pytest.mark.parametrize("place", ["reading", "training"])
 def test_sigterm(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
@@ -402,9 +414,9 @@ def test_loss_falls_and_the_record_is_right(folder: Path, tmp_path: Path) -> Non
 
 
 def test_first_step_is_adamw_on_the_clipped_mean(folder: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--steps=1", "--warmup=0", "--accumulate=2", "--clip=0.25", "--weight-decay=0.5"]
+    arguments = [*SMALL, "--steps=1", "--warmup=0", "--accumulate=2", "--clip=0.25", "--weight-decay=0.5", "--sink"]
     assert main(["train", str(folder), "--out", str(tmp_path), *arguments]) == 0
-    options = dict(preset="log-invariant", query_gain=True, dim=16, layers=2, heads=2, qk_norm=True)
+    options = dict(preset="log-invariant", query_gain=True, dim=16, layers=2, heads=2, qk_norm=True, sink=True)
     model = train.Settings(**options).model(256)  # type: ignore[arg-type]
     tokens = text.Windows(text.load_tokens(tmp_path / "tokens.safetensors").train, 16, 0)(range(4))
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -653,7 +665,7 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--preset=log-bias-rope"], ["--qk-norm", "--preset=log-rotary-bias", "--rotary-fraction=0.5"]],
+    [["--preset=log-bias-rope", "--sink"], ["--qk-norm", "--preset=log-rotary-bias", "--rotary-fraction=0.5"]],
     ids=["llama", "qwen3"],
 )
 def test_transformers_reads_what_it_writes(folder: Path, tmp_path: Path, options: list[str]) -> None:

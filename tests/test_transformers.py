@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import logpe
 import logpe.__main__
 import logpe.transformers
+from logpe.files import load_tensors, save_tensors
 from logpe.position import LogPosition
 from logpe.transformers import attention as interface
 from logpe.transformers import from_pretrained, use_log_position
@@ -167,6 +168,41 @@ def test_against_the_definition(name: str, preset: str, monkeypatch: pytest.Monk
         head_dim = position_of(model)[0].head_dim
         rotations = [(position.rotary_base, position.planes) for position in position_of(model)]
         assert rotations == [(30.0, head_dim // 4)] * 2
+
+
+def test_sinks(tmp_path: Path) -> None:
+    """At first a key of score zero; trained, saved, cached and packed like all else."""
+    model, ids = use_log_position(make(), query_gain=True, sink=True, share_position=True), tokens()
+    assert model.config.log_position["sink"] is True
+    plain = use_log_position(make(), query_gain=True, share_position=True)
+    assert "sink" not in plain.config.log_position
+    sinks = [module for module in model.modules() if isinstance(module, logpe.HeadSink)]
+    assert len(sinks) == 2
+    assert len(position_of(model)) == 1
+    with torch.no_grad():
+        plain.load_state_dict({n: x for n, x in model.state_dict().items() if "log_sink" not in n})
+        assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
+        for sink in sinks:
+            sink.bias.fill_(-1e4)  # none
+        close(model(ids).logits, plain(ids).logits)
+        for sink in sinks:
+            sink.bias.normal_()
+            sink.key.normal_()
+        logits, mask = model(ids).logits, left_padding(ids)
+        close(model(ids, attention_mask=mask).logits[0, PADDING:], model(ids[:1, PADDING:]).logits[0])
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        steps = [model(part, past_key_values=cache).logits for part in (ids[:, 6:7], ids[:, 7:])]
+        close(torch.cat(steps, 1), logits[:, 6:])
+        packed = torch.tensor([[*range(5), *range(6)]])
+        parts = [model(part).logits for part in ids[:1].split((5, 6), 1)]
+        close(model(ids[:1], position_ids=packed).logits, torch.cat(parts, 1))
+    check_a_step(model, tmp_path, ids, labels=ids)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for sink in sinks for p in sink.parameters())
+    path = tmp_path / "model.safetensors"
+    weights = {name: x for name, x in load_tensors(path).items() if "log_sink.key" not in name}
+    save_tensors(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the position parameters .*log_sink\.key"):
+        from_pretrained(tmp_path)
 
 
 @torch.no_grad()

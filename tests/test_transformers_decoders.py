@@ -190,6 +190,8 @@ def test_an_attention_of_another_class() -> None:
 @torch.no_grad()
 def test_sinks_stay() -> None:
     """One far above all scores takes all of the weight, so that values do not matter."""
+    with pytest.raises(ValueError, match="sink must be False for GptOssForCausalLM, which has sinks of its own"):
+        use_log_position(make("gpt_oss"), sink=True)
     model, ids = use_log_position(make("gpt_oss")), tokens()
     logits = [model(ids).logits]
     for layer in model.model.layers:

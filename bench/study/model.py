@@ -18,7 +18,6 @@ import logpe
 from logpe import reference
 from logpe.lm import model as language_model
 from logpe.lm.model import EMBEDDING_STD, LanguageModel, Shape
-from logpe.module import HeadSink
 from logpe.position import PRESET_PARTS, LogPosition, inverse_softplus
 from logpe.reference import PositionValues
 
@@ -170,11 +169,10 @@ class Attention(language_model.Attention):
 
     def __init__(self, shape: Shape, encoding: Encoding, smeared_keys: bool = False) -> None:
         position = dict(preset=encoding.preset, **encoding.options)
-        super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm), position)
+        super().__init__(replace(shape, qk_norm=shape.qk_norm or encoding.qk_norm, sink=encoding.sink), position)
         self.smear = nn.Parameter(torch.zeros(shape.heads)) if smeared_keys else None
         self.encoding = encoding
         head_dim = shape.dim // shape.heads
-        self.sink = HeadSink(shape.heads, head_dim) if encoding.sink else None
         encoding.start(self.position)
         theta = None
         if encoding.rotary is not None and "rotary" not in self.position.parts:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logpe.attention import log_attention
 from logpe.distributed import ContextParallel
 from logpe.files import load_tensors, save_tensors, write_whole
-from logpe.module import HeadNorm
+from logpe.module import HeadNorm, HeadSink
 from logpe.position import ROTATION, LogPosition
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Shape:
     heads: int = 4
     qk_norm: bool = False  # RMSNorm on queries and keys
     vocabulary: int = 256
+    sink: bool = False  # a key of each head that stands nowhere, see HeadSink
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "vocabulary"):
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
         head_norm = HeadNorm if shape.qk_norm else nn.Identity
         self.query_norm, self.key_norm = (head_norm(shape.dim // shape.heads) for _ in range(2))
+        self.sink = HeadSink(shape.heads, shape.dim // shape.heads) if shape.sink else None
         self.position = LogPosition(shape.heads, shape.dim // shape.heads, **position)
         self.context_parallel: ContextParallel | None = None
         self.head_mesh: DeviceMesh | None = None
@@ -66,8 +68,8 @@ class Attention(nn.Module):
         if self.head_mesh is not None:
             raise ValueError("the heads of an Attention must be shared out once, got a mesh for them again")
         check_heads(mesh, heads=self.heads)
-        for module in (self.position, self.query_norm, self.key_norm):
-            if isinstance(module, LogPosition | HeadNorm):
+        for module in (self.position, self.query_norm, self.key_norm, self.sink):
+            if isinstance(module, LogPosition | HeadNorm | HeadSink):
                 module.shard_heads(mesh, source)
         distribute(self.qkv, {"weight": Shard(0)}, mesh, source)
         parallelize_module(self.out, mesh, RowwiseParallel(), src_data_rank=source)
@@ -87,7 +89,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the output, shaped as q (B, H, last or N, D), of attention to k and v (B, H, N, D)."""
-        return log_attention(q, k, v, self.position, is_causal=True, context_parallel=self.context_parallel)
+        sink, parallel = None if self.sink is None else self.sink(q), self.context_parallel
+        return log_attention(q, k, v, self.position, is_causal=True, sink=sink, context_parallel=parallel)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Return (B, last or N, dim), of x (B, N, dim); ``last``: of so many positions at the end alone."""
@@ -153,7 +156,7 @@ class LanguageModel(nn.Module):
             self.norm = nn.RMSNorm(shape.dim)
         generator = torch.Generator().manual_seed(seed)  # of its own: positions may draw from the global one
         for name, weight in self.named_parameters():
-            if weight.ndim == 2 and not name.endswith("sink.key"):  # of a HeadSink, which starts at zero
+            if weight.ndim == 2 and not name.endswith("sink.key"):  # which starts at zero
                 std = weight.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):  # into the residual stream
                     std *= (2 * shape.layers) ** -0.5
@@ -264,6 +267,7 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
     # All of it: what is left out there is taken from the configuration of Llama's own rotation.
     rotation = {name: getattr(first, name) for name in ROTATION}
     position = {"preset": first.preset, **model.config["position"], **rotation}
+    position |= {"sink": True} if shape.sink else {}
     state = model.state_dict()
     embedding = state["embedding.weight"]
     weights = {
@@ -288,8 +292,9 @@ def save_pretrained(model: LanguageModel, folder: Path, end: int) -> None:
         if shape.qk_norm:
             layer["self_attn.q_norm.weight"] = ours["attention.query_norm.weight"]
             layer["self_attn.k_norm.weight"] = ours["attention.key_norm.weight"]
-        prefix = "attention.position."
-        layer |= {n.replace(prefix, "self_attn.log_position."): x for n, x in ours.items() if n.startswith(prefix)}
+        for part in ("position", "sink"):
+            prefix = f"attention.{part}."
+            layer |= {n.replace(prefix, f"self_attn.log_{part}."): x for n, x in ours.items() if n.startswith(prefix)}
         weights |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
     config = dict(
         architectures=["Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"],

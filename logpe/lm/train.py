@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 #: Settings that LogPosition takes, and all that say what the model is.
 POSITION = ("preset", "query_gain", "rotary_scale", "rotary_fraction", "rotary_base", "gain_length", "reach")
-ARCHITECTURE = (*POSITION, "dim", "layers", "heads", "qk_norm")
+ARCHITECTURE = (*POSITION, "dim", "layers", "heads", "qk_norm", "sink")
 
 
 def _option(default: Any, help_: str, shown: str = "%(default)s", **more: Any) -> Any:
@@ -76,6 +76,7 @@ class Settings:
     layers: int = _option(6, "blocks of the model")
     heads: int = _option(4, "attention heads of a layer")
     qk_norm: bool = _option(False, "normalise queries and keys, as log-invariant assumes")
+    sink: bool = _option(False, "give each head a key that stands nowhere, for queries that match nothing")
     length: int = _option(512, "tokens of a window to train on")
     batch: int = _option(32, "windows of a step, over all processes")
     steps: int = _option(2000, "optimiser steps in all")
@@ -105,7 +106,7 @@ class Settings:
 
     def model(self, vocabulary: int) -> LanguageModel:
         """Return the model as it is before the first step. Raises ValueError for what cannot be built."""
-        shape = Shape(self.dim, self.layers, self.heads, self.qk_norm, vocabulary)
+        shape = Shape(self.dim, self.layers, self.heads, self.qk_norm, vocabulary, self.sink)
         return LanguageModel(shape, self.position(), self.seed)
 
     def learning_rate_at(self, step: int) -> float:
@@ -577,7 +578,9 @@ def find_start(
     advice = "name another --out, or give --fresh to start anew"
     now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": options.given}
     try:
-        then = {"init_from": manifest.get("init_from"), **manifest["settings"], **manifest["text"]["origin"]}
+        given = manifest["settings"], manifest["text"]["origin"]
+        then = {**asdict(Settings()), "init_from": manifest.get("init_from")}  # an older one lacks newer options
+        then |= {name: value for part in given for name, value in part.items()}
         sha256 = manifest["text"]["sha256"]
     except (KeyError, TypeError):
         raise ValueError(f"{folder} is of another program; {advice}") from None

@@ -47,7 +47,7 @@ def log_attention_forward(
         module: the attention layer, converted by :func:`use_log_position`.
         query: (B, Hq, Nq, D). key, value: (B, Hkv, Nk, D), what the cache returned.
         attention_mask: what :func:`log_position_mask` returned.
-        s_aux: (Hq,), the sink of each head, which stays as it is.
+        s_aux: (Hq,), the model's own sink of each head, which stays as it is.
 
     Returns:
         (B, Nq, Hq, D), and None for the weights.
@@ -96,6 +96,9 @@ def log_attention_forward(
     if values is not None and owner is not module:  # one position serves layers on many devices
         moved: Any = {name: x.to(query.device) for name, x in values._asdict().items() if isinstance(x, Tensor)}
         values = values._replace(**moved)
+    own_sink: Any = getattr(module, "log_sink", None)
+    if own_sink is not None:
+        s_aux = own_sink(query, scaling)
     common: Any = dict(
         is_causal=bool(causal),
         window=None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1),
@@ -110,6 +113,8 @@ def log_attention_forward(
     else:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * N, H, D)
         cu_seqlens, longest = packing.cu_seqlens.to(query.device), packing.max_seqlen
+        if common["sink"] is not None and common["sink"].dim() == 3:
+            common["sink"] = common["sink"].transpose(0, 1).flatten(1)  # (Hq, B * N)
         out = log_attention_varlen(q, k, v, values, cu_seqlens, cu_seqlens, longest, longest, **common)
         out = out.unflatten(0, (len(query), -1))
     return out.contiguous(), None

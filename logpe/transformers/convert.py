@@ -20,6 +20,7 @@ from transformers.models.falcon import modeling_falcon
 
 from logpe.checks import plain_bool
 from logpe.distributed import ContextParallel
+from logpe.module import HeadSink
 from logpe.position import PRESET_ROTATION, LogPosition, inverse_softplus, plain_options
 from logpe.transformers.architectures import ARCHITECTURES, RELATIVE_BIAS, SUPPORTED, Stack
 from logpe.transformers.attention import log_attention_forward
@@ -43,6 +44,7 @@ def use_log_position(
     *,
     share_position: bool = False,
     keep_positions: bool = False,
+    sink: bool = False,
     context_parallel: ContextParallel | None = None,
     **position_options: Any,
 ) -> Model:
@@ -57,6 +59,8 @@ def use_log_position(
             or one of the encoder and one of the decoder.
         keep_positions: keep the model's own positions, rotary or learned. With preset ``none`` the model then computes
             what it did before. Not possible with a preset that rotates.
+        sink: give each head of self-attention a key that stands nowhere and whose value is zero, for queries that match
+            nothing: see :class:`logpe.HeadSink`. At first it has score 0, so that a trained model needs to adapt.
         context_parallel: see :func:`set_context_parallel`.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
             ``rotary_fraction`` default to those of the model's own rotary embedding, without the scaling of its rope
@@ -84,7 +88,7 @@ def use_log_position(
     for name in ("num_heads", "head_dim", "device"):
         if name in position_options:
             raise ValueError(f"position_options must not hold {name}: a position has that of its layer")
-    settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions)
+    settings = dict(preset=preset, share_position=share_position, keep_positions=keep_positions, sink=sink)
     _check_context_parallel(context_parallel, settings)
     _install(model, settings | position_options)
     set_context_parallel(model, context_parallel)
@@ -160,7 +164,7 @@ def _load(model_class: Any, directory: str | os.PathLike[str], *arguments: Any, 
     wants_info = options.pop("output_loading_info", False)
     options = dict(use_safetensors=True) | options | dict(output_loading_info=True, trust_remote_code=False)
     model, info = _converting(model_class).from_pretrained(directory, *arguments, **options)
-    if missing := [name for name in info["missing_keys"] if "log_position." in name]:
+    if missing := [name for name in info["missing_keys"] if "log_position." in name or "log_sink." in name]:
         raise ValueError(f"{directory} lacks the position parameters {', '.join(sorted(missing))}")
     learnable = model.config.log_position.get("learnable", True)
     learned = LEARNABLE_PARTS if learnable is True else learnable or ()
@@ -191,6 +195,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     _check_supported(model)
     # Plain values, whatever was given: the config must be possible to save.
     plain = plain_options(**settings)
+    sink = plain_bool("sink", plain.pop("sink", False))
     plain |= {name: plain_bool(name, plain[name]) for name in ("share_position", "keep_positions")}
     if not isinstance(plain.get("learnable", True), bool):
         plain["learnable"] = sorted(plain["learnable"])  # JSON has no tuples
@@ -206,6 +211,8 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
                 f'{type(model).__name__} has no attention to convert: load it with attn_implementation="sdpa"'
             )
         first = group.positions[0]
+        if sink and hasattr(group.attentions[0], "sinks"):
+            raise ValueError(f"sink must be False for {type(model).__name__}, which has sinks of its own")
         if "rotary" in first.parts and keep:
             raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
         if keep and (group.part.positions in ("", RELATIVE_BIAS) or getattr(config, "alibi", False)):
@@ -222,7 +229,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
                 own_configs[id(value)]._attn_implementation = IMPLEMENTATION
                 setattr(module, name, own_configs[id(value)])
     for group in layers:
-        group.install(share, keep)
+        group.install(share, keep, sink)
         if not group.part.packs and model is not group.stack:
             names = tuple(inspect.signature(model.forward).parameters)
             model.register_forward_pre_hook(functools.partial(check_packing, group.part, names), with_kwargs=True)
@@ -232,7 +239,7 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             rules = {replace_layer_number_by_wildcard(n) for n, m in owner.named_modules() if m in attentions}
             owner._tp_plan = owner._tp_plan | dict.fromkeys(rules, IMPLEMENTATION)
     own_config = model.config
-    own_config.log_position = plain
+    own_config.log_position = plain | {"sink": True} if sink else plain  # so that earlier versions load the others
     # Saved under this name, it makes any other loader raise, rather than return a model without positions.
     own_config.attn_implementation = IMPLEMENTATION
 
@@ -265,8 +272,8 @@ class _Layers:
                 raw.data = inverse_softplus(functional.softplus(raw.data) / head_dim**0.5)
             self.positions.append(position.train(stack.training))
 
-    def install(self, share: bool, keep: bool) -> None:
-        """Put the positions in."""
+    def install(self, share: bool, keep: bool, sink: bool) -> None:
+        """Put the positions in, and the sinks."""
         for attention in (*self.attentions, *self.crossing):
             attention.log_position_causal = self.part.causal if attention in self.attentions else None  # type: ignore
             if self.part.forward is not None:
@@ -278,6 +285,10 @@ class _Layers:
         else:
             for attention, position in zip(self.attentions, self.positions, strict=True):
                 attention.log_position = position
+        for attention, position in zip(self.attentions, self.positions, strict=True) if sink else ():
+            like = next(attention.parameters())
+            made = HeadSink(position.num_heads, position.head_dim, device=like.device, dtype=like.dtype)
+            attention.log_sink = made.train(self.stack.training)
         if not keep:
             self.part.remove_positions(self.stack, self.rotary_dim)
         names = tuple(inspect.signature(self.stack.forward).parameters)
@@ -332,6 +343,8 @@ class _HeadStyle(TensorParallelLayer):
         numbers = {name: getattr(module.config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
         check_heads(mesh, **{name: heads for name, heads in numbers.items() if heads is not None})
         getattr(module, "_log_position_owner", module).log_position.shard_heads(mesh, None)
+        if hasattr(module, "log_sink"):
+            module.log_sink.shard_heads(mesh, None)
         return module
 
 
