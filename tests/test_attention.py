@@ -514,7 +514,7 @@ def test_out_dtype(backend: str, form: str, dtype: torch.dtype) -> None:
     reference = Reference(call)
     reference.check(actual)
     errors = [(x["out"] - reference.exact["out"]).square().mean() for x in (actual, rounded)]
-    assert errors[0] < errors[1]
+    assert errors[0] < errors[1] * (1.2 if backend == "reference" else 1)  # which rounds the scores first
     assert (
         log_attention(**{n: t.double() for n, t in tensors().items()}, out_dtype=torch.float64).dtype == torch.float64
     )
