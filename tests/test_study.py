@@ -139,7 +139,7 @@ def test_a_sink_is_a_key_without_a_place():
     torch.testing.assert_close(attention(x, last=20), expected)
     with pytest.raises(ValueError, match="which do not go together"):
         encoding("log-bias+logit-gain+sink", 64)
-    with pytest.raises(ValueError, match="or a sink, which the decoder here does not know"):
+    with pytest.raises(ValueError, match="or has a sink, and the decoder here does neither"):
         translator_encoding("log-bias+sink", 64)
 
 

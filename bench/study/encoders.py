@@ -142,7 +142,7 @@ def translator_encoding(name: str, train_length: int) -> Encoding:
     """Return an encoding that the translator can have. Raises ValueError for others."""
     chosen = layer_encoding(name, train_length)
     if chosen.qk_norm or chosen.sink:
-        raise ValueError(f"{name!r} has normalised queries and keys or a sink, which the decoder here does not know")
+        raise ValueError(f"{name!r} normalises queries and keys or has a sink, and the decoder here does neither")
     return chosen
 
 

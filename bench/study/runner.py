@@ -61,7 +61,9 @@ class Settings:
 
     def content(self) -> dict[str, Any]:
         """Return what the key is made of."""
-        return asdict(self)
+        content = asdict(self)
+        content.get("shape", {}).pop("sink", None)  # the encodings say it; earlier results keep their keys
+        return content
 
     @property
     def key(self) -> str:
