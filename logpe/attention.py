@@ -410,7 +410,7 @@ def _attend(
     Args:
         key: the key by which later calls like this one, which need no checks, will find the plan.
     """
-    if sink is not None:  # what it scales is not rounded before
+    if sink is not None:  # out is rounded once, after the sink has scaled it
         wide = options._replace(out_dtype=checks.resolve_out_dtype(torch.promote_types(q.dtype, torch.float32), q))
         tokens = torch.arange(q.shape[-2 if q.dim() == 4 else 0], device=q.device)
         out, lse = reference.add_sink(*_attend(q, k, v, wide, backend), sink, options, tokens)

@@ -239,7 +239,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def resolve_out_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype | None:
-    """Return the dtype of out; None: that of q."""
+    """Return the dtype of out, or None for that of q."""
     if out_dtype is None or out_dtype == q.dtype:
         return None
     if out_dtype != torch.float32 or q.dtype == torch.float64:

@@ -170,7 +170,7 @@ def test_all_parts_in_tiny_sizes(tmp_path):
     # Each includes the ones before, and takes longer but for the noise of a busy machine.
     least = [times[steps[n]] for n in (0, 1, 2, 4)]
     assert all(b > a / 2 > 0 for a, b in itertools.pairwise(least)), times
-    assert times[host_overhead.SDPA] > 0
+    assert 0 < times[host_overhead.SDPA] < times[steps[4]]
 
 
 # --- host overhead ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,10 @@ class Settings:
     def content(self) -> dict[str, Any]:
         """Return what the key is made of."""
         content = asdict(self)
-        content.get("shape", {}).pop("sink", None)  # the encodings say it; earlier results keep their keys
+        if not content.get("shape", {}).get(
+            "sink", True
+        ):  # as before it existed, so that older results keep their keys
+            del content["shape"]["sink"]
         return content
 
     @property

@@ -49,9 +49,10 @@ LEARNABLE_PARTS = Options._fields[:NUM_LEARNABLE]
 
 
 def new_output(x: Tensor, zeros: bool, size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an output laid out like x (..., D), or as (..., size) would be in the layout of x. dtype: None: that of x.
+    """Return an output laid out like x (..., D), or as (..., size) would be in the layout of x.
 
-    zeros: whether it starts from zeros, as packed ones do: tokens outside every sequence keep them.
+    zeros: whether it starts from zeros, as packed ones do: tokens outside every sequence keep them. dtype: by default
+    that of x.
     """
     if size is None or size == x.shape[-1]:
         return torch.zeros_like(x, dtype=dtype) if zeros else torch.empty_like(x, dtype=dtype)

@@ -578,9 +578,12 @@ def find_start(
     advice = "name another --out, or give --fresh to start anew"
     now = {**json.loads(json.dumps(asdict(settings))), **origin, "init_from": options.given}
     try:
-        given = manifest["settings"], manifest["text"]["origin"]
-        then = {**asdict(Settings()), "init_from": manifest.get("init_from")}  # an older one lacks newer options
-        then |= {name: value for part in given for name, value in part.items()}
+        then = {
+            **asdict(Settings()),  # an older one lacks newer options
+            "init_from": manifest.get("init_from"),
+            **manifest["settings"],
+            **manifest["text"]["origin"],
+        }
         sha256 = manifest["text"]["sha256"]
     except (KeyError, TypeError):
         raise ValueError(f"{folder} is of another program; {advice}") from None

@@ -73,11 +73,8 @@ class Stack:
         if not self.positions:
             return
         path, _, name = self.positions.rpartition(".")
-        setattr(
-            stack.get_submodule(path),
-            name,
-            _NoRotation(rotary_dim // 2 * self.angles_per_plane) if self.rotary else _NoEmbedding(),
-        )
+        angles = rotary_dim * self.angles_per_plane // 2
+        setattr(stack.get_submodule(path), name, _NoRotation(angles) if self.rotary else _NoEmbedding())
 
 
 def _is_a(module: nn.Module, suffix: str) -> bool:
