@@ -511,6 +511,18 @@ def test_tables_of_known_numbers():
     assert list(cells)[2] == "none"  # in the order of bench.study.model
 
 
+def test_time_of_a_model_in_several_records_counts_once():
+    tested = {"32": {"seconds": 2.0}, "64": {"seconds": 3.0}}
+    trained = {"bits_at_the_end": 2.5, "seconds": 100.0}
+    jobs = {
+        "text": {"train": {**trained, "commit": "a"}, "lengths": tested},
+        "needle": {"train": {**trained, "commit": "b"}, "lengths": tested},
+        "recall": {"train": {"bits_at_the_end": 1.5, "seconds": 100.0}, "lengths": {"32": {}}},
+    }
+    waiting = {"text": {"train": {}, "lengths": {}}}
+    assert tables.seconds({"rope": {"0": jobs}, "alibi": {"0": waiting}}) == 2 * 100 + 2 * 5
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
@@ -17,11 +18,12 @@ def records(runs: Runs) -> Iterator[dict[str, Any]]:
     return (record for seeds in runs.values() for jobs in seeds.values() for record in jobs.values())
 
 
-def seconds(value: Any) -> float:
-    """Return all the seconds that were spent on some results."""
-    if not isinstance(value, dict):
-        return 0.0
-    return value.get("seconds", 0.0) + sum(map(seconds, value.values()))
+def seconds(runs: Runs) -> float:
+    """Return the seconds spent on all results. A model that stands in several records was trained once."""
+    trained = [{k: v for k, v in record["train"].items() if k not in ("commit", "threads")} for record in records(runs)]
+    models = {json.dumps(train, sort_keys=True): train.get("seconds", 0.0) for train in trained}
+    tests = (test.get("seconds", 0.0) for record in records(runs) for test in record["lengths"].values())
+    return sum(models.values()) + sum(tests)
 
 
 def parameters(runs: Runs) -> str:
