@@ -1,1 +1,1 @@
-"""What is measured, and how: run a module with `python -m`."""
+"""Benchmarks and studies: ``python -m bench`` lists the programs, ``python -m bench NAME`` runs one."""

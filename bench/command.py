@@ -49,9 +49,9 @@ def program(name: str) -> Callable[[Main], Main]:
 
 
 def stopped(error: KeyboardInterrupt) -> int:
-    """Say that the same command goes on, and return the exit status."""
+    """Say that the same command resumes, and return the exit status."""
     over = isinstance(error, TimeIsOver)
-    print(f"{'The time is over' if over else 'Stopped'}: the same command (without --fresh) goes on from here.")
+    print(f"{'The time is over' if over else 'Stopped'}: the same command (without --fresh) resumes from here.")
     return TIME_IS_OVER if over else STOPPED
 
 

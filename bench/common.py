@@ -16,9 +16,6 @@ from logpe import files
 from logpe.tuning.tune import driver_version
 from logpe.worker import one_line
 
-RESULTS = Path(__file__).parent / "results"
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -99,8 +99,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             same on every rank. There may be no block_table. See :class:`ContextParallel`, also for the gradients.
 
     Returns:
-        out: (B, Hq, Nq, Dv), out_dtype. lse: (B, Hq, Nq), natural log, float32, differentiable. A query that may
-        see no key gets zeros and -inf.
+        out: (B, Hq, Nq, Dv), out_dtype. lse: (B, Hq, Nq), natural log, float32 (float64 for float64 inputs),
+        differentiable. A query that may see no key gets zeros and -inf.
 
     Raises:
         TypeError, ValueError: a bad argument, named, with its value and what is allowed.
@@ -222,7 +222,8 @@ def log_attention_varlen(  # type: ignore[misc]
         q: (total_q, Hq, D). k, v: (total_k, Hkv, D) and (total_k, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0 on and never falling. Sequence b consists of the tokens
             from cu_seqlens[b] to before cu_seqlens[b + 1]. Tokens after the last sequence get zeros.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; longer ones are cut there.
+        max_seqlen_q, max_seqlen_k: int, at least the length of the longest sequence. Less raises ValueError where
+            cu_seqlens are checked (on the CPU, or with validate); elsewhere longer sequences are cut there.
         sink: (Hq,) or (Hq, total_q).
         query_start: by default, when causal, each sequence's last query stands at its last key. Without is_causal
             queries start where keys do, which needs equal lengths: with two different cu_seqlens it is required.
@@ -333,12 +334,13 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     """Merge results over disjoint chunks of the keys into the result over all of them, exactly.
 
     Args:
-        outs: each (B, H, N, Dv), or packed (total, H, Dv). Chunks without keys (zeros, lse -inf) are welcome.
-        lses: each (B, H, N), or packed (H, total), in natural log.
+        outs: each (B, H, N, Dv), or packed (total, H, Dv), all of one floating dtype. Chunks without keys (zeros, lse
+            -inf) are welcome.
+        lses: each (B, H, N), or packed (H, total), all of one floating dtype, in natural log.
 
     Returns:
-        out and lse in the shapes of the parts, differentiable in all of them. The parts must come from calls with the
-        same context_length if there is a query gain, and with the same dropout_seed if there is dropout.
+        out and lse in the shapes and dtypes of the parts, differentiable in all of them. The parts must come from calls
+        with the same context_length if there is a query gain, and with the same dropout_seed if there is dropout.
 
     Raises:
         TypeError, ValueError: no parts, not as many outs as lses, or dtypes, devices or shapes that do not match.

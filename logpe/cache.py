@@ -360,7 +360,7 @@ class KVCache:
         self._crop(list(ends))
 
     def reset(self, key_start: int | Tensor = 0) -> None:
-        """Forget all tokens; ``key_start`` is the position of the next first token."""
+        """Forget all tokens; ``key_start``, an int or an int tensor (B,), is the position of the next first token."""
         self._set_start(key_start)
         self._lengths.zero_()
         self._host_lengths = [0] * self.batch_size
@@ -625,7 +625,7 @@ class PagedKVCache(KVCache):
             self._holders[page] += 1
 
     def reset(self, key_start: int | Tensor = 0) -> None:
-        """Forget all tokens and give their pages back; ``key_start`` is the position of the next first token."""
+        """Forget all tokens and give their pages back; ``key_start`` as in :meth:`KVCache.reset`."""
         super().reset(key_start)
         self._block_table.fill_(-1)
         self._dropped.zero_()

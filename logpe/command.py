@@ -17,7 +17,7 @@ import torch
 
 from logpe.files import Busy
 
-#: Exit status of a program that stopped after its --minutes (EX_TEMPFAIL). The same command goes on from there.
+#: Exit status of a program that stopped after its --minutes (EX_TEMPFAIL). The same command resumes from there.
 TIME_IS_OVER = 75
 #: Exit status of a program that Ctrl-C or SIGTERM stopped.
 STOPPED = 130
@@ -26,7 +26,7 @@ BAD_USE = 2
 #: What the help of every program says about exit statuses.
 STATUSES = f"""exit status:
   0 done; {BAD_USE} an option, file or folder cannot be used, and the message says which;
-  {TIME_IS_OVER} the time of --minutes is over: the same command goes on; {STOPPED} stopped by Ctrl-C or SIGTERM;
+  {TIME_IS_OVER} the time of --minutes is over: the same command resumes; {STOPPED} stopped by Ctrl-C or SIGTERM;
   1 anything else, such as a check that failed or a closed pipe. (torchrun exits with 1 whenever a process does not
   exit with 0.)
 With LOGPE_DEBUG=1 in the environment, the traceback of an error stands above its message.

@@ -36,8 +36,8 @@ and all raise the same error if it is not. Then the method decides:
 * ``ring``: the same messages in P steps. In step t, rank r computes with the keys of rank r - t while those of rank
   r - t - 1 arrive. Memory for the keys of two ranks beside its own.
 * ``heads``: queries, keys and values change from a share of the tokens to a share of the heads; each rank then attends
-  over the whole sequence with its own heads and their parameters; the results change back. The backward pass makes the
-  same way with the gradients.
+  over the whole sequence with its own heads and their parameters; the results change back. In the backward
+  pass the gradients take the same route.
 
 Keys travel as they are: heads of keys are not repeated for the query heads that share them. With ``all-gather`` and
 ``ring`` a rank receives only keys that its queries may see: what a window or the causal mask hides from all of them is

@@ -44,8 +44,8 @@ class ContextParallel:
     * DDP or FSDP2 over the flattened mesh of data x context divides by the number of all ranks, and so makes the mean
       over the context out of the ordinary weights' parts. Use ``reduction="mean"``, with which a position's gradients
       are divided by the number of context ranks: the average of equal copies then leaves them as they are, and every
-      gradient is that of the mean of the ranks' losses. For the mean over tokens where ranks hold different numbers of
-      them, each rank's loss is the sum over its tokens, times the context ranks, over the tokens of the sequence.
+      gradient is that of the mean of the ranks' losses. For the mean over all tokens, where ranks hold different
+      numbers of them, let each rank's loss be size * (sum over its tokens) / (tokens of the whole sequence).
     * Where data parallelism averages over the data dimension alone, sum the ordinary weights' gradients over the
       context yourself, and leave the position's as they are: ``reduction="sum"``.
 
@@ -53,7 +53,8 @@ class ContextParallel:
         mesh: a one-dimensional DeviceMesh, such as one dimension of a larger one, ``mesh["context"]``; or a
             ProcessGroup.
         layout: "head-tail" or "contiguous", see :mod:`logpe.context_parallel`.
-        method: "all-gather", "ring" or "heads", see there. "heads" serves no dropout, which numbers the heads.
+        method: "all-gather", "ring" or "heads", see there. "heads" does not support dropout, which depends on the
+            index of a head.
         reduction: of the gradients of a position's parameters, "sum" or "mean" over the ranks.
 
     Attributes:
@@ -130,8 +131,9 @@ class ContextParallel:
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """Return the whole tensor of which each rank holds what :meth:`shard` gave it. Without a gradient.
 
-        Raises on every rank alike if the numbers of tokens are not those that :meth:`shard` gives, or if dtypes or
-        other sizes differ.
+        Raises, on every rank alike:
+            TypeError: x is not a dense tensor.
+            ValueError: the numbers of tokens are not those that :meth:`shard` gives, or dtypes or other sizes differ.
         """
 
         def describe() -> tuple[dict[str, Any], int]:

@@ -52,7 +52,7 @@ class HeadNorm(nn.RMSNorm):
 
 
 class HeadSink(nn.Module):
-    """A key for each head that stands nowhere, and whose value is zero: a query that matches nothing may choose it.
+    """A key for each head without a position, whose value is zero: a query that matches nothing may choose it.
 
     Its score is scale * <q, key> + bias. Both parameters start at zero, so that at first it is a key of score 0, as
     ``add_zero_attn`` of ``nn.MultiheadAttention`` gives. In an attention of one's own::
@@ -60,6 +60,14 @@ class HeadSink(nn.Module):
         out = log_attention(q, k, v, position, is_causal=True, sink=sink(q))
 
     A constant sink for each head is that of gpt-oss; one that follows from the query is one key more.
+
+    Args:
+        num_heads, head_dim: query heads, H, and the size of one, D.
+        device, dtype: those of the parameters; by default torch's.
+
+    Attributes:
+        key: (H, D).
+        bias: (H,).
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class LogAttention(nn.MultiheadAttention):
             unless the model ensures them in another way.
         position_options: more keywords for the LogPosition that a preset name builds, such as
             ``{"query_gain": True}``.
-        sink: give each head a key that stands nowhere and whose value is zero, in the submodule ``sink``: a query that
+        sink: give each head a key without a position, whose value is zero, in the submodule ``sink``: a query that
             matches nothing may choose it. It goes well with a query gain, which otherwise makes such a query choose
             some other key all the same.
         context_parallel: attend across processes. Inputs, key_padding_mask and output are then those of this rank's

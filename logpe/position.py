@@ -137,9 +137,9 @@ class LogPosition(nn.Module):
             * ``none``: no position at all; the fair baseline.
             * ``alibi``: -power * d, ALiBi (Press et al., 2022), to which ``log-bias`` tends as its rate falls. power
               starts as the paper's slopes, and ``learnable=False`` keeps them.
-            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0, 1) as there.
-              power runs from 1/2 to 4 over the heads, where KERPLE draws it from U(0, 2). Most heads then look near,
-              which predicts better at any length, and some look far.
+            * ``log-bias``: -power * log(1 + rate * d), KERPLE-log (Chi et al., NeurIPS 2022). rate ~ U(0.01, 1), nearly
+              as there. power runs from 1/2 to 4 over the heads, where KERPLE draws it from U(0, 2). Most heads then
+              look near, which predicts better at any length, and some look far.
             * ``log-bias-rope``: the bias and a rotation. The powers start from 1 to 4, so that at first no head spreads
               its attention over ever more keys (see ``reach``). Half of each head has ordinary rotary embedding, which
               tells order. Its periods are 6 to at most 190 tokens, so that training windows of that length show all of
@@ -158,7 +158,9 @@ class LogPosition(nn.Module):
         rotary_fraction: share of head_dim to rotate, in (0, 1], from its first dim on. 1 by default; 1/2 for
             ``log-bias-rope``.
         rotary_base: theta_t = rotary_base ** (-t / planes). 10000 by default; 30 for ``log-bias-rope``.
-        gain_length: n0 of the query gain, in tokens.
+        gain_length: n0 of the query gain, in tokens. From a length T to a longer one, L, the gain grows at most
+            log(1 + L / n0) / log(1 + T / n0) times, however large alpha becomes. Choose an n0 well below the training
+            length T: far above it, that is nearly L / T, and scores in long texts become too sharp.
         reach: the length of the training texts, in tokens, or None. With it, at least half of a head's weight lies
             within that many tokens, where scores are equal: powers and rates that training would take further stay at
             this bound, and get no gradient there. Without it, heads that nothing held back in training may spread
@@ -375,6 +377,10 @@ class LogPosition(nn.Module):
 
         Args:
             device: where theta is wanted; by default the device of the parameters.
+
+        Returns:
+            power, rate, sharpness and alpha, float32 (heads of this rank,), theta, float64 (planes,), and two floats.
+            None for parts that the preset lacks.
         """
         raw = self._parameters
         try:  # faster than the attributes
@@ -515,6 +521,11 @@ class LogSinusoid(nn.Module):
             positions: a tensor (...) of positions >= 0, or a length, for the positions 0 to length - 1.
             device: where the encodings of a length are wanted.
             dtype: dtype of the encodings.
+
+        Raises:
+            TypeError: positions is neither an integer nor a tensor.
+            ValueError: a negative length.
+            RuntimeError: ``torch.jit.trace`` is tracing a length.
         """
         if not isinstance(positions, Tensor):
             if isinstance(positions, bool) or not isinstance(positions, numbers.Integral | torch.SymInt):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from logpe import PRESETS, LogPosition, PositionValues, log_attention, log_attention_varlen
 
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 PARAMETERS = LEARNABLE_PARTS
 HALF = (torch.float16, torch.bfloat16)
 

@@ -282,7 +282,7 @@ def test_tables_of_known_numbers():
 
 def arguments(folder, out, *more):
     small = ["--steps", "120", "--batch", "16", "--documents", "20", "--joined", "6", "--train-length", "16"]
-    small += ["--reach", "8", "--dim", "16", "--layers", "1", "--heads", "2", "--vocabulary", "400"]
+    small += ["--times", "8", "--dim", "16", "--layers", "1", "--heads", "2", "--vocabulary", "400"]
     small += ["--learning-rate", "1e-2", "--encodings", "rope", "log-bias", "--seeds", "0"]
     return ["--device", "cpu", "--processes", "1", "--data", str(folder), "--out", str(out), *small, *more]
 
@@ -324,7 +324,7 @@ def test_interrupted_it_goes_on_to_the_same_numbers(whole, folder, tmp_path, cap
     stops = 0
     while status := cl.main(command):
         assert status == 130
-        assert "goes on from here" in capsys.readouterr().out
+        assert "resumes from here" in capsys.readouterr().out
         stops += 1
     assert stops > 3
     assert numbers(tmp_path / "classification-cpu.json") == numbers(whole)

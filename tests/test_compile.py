@@ -376,7 +376,7 @@ def test_bounded_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     command = ["--targets", "sm_90", "--dtypes", "bfloat16", "--head-dims", "128", "--features", "plain", "--check"]
     command += ["--write-budgets", "--presets", "none", "--out", str(out)]
     assert report.main([*command, "--minutes", "0"]) == TIME_IS_OVER
-    assert "1 calls are left: the same command goes on" in capsys.readouterr().out
+    assert "1 calls are left: the same command resumes" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"][0]["clocks"]["matrix"] == 0.125
     assert report.main(command) == 0
     assert [case.mask for case in compiled] == ["causal", "full"]

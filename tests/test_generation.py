@@ -38,7 +38,7 @@ def settings(**changes):
 
 
 def arguments(folder, out, *more):
-    small = "--device cpu --processes 1 --train-length 16 --reach 4 --prompt 8 --steps 3 --batch-bytes 32"
+    small = "--device cpu --processes 1 --train-length 16 --times 4 --prompt 8 --steps 3 --batch-bytes 32"
     small += " --samples 2 --real 2 --judge-length 32 --judge-steps 3 --judge-batch 2 --dim 16 --layers 1 --heads 2"
     return ["--corpus", str(folder), "--out", str(out), *small.split(), *more]
 
@@ -317,7 +317,7 @@ def test_bad_arguments(folder, tmp_path):
         ["--samples", "0"],
         ["--samples", "3"],  # more than --real
         ["--prompt", "25"],  # the judge has 24 bytes of context
-        ["--reach", "1", "--prompt", "16"],
+        ["--times", "1", "--prompt", "16"],
         ["--temperature", "0"],
         ["--top-p", "1.5"],
         ["--seeds", "-1"],

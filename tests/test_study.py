@@ -12,11 +12,10 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import status_of
+from helpers import RESULTS, status_of
 from studies import numbers, stop_at, write_texts
 
 from bench.__main__ import main as bench_main
-from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.study import corpus, extrapolation, findings, mixture, protocol, runner, tables, tasks
 from bench.study.encoders import translator_encoding
@@ -64,7 +63,7 @@ def quick_arguments(folder, out, *more, lengths=("32", "64")):
 
 def arguments(folder, out, *more):
     small = ["--steps", "4", "--batch", "2", "--windows", "4", "--whole", "2", "--target", "32", "--samples", "2"]
-    small += ["--depths", "2", "--train-length", "32", "--reach", "4"]
+    small += ["--depths", "2", "--train-length", "32", "--times", "4"]
     return ["--device", "cpu", "--processes", "1", "--corpus", str(folder), "--out", str(out), *small, *more]
 
 

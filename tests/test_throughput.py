@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import status_of
+from helpers import RESULTS, status_of
 
-from bench.common import RESULTS
 from bench.plots import COLOURS
 from bench.speed import runner, throughput
 from bench.speed.throughput import BENCH, METHODS, OURS, Case

@@ -210,11 +210,11 @@ def test_interrupt_saves_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", interrupting)
         assert main(arguments) == 130
-    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert "stopped; the same command resumes from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [4, 5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert main([*arguments, "--minutes=0"]) == TIME_IS_OVER == 75
-    assert "the time is over; the same command goes on from here" in capsys.readouterr().err
+    assert "the time is over; the same command resumes from here" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [5, 6]
     assert main([*arguments, "--accumulate=1", "--keep=9"]) == 0
     assert records(tmp_path) == records(whole)
@@ -765,7 +765,7 @@ def test_help_tells_the_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("doctor", "tune", "train", "generate"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        assert "75 the time of --minutes is over: the same command goes on; 130 stopped" in capsys.readouterr().out
+        assert "75 the time of --minutes is over: the same command resumes; 130 stopped" in capsys.readouterr().out
 
 
 def test_traceback_of_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -396,7 +396,7 @@ def test_the_whole_command(
 
         monkeypatch.setattr(Machine, "compare", stop)
         assert command.main(arguments) == status
-        assert "the same command goes on from here" in capsys.readouterr().err
+        assert "the same command resumes from here" in capsys.readouterr().err
         assert machines[-1] == "closed"
 
     monkeypatch.setattr(Machine, "compare", lambda *_: "AcceleratorError")

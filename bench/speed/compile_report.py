@@ -10,7 +10,7 @@ compiled is what a GPU would be given. Read from the result: registers, spills a
 against what the target has, the number of matrix instructions, and what the loops over tiles cost per score element
 (:mod:`bench.speed.roofline` says how that is counted). For each preset a table sets these costs, and the roofline bound
 that they imply if all units overlap perfectly, beside those of ``none`` and, forward, of a plain kernel without a
-position, the ``yardstick``. With ``--out`` the same command goes on from
+position, the ``yardstick``. With ``--out`` the same command resumes from
 the file that an earlier one left, if the kernels are the same. ``--check`` exits with 1 if nothing was compiled, or if
 a kernel
 
@@ -709,12 +709,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         targets=list(TARGETS), head_dims=list(HEAD_DIMS), dtypes=["bfloat16", "float32"], presets=[*PRESETS, YARDSTICK],
         features=list(FEATURES),
     )  # fmt: skip
-    parser.add_argument("--targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="GPUs to compile for (all)")
     parser.add_argument("--kernels", nargs="+", choices=kernel_names(), help="of %(choices)s (all)", metavar="KERNEL")
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS)
-    parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), help="(bfloat16 float32)")
-    parser.add_argument("--presets", nargs="+", choices=(*PRESETS, YARDSTICK))
-    parser.add_argument("--features", nargs="+", choices=FEATURES)
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, help="sizes of a head (all)")
+    parser.add_argument("--dtypes", nargs="+", choices=(*HALF, "float32"), help="of q, k and v (bfloat16 float32)")
+    parser.add_argument("--presets", nargs="+", choices=(*PRESETS, YARDSTICK), help="positions to compile (all)")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, help="variants of the call (all)")
     parser.add_argument("--configs", type=Path, help="a table like configs/default.json to use in its place")
     parser.add_argument("--quick", action="store_true", help="the slice that the tests run, for --targets")
     parser.add_argument("--check", action="store_true", help="exit with 1 if something failed")
@@ -723,7 +723,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=command.count, default=processes, help="processes (%(default)s)")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file, after every call")
     parser.add_argument("--fresh", action="store_true", help="compile everything again, whatever --out holds")
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # as it always does
     parser.add_argument("--minutes", type=command.minutes, default=math.inf, help="begin no call after so long")
     options = parser.parse_args(arguments)
     given = [name for name in grid if getattr(options, name) is not None]
@@ -792,7 +791,7 @@ def compile_and_judge(options: argparse.Namespace) -> int:
     elif without := sum(row.budget is not None and row.budget not in budgets for row in rows):
         print(f"{without} of these have no budget in {BUDGETS.name}: their costs were not compared")
     if left:
-        print(f"{len(left)} calls are left" + ("" if options.out is None else ": the same command goes on"))
+        print(f"{len(left)} calls are left" + ("" if options.out is None else ": the same command resumes"))
     for failure in failed:
         print(f"FAIL {failure}")
     if options.check and (failed or not rows):

@@ -15,7 +15,7 @@ cleared before each repeat, as the other layers of a model would. The methods:
 * ``copy``: the device copies the keys over the values. It reads and writes as many bytes as attention has to read,
   and so shows the memory's limit. The table's last column is the share of it that a method reaches.
 
-A point that fails is a row that says so. The same command goes on where it was stopped. Status 1: nothing could be
+A point that fails is a row that says so. The same command resumes where it was stopped. Status 1: nothing could be
 measured.
 """
 

@@ -7,7 +7,7 @@ Runs the GPU tests, the throughput comparison in its most telling points, the ho
 kernels where NVIDIA's profiler is installed, and the tuner, each as a process with a share of the time; what one does
 not need, the next ones get. Each is a line of the table that is printed at the end, with what it said last. If one
 fails, or runs out of time, the others go on. DIR then holds JSON, CSV and PNG, and ``log.txt`` with all that was
-printed. The same command on the same DIR goes on where throughput and tuner were stopped.
+printed. The same command on the same DIR resumes where throughput and tuner were stopped.
 
 Exit status 1: a part did not end well. ``--cpu`` runs what there is without a GPU, in tiny sizes: it checks this
 command, and measures nothing.

@@ -159,7 +159,6 @@ def add_options(parser: argparse.ArgumentParser, minutes: str) -> None:
     """Add the options that all benches have. minutes: how the help says what the time is by default."""
     command.add_run_options(parser, minutes)
     parser.add_argument("--report", action="store_true", help="measure nothing: show the last run again")
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # as it always does
 
 
 def run(

@@ -328,8 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = new_parser("bench scaling", __doc__)
     p.add_argument("--device", default="auto", help="auto (default: GPUs if there are any), cpu, cuda")
     p.add_argument("--processes", type=count, nargs="+", metavar="P", help="numbers of ranks (default 1 2 4)")
-    for name in ("length", "heads", "kv-heads", "head-dim", "repeats"):
-        p.add_argument(f"--{name}", type=count, metavar="N")
+    sizes = dict(
+        length="tokens in all", heads="query heads", kv_heads="key heads", head_dim="size of a head",
+        repeats="measurements of each method",
+    )  # fmt: skip
+    for name, what in sizes.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=count, metavar="N", help=what)
     p.add_argument("--window", type=count, metavar="N", help="tokens that a query sees before it (default: all)")
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the results (%(default)s)")
     args = p.parse_args(arguments)

@@ -1,7 +1,7 @@
 """How fast attention with a log position is, and how much memory it takes, beside its alternatives.
 
 Self-attention on random inputs. Every point (method, direction, size) is on the disk as soon as it is measured.
-Ctrl-C, or the end of ``--minutes``, loses nothing, and the same command goes on from there. Status 1: nothing could
+Ctrl-C, or the end of ``--minutes``, loses nothing, and the same command resumes from there. Status 1: nothing could
 be measured.
 
     python -m bench throughput

@@ -48,12 +48,12 @@ DEFAULT = ["none", "sinusoid", "log-sinusoid", "rope", "log-bias", "log-bias-rop
 # batch: documents per step. documents: of each range of lengths, at most. joined: documents of each length.
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": dict(
-        encodings=DEFAULT, seeds=[0, 1], steps=400, batch=32, documents=200, joined=40, reach=16,
+        encodings=DEFAULT, seeds=[0, 1], steps=400, batch=32, documents=200, joined=40, times=16,
         dim=64, layers=2, heads=4, vocabulary=10_000, learning_rate=3e-3,
     ),
     "cuda": dict(
         encodings=[*DEFAULT, "log-bias+gain", "log-invariant", "log-rotary-bias"], seeds=[0, 1, 2], steps=4000,
-        batch=64, documents=2000, joined=200, reach=64, dim=256, layers=4, heads=8, vocabulary=30_000,
+        batch=64, documents=2000, joined=200, times=64, dim=256, layers=4, heads=8, vocabulary=30_000,
         learning_rate=5e-4,
     ),
 }  # fmt: skip
@@ -354,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     p, add = runner.new_parser("classification", __doc__, epilog, BUDGETS)
     p.add_argument("--data", type=Path, metavar="PATH", help="a CSV file or a folder (default: the package's)")
     add("train_length", count, "words and marks of a crop", 128)
-    add("reach", count, "join documents to 2, 4, ... N times that")
+    add("times", count, "join documents to 2, 4, ... N times the training length")
     add("batch", count, "crops per step")
     add("documents", count, "documents tested, of a range of lengths")
     add("joined", count, "joined documents tested, of each length")
@@ -381,7 +381,7 @@ def measure(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in same},
         corpus=reviews.digest,
         shape=Shape(args.dim, args.layers, args.heads, vocabulary=args.vocabulary),
-        joined_lengths=tuple(args.train_length << k for k in range(1, args.reach.bit_length())),
+        joined_lengths=tuple(args.train_length << k for k in range(1, args.times.bit_length())),
     )
 
     def table(runs: Runs) -> str:

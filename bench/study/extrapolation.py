@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("tasks", str, what, nargs="*", choices=tasks.TASKS, metavar="NAME")
     add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
     add("train_length", at_least(8), "bytes of a window to train on", nargs="+")
-    add("reach", count, "test at 1, 2, 4, ... N times that", 32)
+    add("times", count, "test at 1, 2, 4, ... N times the training length", 32)
     p.add_argument("--lengths", type=at_least(8), nargs="+", metavar="N", help="or test at these lengths, in bytes")
     p.add_argument("--batch", type=count, metavar="N", help="windows per step (default: --batch-bytes)")
     add("batch_bytes", count, "bytes of text per step")
@@ -106,7 +106,7 @@ def parse_share(text: str) -> tuple[str, float]:
 
 def settings_of(args: argparse.Namespace, text: corpus.Corpus, train_length: int, shape: Shape) -> protocol.Settings:
     """Return the settings of the models that are trained at one length."""
-    doublings = range(max(1, args.reach).bit_length())
+    doublings = range(max(1, args.times).bit_length())
     lengths = tuple(sorted(set(args.lengths or [train_length << k for k in doublings])))
     return protocol.Settings(
         **runner.machine(args),

@@ -231,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     p, add = runner.new_parser("generation", __doc__, epilog + corpus.HELP, BUDGETS)
     add("corpus", str, "text to train and test on, see below", "stdlib", metavar="NAME|DIR")
     add("train_length", at_least(8), "bytes of a window to train on")
-    add("reach", count, "write N times as much", 32)
+    add("times", count, "write N times the training length", 32)
     add("prompt", count, "bytes of held-out text that are continued", 64)
     add("temperature", float, "temperature of the draws", 1.0, metavar="T")
     add("top_p", float, "draw from this share of the probability", 1.0, metavar="P")
@@ -251,7 +251,7 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus) -> Settings:
         raise ValueError(f"--real must be at least --samples, {args.samples}: they give the prompts; got {args.real}")
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         raise ValueError(f"--temperature must be above 0, --top-p in (0, 1], got {args.temperature}, {args.top_p}")
-    most = min(args.train_length * args.reach - 1, args.judge_length - args.judge_length // 4)
+    most = min(args.train_length * args.times - 1, args.judge_length - args.judge_length // 4)
     if args.prompt > most:
         raise ValueError(f"--prompt must be less than the text and at most 3/4 of --judge-length: {most}")
     shape = Shape(args.dim, args.layers, args.heads)
@@ -268,7 +268,7 @@ def settings_of(args: argparse.Namespace, text: corpus.Corpus) -> Settings:
         **{name: getattr(args, name) for name in same},
         corpus=text.digest,
         shape=shape,
-        length=args.train_length * args.reach,
+        length=args.train_length * args.times,
         batch=max(1, args.batch_bytes // args.train_length),
     )
 

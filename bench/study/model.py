@@ -38,7 +38,7 @@ class Encoding:
     yarn: int | None = None  # bytes it was trained at; RoPE is rescaled for longer texts
     reach: float | None = None  # at least half of each head's weight lies within so many bytes or tokens
     qk_norm: bool = False  # RMSNorm on queries and keys
-    sink: bool = False  # a key of each head that stands nowhere, and whose value is zero
+    sink: bool = False  # a key of each head without a position, whose value is zero
     shared: bool = False  # one LogPosition for all layers
     kerple: bool = False  # powers drawn from U(0, 2), as KERPLE starts
     initial: tuple[tuple[str, float, float], ...] = ()  # of a part: the first head's value and the last head's
@@ -87,7 +87,7 @@ OPTIONS = {
     "shared": "one set of parameters for all layers",
     "bounded, bounded=F": "no head gives more than half of its weight to what is beyond F (1) training lengths",
     "fixed": "parameters of the position that keep their first values",
-    "sink": "a key of each head that stands nowhere: what matches nothing may choose it, and reads zeros",
+    "sink": "a key of each head without a position: what matches nothing may choose it, and reads zeros",
     "qk-norm": "normalised queries and keys (log-invariant has it)",
     "rotary=F": "rotate a share F of each head, by RoPE where nothing rotates yet",
     "base=B": "plane p of P turns by B^(-p / P) per position",

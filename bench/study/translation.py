@@ -340,7 +340,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser; what is left out is taken from BUDGETS, by the device."""
     epilog = f"encodings: {', '.join(NAMES)}\noptions of one, as in log-bias+gain: +{', +'.join(OPTIONS)}"
     p, add = runner.new_parser("translation", __doc__, epilog, BUDGETS)
-    p.add_argument("--data", type=Path, nargs="+", default=[Path("data")], metavar="DIR", help="(default data)")
+    p.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[Path("data")],
+        metavar="DIR",
+        help="folders with message catalogues (default: data)",
+    )
     add("limit", count, "tokens of a side in training, at most")
     add("batch", count, "examples per step")
     add("tested", count, "texts of a test, at most")

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of probability (%(default)s)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
     parser.set_defaults(run=main)
 

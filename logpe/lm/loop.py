@@ -32,7 +32,7 @@ class Stop:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signalled and self.impatient:
-            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
+            raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
         self.signalled = True
 
     def __enter__(self) -> Stop:
@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 
 def alone(work: Callable[[], object]) -> object:
-    """Return what ``work`` returns: how the only process does what one of many is to do."""
+    """Run ``work`` and return its result: the default of ``once``, for a single process."""
     return work()
 
 

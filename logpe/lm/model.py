@@ -33,7 +33,7 @@ class Shape:
     heads: int = 4
     qk_norm: bool = False  # RMSNorm on queries and keys
     vocabulary: int = 256
-    sink: bool = False  # a key of each head that stands nowhere, see HeadSink
+    sink: bool = False  # a key of each head without a position, see HeadSink
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "vocabulary"):

@@ -391,8 +391,8 @@ def write_tokens(
     is held out.
 
     Args:
-        end, vocabulary: the id that ends a document, and how many there are, of a model that is given. By default
-            the end is a new id, the last one (for bytes it is 0).
+        end, vocabulary: of a given model, the id that ends a document and the number of ids. By default the end is a
+            new id, the last one (for bytes it is 0).
         out: a folder to leave out.
         say: gets lines that tell what was read, and what was not. Without it, no progress is shown.
 

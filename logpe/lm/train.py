@@ -7,9 +7,9 @@ Bytes are the tokens, unless --tokenizer names a file of the library tokenizers.
 path, is held out and scored with ever more context, beyond the length of training. What is left out of a text (hidden
 files, binary files, copies, the output of trainings) is counted and named.
 
-Whatever ends the command, Ctrl-C, the time limit or the machine: the same command goes on from the last checkpoint,
-and arrives at the same model. With a larger --steps it goes on too, from a finished run as well: the learning rate
-then follows the longer cosine from there on.
+Whatever ends the command, Ctrl-C, the time limit or the machine: the same command resumes from the last checkpoint,
+and arrives at the same model. With a larger --steps it resumes, too, even a finished run: the learning rate then
+follows the longer cosine from there on.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Settings:
     layers: int = _option(6, "blocks of the model")
     heads: int = _option(4, "attention heads of a layer")
     qk_norm: bool = _option(False, "normalise queries and keys, as log-invariant assumes")
-    sink: bool = _option(False, "give each head a key that stands nowhere, for queries that match nothing")
+    sink: bool = _option(False, "give each head one more key, without a position, for queries that match nothing")
     length: int = _option(512, "tokens of a window to train on")
     batch: int = _option(32, "windows of a step, over all processes")
     steps: int = _option(2000, "optimiser steps in all")
@@ -128,8 +128,7 @@ class World:
 
     Args:
         device: "auto" or the name of one.
-        context: processes over which the tokens of each window lie; as many copies of them as there are share the
-            windows out.
+        context: the number of processes that share the tokens of each window. Groups of so many share the windows.
     """
 
     def __init__(self, device: str, context: int = 1) -> None:
@@ -288,9 +287,9 @@ def predict(
     last: int | None = None,
     parallel: logpe.ContextParallel | None = None,
 ) -> Tensor:
-    """Return losses in nats, float32 (B, last or N), of the last of the tokens int64 (B, N + 1).
+    """Return losses in nats, float32 (B, last or N), of tokens int64 (B, N + 1).
 
-    With ``parallel``, those of this process's tokens.
+    They are those of the last tokens, or of all but the first. With ``parallel``, of this process's tokens alone.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     asked = last
@@ -503,7 +502,7 @@ def train(settings: Settings, options: argparse.Namespace, world: World, say: Ca
     if training.done == settings.steps:
         say(f"done: {options.out}")
         return 0
-    say(f"{'stopped' if signalled else 'the time is over'}; the same command goes on from here")
+    say(f"{'stopped' if signalled else 'the time is over'}; the same command resumes from here")
     return STOPPED if signalled else TIME_IS_OVER
 
 
@@ -693,14 +692,14 @@ def add_parser(commands: Any) -> None:
         "folder for checkpoints, metrics.jsonl, loss.png and, at the end, the model for Transformers"
     ))  # fmt: skip
     p.add_argument("--tokenizer", type=Path, metavar="JSON", help=(
-        "of the library tokenizers (default: that of --init-from, or bytes); it neither truncates nor pads here"
+        "a file of the library tokenizers (default: that of --init-from, or bytes); it neither truncates nor pads here"
     ))  # fmt: skip
     p.add_argument("--init-from", type=Path, metavar="FOLDER", help=(
         "take the weights, and with them the architecture, of this model: the --out of another training, one of its "
         "checkpoints, or a converted Transformers model; the optimiser starts anew"
     ))  # fmt: skip
-    p.add_argument("--split", default="train", help="of a dataset (%(default)s)")
-    p.add_argument("--column", default="text", help="of a dataset (%(default)s)")
+    p.add_argument("--split", default="train", help="split to read of a dataset (%(default)s)")
+    p.add_argument("--column", default="text", help="column of a dataset with the text (%(default)s)")
     model = p.add_argument_group("the training")
     for entry in fields(Settings):
         more: dict[str, Any] = dict(entry.metadata)
@@ -713,7 +712,7 @@ def add_parser(commands: Any) -> None:
     machine = p.add_argument_group("the machine")
     machine.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1")
     machine.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=(
-        "of the matrix products (auto: bfloat16 on a GPU that has it); parameters are float32"
+        "dtype of the matrix products (auto: bfloat16 on a GPU that has it); parameters are float32"
     ))  # fmt: skip
     machine.add_argument("--accumulate", type=count, default=1, metavar="N", help="passes per step (%(default)s)")
     machine.add_argument("--fsdp", action="store_true", help="shard the model over the processes of torchrun")
@@ -729,9 +728,11 @@ def add_parser(commands: Any) -> None:
     record.add_argument("--keep", type=count, default=2, metavar="N", help="newest checkpoints to keep (%(default)s)")
     record.add_argument("--evaluate-every", type=count, default=200, metavar="N", help="steps (%(default)s)")
     record.add_argument("--lengths", type=count, nargs="+", metavar="N", help=(
-        "of context to evaluate at, in tokens (default: 1, 2, 4, 8 and 16 times the length of training)"
+        "lengths of context to evaluate at, in tokens (default: 1, 2, 4, 8 and 16 times the length of training)"
     ))  # fmt: skip
-    record.add_argument("--windows", type=count, default=32, metavar="N", help="to evaluate on (%(default)s)")
+    record.add_argument(
+        "--windows", type=count, default=32, metavar="N", help="held-out windows to evaluate on (%(default)s)"
+    )
     record.add_argument("--target", type=count, metavar="N", help=(
         "tokens scored at the end of each, the same at every length (default: a quarter of the shortest)"
     ))  # fmt: skip

@@ -16,10 +16,11 @@ parameters like any others, in float32 whatever the dtype of the model. Name it 
 (``modules_to_save=["log_position"]``), and keep weight decay off it:
 ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
 
-AutoModel and ``pipeline`` load a converted model once this module is imported. Before, they raise, unless another
-``attn_implementation`` is asked for; then only their report of unexpected weights tells. A class called by its name,
-such as ``LlamaForCausalLM.from_pretrained``, does not know the positions: its model raises when it runs.
-:func:`from_pretrained` takes the class from the config. No code from a folder is run.
+AutoModel and ``pipeline`` load a converted model once this module is imported. Without the import they raise. If
+another ``attn_implementation`` is asked for, they load a model without log positions, and only their report of
+unexpected weights shows it. A class called by its name, such as ``LlamaForCausalLM.from_pretrained``, does not know the
+positions: its model raises when it runs. :func:`from_pretrained` takes the class from the config. No code from a folder
+is run.
 
 Positions follow from the cache and from the 2D ``attention_mask``. They count from the first token that the mask
 shows, so that a left-padded batch gives the results of its rows without padding. ``position_ids`` serve only positions

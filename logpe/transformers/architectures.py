@@ -32,7 +32,7 @@ class Stack:
         attention: what the names of its classes of attention end with.
         causal: whether a token sees those before it alone, as in a decoder; in an encoder it sees all.
         heads: what the config calls the number of its heads.
-        packs: whether the model hands its attention what it is not told by name, and so packed sequences.
+        packs: whether the model passes further keyword arguments on to its attention, as packed sequences need.
         bool_mask: whether the model computes with the mask, and needs a bool one: see :func:`log_position_mask`.
         scaled_slopes: whether its ALiBi, if it has one, is divided by sqrt(head_dim), as the logits are.
         forward: stands in for the forward of its attention, where that does not ask Transformers for an attention:

@@ -45,12 +45,16 @@ def log_attention_forward(
 
     Args:
         module: the attention layer, converted by :func:`use_log_position`.
-        query: (B, Hq, Nq, D). key, value: (B, Hkv, Nk, D), what the cache returned.
+        query: (B, Hq, Nq, D). key: (B, Hkv, Nk, D), value: (B, Hkv, Nk, Dv), what the cache returned.
         attention_mask: what :func:`log_position_mask` returned.
         s_aux: (Hq,), the model's own sink of each head, which stays as it is.
 
     Returns:
-        (B, Nq, Hq, D), and None for the weights.
+        (B, Nq, Hq, Dv), and None for the weights.
+
+    Raises:
+        RuntimeError: the layer is not converted.
+        ValueError: an option, a mask or a packing that log positions do not support.
     """
     owner: Any = getattr(module, "_log_position_owner", module)
     if not hasattr(module, "log_position_causal"):
@@ -147,6 +151,10 @@ def log_position_mask(
         Transformers passes it on as it is. None where log_attention assumes the same: keys from 0, the last query at
         the last key. For a model that computes with the mask, see ``Stack.bool_mask``: bool (B, 1, 1, Nk), the keys
         that the last query sees.
+
+    Raises:
+        ValueError: the model asks for a mask of another kind, or attention_mask has another batch size or too few
+            columns.
     """
     causal = "allow_is_bidirectional_skip" not in options
     parts = () if config is None else ARCHITECTURES[config.model_type]

@@ -15,7 +15,7 @@ from logpe.transformers.architectures import Stack
 
 #: The name under which Transformers knows our attention, and the masks that go with it.
 IMPLEMENTATION = "logpe"
-#: The keyword by which :func:`_check_call` tells the attention that it has checked the call.
+#: The keyword by which :func:`check_call` tells the attention that it has checked the call.
 CHECKED = "log_position_checked"
 #: The keyword by which it hands over what it knows of packed sequences.
 PACKING = "log_position_packing"

@@ -59,7 +59,7 @@ def use_log_position(
             or one of the encoder and one of the decoder.
         keep_positions: keep the model's own positions, rotary or learned. With preset ``none`` the model then computes
             what it did before. Not possible with a preset that rotates.
-        sink: give each head of self-attention a key that stands nowhere and whose value is zero, for queries that match
+        sink: give each head of self-attention a key without a position, whose value is zero, for queries that match
             nothing: see :class:`logpe.HeadSink`. At first it has score 0, so that a trained model needs to adapt.
         context_parallel: see :func:`set_context_parallel`.
         position_options: more keywords for LogPosition, such as ``query_gain=True``. ``rotary_base`` and
@@ -100,8 +100,8 @@ def set_context_parallel(model: PreTrainedModel, context_parallel: ContextParall
 
     Each rank then calls the model with its tokens, ``context_parallel.shard(input_ids, 1)``, and gets their logits.
     Give it no attention_mask that hides tokens, no position_ids and no filled cache. A loss needs labels that were
-    shifted before they were sharded: Transformers takes them as ``shift_labels``. No setting of the config: set it
-    again after loading. For whose gradient is whose see :class:`logpe.ContextParallel`.
+    shifted before they were sharded: Transformers takes them as ``shift_labels``. The config does not store it: set
+    it again after loading. :class:`logpe.ContextParallel` says which gradients to sum.
 
     Args:
         model: converted by :func:`use_log_position`, or loaded by :func:`from_pretrained`.

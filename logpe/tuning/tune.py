@@ -4,7 +4,7 @@ For each kernel and shape, tiles are tried first, and then the pipelining of the
 candidates at once; those that do not fit, or spill much, are dropped. Each of the others takes turns with the shipped
 configuration on the same inputs, so that both meet the same clocks of the GPU. A candidate is out if its results
 differ by more than rounding, from the shipped configuration's or from run to run. The fastest that is left is taken
-if it is faster by more than noise. The file is written after each shape, and a second run goes on from there.
+if it is faster by more than noise. The file is written after each shape, and a second run resumes from there.
 
 A candidate may bring down the compiler, or hang the GPU. It runs in a process, which is replaced then.
 """
@@ -315,13 +315,19 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=main)
     gains = [f"{preset}+gain" for preset in PRESETS]
-    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
-    parser.add_argument("--head-dims", nargs="+", type=_head_dim, default=[128, 64], metavar="D")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS), help="kernels to tune (all)"
+    )
+    parser.add_argument(
+        "--head-dims", nargs="+", type=_head_dim, default=[128, 64], metavar="D", help="sizes of a head"
+    )
     parser.add_argument(
         "--presets", nargs="+", choices=[*PRESETS, *gains], default=["log-bias", "none"], metavar="PRESET",
         help="of %(choices)s; a rotation makes no difference to these kernels",
     )  # fmt: skip
-    parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
+    parser.add_argument(
+        "--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"], help="masks to tune for (both)"
+    )
     parser.add_argument(
         "--lengths", nargs="+", type=count, default=[4096, 16384, 1024], metavar="N",
         help="tokens; one of each power of two is measured, since 2049 to 4096 share an entry",
@@ -329,13 +335,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--heads", type=count, help=f"default: {HIDDEN} over head_dim")
     parser.add_argument("--kv-heads", type=count, help="default: as many as --heads")
     parser.add_argument("--batch", type=count, help=f"default: {TOKENS} over the length, at least 1")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of q, k and v (%(default)s)"
+    )
     parser.add_argument("--device", type=_device, default=torch.device("cuda"), help="such as cuda:1")
     parser.add_argument("--minutes", type=minutes, default=30, help="stop after so long; default %(default)s")
     parser.add_argument("--out", type=Path, help="default: the file from which log_attention reads")
-    parser.add_argument(
-        "--fresh", "--again", action="store_true", dest="again", help="also measure what the file holds already"
-    )
+    parser.add_argument("--fresh", action="store_true", help="also measure what the file holds already")
     parser.add_argument("--jobs", type=count, help="processes that compile; default: by cores and memory, at most 14")
 
 
@@ -378,11 +384,11 @@ def main(options: argparse.Namespace) -> int:
     stopped = 0
     try:
         command = shlex.join(["python", "-m", "logpe", *sys.argv[1:]])
-        entries = tune(tasks, path, device, machine, command=command, again=options.again)
+        entries = tune(tasks, path, device, machine, command=command, again=options.fresh)
     except (OutOfTime, KeyboardInterrupt) as error:
         stopped = TIME_IS_OVER if isinstance(error, OutOfTime) else STOPPED
         why = "The time is over" if isinstance(error, OutOfTime) else "Stopped"
-        print(f"{why}: the same command goes on from here.", file=sys.stderr)
+        print(f"{why}: the same command resumes from here.", file=sys.stderr)
         entries = held(tasks, path, device)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be used, move it away or name another with --out: {error}") from None
