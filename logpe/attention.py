@@ -119,6 +119,8 @@ def log_attention(  # type: ignore[misc] # the options are listed once
     left, right = checks.resolve_window(window, is_causal)
     key = None
     plain = query_start is key_lengths is key_mask is block_table is context_length is sink is out_dtype is None
+    if isinstance(position, PositionValues) and checks.readable(q, validate):
+        plain = False  # each call has values of its own to check
     if plain and type(dropout_p) in (float, int) and dropout_p == 0 and (is_causal or values.alpha is None):
         key = _key_of(q, k, v, position, values, is_causal, key_start, (left, right), scale, backend)
         if key is not None and (plan := ops.plans().get(key)) is not None:
@@ -127,7 +129,7 @@ def log_attention(  # type: ignore[misc] # the options are listed once
             return result if return_lse else result[0]
     (batch, heads, num_queries, head_dim), (pages, _, num_keys, _), _ = checks.check_tensors(4, q=q, k=k, v=v)
     dropout_p = checks.check_number("dropout_p", dropout_p)
-    _check_position(position, values, q, heads, head_dim)
+    _check_position(position, values, q, heads, head_dim, validate)
     if block_table is not None:
         block_table = checks.check_block_table(block_table, k, q, values, dropout_p)
         num_keys *= block_table.shape[1]
@@ -254,7 +256,7 @@ def log_attention_varlen(  # type: ignore[misc]
     batch = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] != batch + 1:
         raise ValueError(f"cu_seqlens_k must have the length of cu_seqlens_q, {batch + 1}, got {cu_seqlens_k.shape[0]}")
-    _check_position(position, values, q, heads, head_dim)
+    _check_position(position, values, q, heads, head_dim, validate)
     left, right = checks.resolve_window(window, is_causal)
 
     key_start, key_starts = checks.resolve_start("key_start", key_start, batch, q, validate)
@@ -497,7 +499,9 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, k, v
 
 
-def _check_position(position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int) -> None:
+def _check_position(
+    position: Position, values: PositionValues, q: Tensor, heads: int, head_dim: int, validate: bool
+) -> None:
     """Check that a position and its values fit q."""
     if isinstance(position, LogPosition):
         if position.local_heads != heads:
@@ -506,6 +510,8 @@ def _check_position(position: Position, values: PositionValues, q: Tensor, heads
         if position.head_dim != head_dim:
             raise ValueError(f"position was built for head_dim {position.head_dim}, and q has head_dim {head_dim}")
     checks.check_position_values(values, q, heads)
+    if not isinstance(position, LogPosition):  # whose values cannot be negative
+        checks.check_not_negative(values, validate)
 
 
 def _is_positional(values: PositionValues, left: int | None, right: int | None) -> bool:

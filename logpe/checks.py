@@ -192,6 +192,14 @@ def check_position_values(values: PositionValues, q: Tensor, num_heads: int) -> 
             raise ValueError(f"position.{name} must be positive, got {getattr(values, name)}")
 
 
+def check_not_negative(values: PositionValues, validate: bool) -> None:
+    """Raise ValueError for values of which the formulas take the logarithm or the root of less than 0."""
+    for name in ("rate", "sharpness"):
+        x = getattr(values, name)
+        if x is not None and readable(x, validate) and (x < 0).any():
+            raise ValueError(f"position.{name} must be at least 0, got {x.min().item():g}")
+
+
 def check_theta(theta: Tensor, x: Tensor) -> None:
     """Check the angles that are to rotate ``x`` (..., D)."""
     head_dim, device = x.shape[-1], x.device
@@ -355,7 +363,8 @@ def check_sink(sink: Tensor, lse_shape: tuple[int, ...], q: Tensor, validate: bo
         raise ValueError(f"sink must have shape ({heads},) or {lse_shape}, got {tuple(sink.shape)}")
     if sink.device != q.device:
         raise ValueError(f"sink must be on the device of q, {q.device}, got {sink.device}")
-    if readable(sink, validate) and not sink.isfinite().all():
+    # One for each query may follow from queries that are padding, which may hold anything.
+    if sink.dim() == 1 and readable(sink, validate) and not sink.isfinite().all():
         raise ValueError("sink must be finite, got NaN or inf")
 
 

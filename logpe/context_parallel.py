@@ -680,7 +680,7 @@ class _Arguments:
         self.out_dtype = checks.resolve_out_dtype(options["out_dtype"], q)
         sink = options["sink"]
         if sink is not None:
-            checks.check_sink(sink, (q.shape[1], batch) if self.packed else q.shape[:3], q, options["validate"])
+            checks.check_sink(sink, (q.shape[1], batch) if self.packed else tuple(q.shape[:3]), q, options["validate"])
         dropout_p, self.seed = checks.resolve_dropout(options["dropout_p"], options["dropout_seed"], q)
         if dropout_p and parallel.method == "heads":
             raise ValueError(
@@ -828,7 +828,11 @@ class _Arguments:
         return _Call(
             self.parallel,
             values,
-            dict(self.options, dropout_seed=self.seed, context_length=context_lengths and start(context_lengths)),
+            dict(
+                self.options,
+                dropout_seed=self.seed,
+                context_length=None if context_lengths is None else start(context_lengths),
+            ),
             tuple(dict.fromkeys(map(_Sequence, queries, keys, query_starts, key_starts))),
             self.left,
             self.right,

@@ -74,6 +74,7 @@ class HeadSink(nn.Module):
         self, num_heads: int, head_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        num_heads, head_dim = plain_int("num_heads", num_heads), plain_int("head_dim", head_dim)
         self.key = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
@@ -83,12 +84,32 @@ class HeadSink(nn.Module):
         nn.init.zeros_(self.key)
         nn.init.zeros_(self.bias)
 
+    __prepare_scriptable__ = refuse_scripting
+
     def forward(self, q: Tensor, scale: float | None = None) -> Tensor:
-        """Return the scores (B, H, N), float32 or better, of q (B, H, N, D). scale: 1 / sqrt(D) by default."""
+        """Return the score of each query.
+
+        Args:
+            q: (B, H, N, D); or packed, with the heads first, (H, total, D).
+            scale: of the products; 1 / sqrt(D) by default.
+
+        Returns:
+            (B, H, N), or packed (H, total), float32 or better.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
         parameters: tuple[Any, ...] = self.key, self.bias
         key, bias = (x.to_local() if hasattr(x, "device_mesh") else x for x in parameters)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        score = (q @ key[..., None].to(q.dtype))[..., 0]
+        checks.check_dense("q", q)
+        heads, head_dim = key.shape
+        if q.dim() not in (3, 4) or q.shape[-3] != heads or q.shape[-1] != head_dim:
+            raise ValueError(f"q must have shape (B, {heads}, N, {head_dim}), got {tuple(q.shape)}")
+        scale = checks.resolve_scale(scale, head_dim)
+        key = key[..., None].to(q.dtype)
+        if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
+            q, key, scale = q / 8, key / 8, 64 * scale
+        score = reference.product(q, key)[..., 0]
         return scale * score.to(torch.promote_types(q.dtype, torch.float32)) + bias[:, None]
 
     def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
@@ -121,7 +142,8 @@ class LogAttention(nn.MultiheadAttention):
             Scale-invariant attention (preset ``log-invariant``) assumes logits of unit variance: switch it on there,
             unless the model ensures them in another way.
         position_options: more keywords for the LogPosition that a preset name builds, such as
-            ``{"query_gain": True}``.
+            ``{"query_gain": True}``. A query gain counts the tokens before a query with ``is_causal``, and else all
+            keys, also where an ``attn_mask`` hides the later ones: give both where the mask is causal.
         sink: give each head a key without a position, whose value is zero, in the submodule ``sink``: a query that
             matches nothing may choose it. It goes well with a query gain, which otherwise makes such a query choose
             some other key all the same.
@@ -785,12 +807,12 @@ def _make_position(
     if isinstance(position, str):
         made = LogPosition(heads, head_dim, position, device=device, **(options or {})).train(module.training)
         return made if made.parts else None
-    if position is None:
-        return None
-    if not isinstance(position, LogPosition):
+    if position is not None and not isinstance(position, LogPosition):
         raise TypeError(f"position must be a preset name, a LogPosition or None, got {type(position).__name__}")
     if options:
-        raise ValueError(f"position_options must be empty with a LogPosition, got {dict(options)}")
+        raise ValueError(f"position_options must be empty unless position is the name of a preset, got {dict(options)}")
+    if position is None:
+        return None
     if (position.num_heads, position.head_dim) != (heads, head_dim):
         raise ValueError(
             f"position must be built for {heads} heads and head_dim {head_dim}, "

@@ -66,14 +66,34 @@ def mapped(raw: Tensor | None) -> Tensor | None:
     return F.softplus(raw if raw.dtype in FULL_PRECISION else raw.float())
 
 
+class _AtLeast(torch.autograd.Function):
+    """max(x, least), where an x below ``least`` still gets a gradient that would raise it, and so can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least: Tensor) -> Tensor:
+        ctx.save_for_backward(x < least)
+        return torch.maximum(x, least)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (below,) = ctx.saved_tensors
+        return grad.masked_fill(below & (grad > 0), 0), grad.masked_fill(~below, 0)
+
+
+def _at_least(x: Tensor, least: Tensor) -> Tensor:
+    """Return max(x, least), by :class:`_AtLeast` but for tracers and transforms, which want the plain derivative."""
+    plain = eager.observed() and not torch.compiler.is_compiling()
+    return torch.maximum(x, least) if plain else _AtLeast.apply(x, least)
+
+
 def bounded(power: Tensor, rate: Tensor, reach: float) -> tuple[Tensor, Tensor]:
     """Return powers and rates with which at least half of a head's weight lies within ``reach`` tokens.
 
     Keys of equal scores have weights of (1 + rate d)^-power. Where the power is above 1 their sum over all distances
     converges, and the share beyond R is about (1 + rate R)^(1 - power).
     """
-    rate = rate.clamp(min=1 / reach)
-    return torch.maximum(power, 1 + math.log(2) / torch.log1p(rate * reach)), rate
+    rate = _at_least(rate, torch.full_like(rate, 1 / reach))
+    return _at_least(power, 1 + math.log(2) / torch.log1p(rate * reach)), rate
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
@@ -163,7 +183,7 @@ class LogPosition(nn.Module):
             length T: far above it, that is nearly L / T, and scores in long texts become too sharp.
         reach: the length of the training texts, in tokens, or None. With it, at least half of a head's weight lies
             within that many tokens, where scores are equal: powers and rates that training would take further stay at
-            this bound, and get no gradient there. Without it, heads that nothing held back in training may spread
+            this bound until it turns. Without it, heads that nothing held back in training may spread
             over ever more keys in longer texts. They find single tokens from further away, and predict worse
             (bench/results/far-context.md).
 

@@ -14,6 +14,7 @@ All other implementations are tested against this file. It holds Nq x Nk tensors
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -228,6 +229,8 @@ def query_lengths(options: Options, tokens: Tensor) -> Tensor:
         start, context = (x if x is None else x[:, None] for x in (start, context))
     else:
         ends = options.cu_seqlens_q[1:]
+        if len(ends) == 0:
+            return torch.zeros_like(tokens)
         sequence = torch.searchsorted(ends, tokens.to(ends.dtype), right=True).clamp(max=len(ends) - 1)
         tokens = tokens - options.cu_seqlens_q[sequence]
         start, context = (x if x is None else x[sequence] for x in (start, context))
@@ -257,6 +260,13 @@ def gather_pages(k: Tensor, v: Tensor, block_table: Tensor, key_bias: Tensor | N
     if key_bias is None:
         key_bias = torch.zeros((), device=k.device)
     return k, v, torch.where(exists, key_bias, -math.inf)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the dtype of both, also where autocast would lower it."""
+    device = a.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return a @ b
 
 
 def attention(
@@ -329,7 +339,7 @@ def attention(
 
     if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
         q, k, scale = q / 8, k / 8, 64 * scale
-    logit = (q @ k.mT).to(compute) * scale
+    logit = product(q, k.mT).to(compute) * scale
     if options.alpha is not None:
         n = query_lengths(options, torch.arange(num_queries, device=q.device))[:, None, :, None].to(compute)
         logit = logit * query_gain(n, per_head(options.alpha), options.gain_length)
@@ -355,7 +365,7 @@ def attention(
         keep = dropout_keep(options.dropout_seed, batch_head, i, j, options.dropout_p)
         weights = weights.where(keep, 0) / (1 - options.dropout_p)
     out_dtype = options.out_dtype or v.dtype
-    out = (weights.to(v.dtype).to(out_dtype) @ v.to(out_dtype)).where(sees_any, 0)
+    out = product(weights.to(v.dtype).to(out_dtype), v.to(out_dtype)).where(sees_any, 0)
     return (out, lse, weights) if return_weights else (out, lse)
 
 

@@ -241,6 +241,7 @@ REFUSED = [
     refused("sink must have shape (4,) or (2, 4, 5), got (2, 4)", sink=torch.zeros(2, 4)),
     refused("sink must be on the device of q, cpu, got meta", sink=torch.zeros(HEADS, device="meta")),
     refused("sink must be finite, got NaN or inf", sink=torch.full((HEADS,), -INF)),
+    refused("position.rate must be at least 0, got -1", position=VALUES._replace(rate=torch.tensor([0.5, -1, 0, 2]))),
     refused("backend must be one of auto, triton, blocked, reference, got 'cuda'", backend="cuda"),
 ]
 REFUSED_PACKED = [
@@ -610,6 +611,35 @@ def test_a_sink_is_a_part_of_its_own() -> None:
     for a, b in zip(merge_partials(*zip(*parts, strict=True)), whole, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(log_attention(**x, sink=sink - 200), log_attention(**x))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_a_sink_that_follows_from_padding(backend: str) -> None:
+    """Queries that are padding may hold anything, and so may their sinks: the others do not see it."""
+    x, sink = tensors(), normal(2, HEADS, 5)
+    expected = log_attention(**x, sink=sink, backend=backend)
+    x["q"][0, :, 3:], sink[0, :, 3:] = math.nan, math.inf
+    out = log_attention(**x, sink=sink, backend=backend)
+    assert torch.equal(out[1], expected[1])
+    assert torch.equal(out[0, :, :3], expected[0, :, :3])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_sink_without_sequences(is_causal: bool) -> None:
+    values = make_values(HEADS, D, "none", query_gain=True)
+    x, starts = normal(5, HEADS, D), [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
+    out = log_attention_varlen(x, x, x, values, *starts, 0, 0, is_causal=is_causal, sink=normal(HEADS))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_autocast_lowers_no_product_of_the_reference() -> None:
+    q = normal(1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = log_attention(q, q, q, backend="reference", out_dtype=torch.float32)
+        fast = log_attention(q, q, q, backend="blocked", out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, out.bfloat16().float())
+    torch.testing.assert_close(out, fast, atol=0.02, rtol=0.02)
 
 
 # --- backends ---------------------------------------------------------------------------------------------------

@@ -213,6 +213,7 @@ def sinks(rank: int, world: int) -> None:
     check(make_call(num_queries=17, sink=torch.randn(2, 4, 17), **options))
     check(make_packed_call([9, 0, 8], [9, 0, 8], is_causal=True, sink=torch.randn(4, 17), **options))
     check(make_packed_call([9, 8], [9, 8], context_length=torch.tensor([4, 99]), sink=torch.randn(4), **options))
+    check(make_call(0, num_queries=5, sink=torch.randn(4), **options))
     call = make_call(num_queries=29, is_causal=True, **options)
     for method, layout in WAYS:
         parallel = ContextParallel(dist.group.WORLD, method=method, layout=layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import logpe.module
-from logpe import LogAttention, LogPosition, log_attention, replace_attention
+from logpe import HeadSink, LogAttention, LogPosition, log_attention, replace_attention
 
 EMBED, HEADS, HEAD_DIM = 24, 3, 8
 PRESETS = ("log-bias", "log-invariant", "log-rotary", "log-rotary-bias")
@@ -404,6 +405,53 @@ def test_a_sink_by_hand() -> None:
     old.__setstate__(dict(state, _modules={n: m for n, m in state["_modules"].items() if n != "sink"}))
     assert old.sink is None  # pickled before there was one
     assert old(x, x, x, need_weights=False)[0].shape == x.shape
+
+
+def test_a_sink_and_padding_that_holds_anything() -> None:
+    ours = LogAttention(EMBED, HEADS, batch_first=True, sink=True)
+    x, hidden = torch.randn(2, 5, EMBED), torch.zeros(2, 5, dtype=torch.bool)
+    expected = ours(x, x, x, key_padding_mask=hidden.index_fill(1, torch.tensor([3, 4]), True), need_weights=False)[0]
+    hidden[0, 3:] = True
+    x[0, 3:] = math.nan
+    for need_weights in (False, True):
+        out = ours(x, x, x, key_padding_mask=hidden, need_weights=need_weights)[0]
+        torch.testing.assert_close(out[0, :3], expected[0, :3])
+        assert out[1].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:LogAttention")
+def test_a_sink_of_large_scores_in_half_precision() -> None:
+    """Products beyond 65504, under autocast too."""
+    ours = LogAttention(8, 1, bias=False, position=None, sink=True, batch_first=True)
+    assert ours.sink is not None
+    with torch.no_grad():
+        ours.in_proj_weight.copy_(torch.cat([100 * torch.eye(8), 100 * torch.eye(8), torch.eye(8)]))
+        ours.out_proj.weight.copy_(torch.eye(8))
+        ours.sink.key.fill_(100.0)
+    x = torch.ones(1, 3, 8)
+    expected = torch.full_like(x, 0.75)
+    for need_weights in (False, True):
+        out = copy.deepcopy(ours).half()(x.half(), x.half(), x.half(), need_weights=need_weights)[0]
+        torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=0)
+        with torch.autocast("cpu", torch.float16):
+            torch.testing.assert_close(ours(x, x, x, need_weights=need_weights)[0].float(), expected, atol=2e-3, rtol=0)
+
+
+def test_bad_sinks() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    sink = HeadSink(2, 8)
+    assert sink(q).shape == (1, 2, 5)
+    assert sink(q[0]).shape == (2, 5)  # packed, with the heads first
+    for bad, message in (
+        (lambda: HeadSink(0, 8), "num_heads must be at least 1, got 0"),
+        (lambda: HeadSink(2, 2.5), "head_dim must be an integer, got 2.5"),
+        (lambda: HeadSink(1, 8)(q), r"q must have shape \(B, 1, N, 8\), got \(1, 2, 5, 8\)"),
+        (lambda: sink(q[:, :1]), r"q must have shape \(B, 2, N, 8\), got \(1, 1, 5, 8\)"),
+        (lambda: sink(None), "q must be a tensor, got NoneType"),
+        (lambda: sink(q, "a"), "scale must be a number, got 'a'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            bad()
 
 
 def test_positions_say_where_queries_and_keys_stand() -> None:

@@ -901,7 +901,27 @@ def test_half_of_a_heads_weight_lies_within_its_reach() -> None:
     assert torch.equal(values.rate, position.rate)
     values.power.sum().backward()
     assert position.raw_power.grad is not None
-    assert (position.raw_power.grad != 0).tolist() == [False, False, True, False]  # at the bound there is none
+    assert (position.raw_power.grad != 0).tolist() == [False, False, True, False]  # nothing moves further out
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_beyond_its_reach_can_come_back(compiled: bool) -> None:
+    """A loss that wants other powers and rates than the bound gives moves the raw parameters there."""
+    position = LogPosition(4, 8, "log-bias", reach=16)
+    position.raw_power.data.copy_(inverse_softplus(torch.tensor([0.5, 0.5, 4.0, 0.9])))
+    position.raw_rate.data.copy_(inverse_softplus(torch.tensor([1e-3, 0.3, 0.3, 1e-3])))
+    wanted = torch.tensor([3.0, 1.1, 2.0, 2.5]), torch.tensor([0.2, 0.4, 0.1, 0.5])
+    values = torch.compile(position, backend="aot_eager", fullgraph=True) if compiled else position
+    optimizer = torch.optim.Adam(position.parameters(), lr=0.05)
+    for _ in range(400):
+        power, rate, *_ = values()
+        optimizer.zero_grad()
+        sum((x - y).square().sum() for x, y in zip((power, rate), wanted, strict=True)).backward()
+        optimizer.step()
+    power, rate = position.power.detach(), position.rate.detach()
+    torch.testing.assert_close(rate[[0, 2, 3]], wanted[1][[0, 2, 3]], atol=0.02, rtol=0)
+    torch.testing.assert_close(power[[0, 2, 3]], wanted[0][[0, 2, 3]], atol=0.02, rtol=0)
+    assert power[1] == 1 + math.log(2) / torch.log1p(16 * rate[1])  # 1.1 is out of reach
 
 
 def test_reach_is_an_option_like_others() -> None:
@@ -934,7 +954,10 @@ def test_gradients_within_the_reach(backend: str) -> None:
     logit = logit - power[:, None, None] * torch.log1p(rate[:, None, None] * distance.clamp(min=0))
     weights = logit.masked_fill(distance < 0, -math.inf).softmax(-1)
     exact.zero_grad()
+    power.retain_grad()
     (weights @ v.double()).square().sum().backward()
-    torch.testing.assert_close(position.raw_power.grad.double(), exact.raw_power.grad, rtol=1e-4, atol=1e-5)
+    raised = power.grad.clamp(max=0) * exact.raw_power.detach().sigmoid()  # what is at its bound may only grow
+    expected = torch.stack((raised[0], exact.raw_power.grad[1]))
+    torch.testing.assert_close(position.raw_power.grad.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(position.raw_rate.grad.double(), exact.raw_rate.grad, rtol=1e-4, atol=1e-5)
     assert position.raw_rate.grad.abs().min() > 0  # the bound on the power moves with the rate

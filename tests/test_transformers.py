@@ -205,6 +205,28 @@ def test_sinks(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
+def test_sinks_beside_weights_of_integers() -> None:
+    """As quantised models keep them."""
+
+    class Quantised(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.scale = linear.weight.detach().abs().amax() / 127
+            weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight.to(x.dtype) * self.scale).T
+
+    model = make().bfloat16()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
+    use_log_position(model, sink=True)
+    assert {x.dtype for n, x in model.named_parameters() if "log_sink" in n} == {torch.bfloat16}
+    assert model(tokens()).logits.isfinite().all()
+
+
 @torch.no_grad()
 def test_rotary_on_log_positions_becomes_rope() -> None:
     """rotary_scale = inf is the model's own RoPE: same base, same planes, same order of dimensions."""
@@ -348,6 +370,7 @@ def test_bad_options_leave_the_model_as_it_was() -> None:
     for message, options in (
         ("preset must be one of", dict(preset="albi")),
         ("keep_positions must be False with preset 'log-rotary'", dict(preset="log-rotary", keep_positions=True)),
+        ("sink must be False with keep_positions", dict(preset="log-bias", keep_positions=True, sink=True)),
         ("gain_length must be positive", dict(query_gain=True, gain_length=0)),
         ("must not hold device", dict(device="cpu")),
         ("must not hold num_heads", dict(num_heads=4)),

@@ -13,7 +13,7 @@ The model's attention becomes :func:`logpe.log_attention`, through Transformers'
 masks; no N x N mask is built. The model's own positions, rotary or learned, are taken out, unless
 ``keep_positions=True`` keeps them. Each attention gets a :class:`logpe.LogPosition` as its submodule ``log_position``:
 parameters like any others, in float32 whatever the dtype of the model. Name it to PEFT
-(``modules_to_save=["log_position"]``), and keep weight decay off it:
+(``modules_to_save=["log_position"]``, and ``"log_sink"`` where there are sinks), and keep weight decay off it:
 ``Trainer(optimizers=(torch.optim.AdamW(logpe.parameter_groups(model, weight_decay), lr), None))``.
 
 AutoModel and ``pipeline`` load a converted model once this module is imported. Without the import they raise. If

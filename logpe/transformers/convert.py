@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.falcon import modeling_falcon
 
-from logpe.checks import plain_bool
+from logpe.checks import DTYPES, plain_bool
 from logpe.distributed import ContextParallel
 from logpe.module import HeadSink
 from logpe.position import PRESET_ROTATION, LogPosition, inverse_softplus, plain_options
@@ -215,6 +216,11 @@ def _install(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             raise ValueError(f"sink must be False for {type(model).__name__}, which has sinks of its own")
         if "rotary" in first.parts and keep:
             raise ValueError(f"keep_positions must be False with preset {preset!r}, which has a rotation of its own")
+        if keep and sink and group.part.rotary:
+            raise ValueError(
+                f"sink must be False with keep_positions for {type(model).__name__}: the sink has no position, but the "
+                "model has rotated the queries that it meets"
+            )
         if keep and (group.part.positions in ("", RELATIVE_BIAS) or getattr(config, "alibi", False)):
             raise ValueError(f"keep_positions must be False for {type(model).__name__}, whose own are a bias")
         if "rotary" in first.parts and share and "rotary_base" not in options and not group.alike:
@@ -278,6 +284,12 @@ class _Layers:
             attention.log_position_causal = self.part.causal if attention in self.attentions else None  # type: ignore
             if self.part.forward is not None:
                 attention.forward = functools.partial(self.part.forward, attention, attend=log_attention_forward)
+        for attention, position in zip(self.attentions, self.positions, strict=True) if sink else ():
+            device = next(attention.parameters()).device
+            weights = itertools.chain(attention.parameters(), self.stack.parameters())  # quantised ones are integers
+            dtype = next((x.dtype for x in weights if x.dtype in DTYPES), None)
+            made = HeadSink(position.num_heads, position.head_dim, device=device, dtype=dtype)
+            attention.log_sink = made.train(self.stack.training)
         if share:
             self.stack.log_position = self.positions[0]
             for attention in self.attentions:  # past nn.Module: the position is a submodule of the stack alone
@@ -285,10 +297,6 @@ class _Layers:
         else:
             for attention, position in zip(self.attentions, self.positions, strict=True):
                 attention.log_position = position
-        for attention, position in zip(self.attentions, self.positions, strict=True) if sink else ():
-            like = next(attention.parameters())
-            made = HeadSink(position.num_heads, position.head_dim, device=like.device, dtype=like.dtype)
-            attention.log_sink = made.train(self.stack.training)
         if not keep:
             self.part.remove_positions(self.stack, self.rotary_dim)
         names = tuple(inspect.signature(self.stack.forward).parameters)
