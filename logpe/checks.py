@@ -20,6 +20,7 @@ from logpe_kernels.options import LEARNABLE_PARTS, MAX_HEAD_DIM
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from logpe import eager
 from logpe.reference import PositionValues, bounded, device_of_angles
@@ -279,7 +280,7 @@ def resolve_dropout(dropout_p: float, seed: Tensor | None, q: Tensor) -> tuple[f
 
 def readable(x: Tensor, validate: bool) -> bool:
     """Whether to look at the values of ``x``: on a GPU only on demand, for reading waits; in a trace there are none."""
-    if torch.compiler.is_compiling() or eager.transforming() or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or eager.transforming() or get_proxy_mode() or isinstance(x, FakeTensor):
         return False
     return x.device.type != "meta" and (validate or x.device.type == "cpu")
 
