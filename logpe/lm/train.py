@@ -70,7 +70,7 @@ class Settings:
     )
     rotary_fraction: float | None = _option(None, "share of a head that is rotated", shown="preset's")
     rotary_base: float | None = _option(None, "base of the rotary frequencies", shown="preset's")
-    gain_length: float = _option(512.0, "n0 of the query gain, in tokens")
+    gain_length: float = _option(512.0, "n0 of the query gain, in tokens; take it well below --length")
     reach: float | None = _option(None, "keep half of each head's weight within so many tokens", shown="no bound")
     dim: int = _option(256, "width of the model")
     layers: int = _option(6, "blocks of the model")
