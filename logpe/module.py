@@ -771,13 +771,14 @@ def replace_attention(
             continue
         cross = _is_cross_attention(parent, name, plain)
         chosen = cross_attention_position if cross else position
+        options = None if cross and chosen is None else position_options
         if share_position:
             shared_by = (cross, plain.num_heads, plain.head_dim, plain.out_proj.weight.device)
             if shared_by not in shared:
-                shared[shared_by] = _make_position(chosen, plain, position_options)
+                shared[shared_by] = _make_position(chosen, plain, options)
             made = shared[shared_by]
         else:
-            made = _make_position(copy.deepcopy(chosen), plain, position_options)
+            made = _make_position(copy.deepcopy(chosen), plain, options)
         swapped[plain] = LogAttention._from_plain(plain, made, qk_norm, sink, context_parallel)
         if cross and made is not None:
             swapped[plain].query_start = 0

@@ -437,6 +437,16 @@ def test_a_sink_of_large_scores_in_half_precision() -> None:
             torch.testing.assert_close(ours(x, x, x, need_weights=need_weights)[0].float(), expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_options_of_positions_are_not_for_cross_attention_without_one(share: bool) -> None:
+    layer = nn.TransformerDecoderLayer(EMBED, HEADS)
+    assert replace_attention(layer, position_options={"query_gain": True}, share_position=share) == 2
+    assert layer.self_attn.position.alpha is not None
+    assert layer.multihead_attn.position is None
+    with pytest.raises(ValueError, match="position_options must be empty unless position is the name of a preset"):
+        LogAttention(EMBED, HEADS, position=None, position_options={"query_gain": True})
+
+
 def test_bad_sinks() -> None:
     q = torch.randn(1, 2, 5, 8)
     sink = HeadSink(2, 8)
