@@ -131,9 +131,10 @@ class ContextParallel:
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """Return the whole tensor of which each rank holds what :meth:`shard` gave it. Without a gradient.
 
-        Raises, on every rank alike:
+        Raises:
             TypeError: x is not a dense tensor.
             ValueError: the numbers of tokens are not those that :meth:`shard` gives, or dtypes or other sizes differ.
+                Both are raised on every rank alike.
         """
 
         def describe() -> tuple[dict[str, Any], int]:

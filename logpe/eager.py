@@ -37,6 +37,11 @@ def tracing() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation runs, as far as torch lets us know."""
+    return known and forward_ad._current_level >= 0
+
+
 def observed() -> bool:
     """Whether somebody wants to see operators: compiler, tracer, functional transform, dispatch mode, forward AD."""
     return (
@@ -45,7 +50,7 @@ def observed() -> bool:
         or _tracing_state() is not None
         or _num_dispatch_modes() > 0
         or _is_transforming()
-        or forward_ad._current_level >= 0
+        or forward_mode()
     )
 
 

@@ -106,11 +106,7 @@ class HeadSink(nn.Module):
         if q.dim() not in (3, 4) or q.shape[-3] != heads or q.shape[-1] != head_dim:
             raise ValueError(f"q must have shape (B, {heads}, N, {head_dim}), got {tuple(q.shape)}")
         scale = checks.resolve_scale(scale, head_dim)
-        key = key[..., None].to(q.dtype)
-        if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
-            q, key, scale = q / 8, key / 8, 64 * scale
-        score = reference.product(q, key)[..., 0]
-        return scale * score.to(torch.promote_types(q.dtype, torch.float32)) + bias[:, None]
+        return reference.scores(q, key[..., None].to(q.dtype), scale)[..., 0] + bias[:, None]
 
     def shard_heads(self, mesh: DeviceMesh, source: int | None = 0) -> None:
         """Let each rank of ``mesh`` hold some of the heads: see :class:`logpe.HeadParallel`."""

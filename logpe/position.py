@@ -81,8 +81,8 @@ class _AtLeast(torch.autograd.Function):
 
 
 def _at_least(x: Tensor, least: Tensor) -> Tensor:
-    """Return max(x, least), by :class:`_AtLeast` but for tracers and transforms, which want the plain derivative."""
-    plain = eager.observed() and not torch.compiler.is_compiling()
+    """Return max(x, least), by :class:`_AtLeast` unless a tracer or a transform wants the plain derivative."""
+    plain = eager.tracing() or eager.transforming() or eager.forward_mode()
     return torch.maximum(x, least) if plain else _AtLeast.apply(x, least)
 
 
@@ -183,7 +183,7 @@ class LogPosition(nn.Module):
             length T: far above it, that is nearly L / T, and scores in long texts become too sharp.
         reach: the length of the training texts, in tokens, or None. With it, at least half of a head's weight lies
             within that many tokens, where scores are equal: powers and rates that training would take further stay at
-            this bound until it turns. Without it, heads that nothing held back in training may spread
+            this bound for as long as it pulls that way. Without it, heads that nothing held back in training may spread
             over ever more keys in longer texts. They find single tokens from further away, and predict worse
             (bench/results/far-context.md).
 

@@ -269,6 +269,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
+def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return scale * (q @ k), float32 or better; the products are rounded to the dtype of q and k."""
+    if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
+        q, k, scale = q / 8, k / 8, 64 * scale
+    return product(q, k).to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -337,9 +344,7 @@ def attention(
     def per_head(parameter: Tensor) -> Tensor:
         return parameter.to(compute)[:, None, None]
 
-    if q.dtype == torch.float16:  # products may go beyond 65504; powers of two cost no precision
-        q, k, scale = q / 8, k / 8, 64 * scale
-    logit = product(q, k.mT).to(compute) * scale
+    logit = scores(q, k.mT, scale)
     if options.alpha is not None:
         n = query_lengths(options, torch.arange(num_queries, device=q.device))[:, None, :, None].to(compute)
         logit = logit * query_gain(n, per_head(options.alpha), options.gain_length)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import logpe
 from logpe import LogPosition, LogSinusoid, PositionValues, log_attention, parameter_groups, position_parameters
@@ -902,6 +903,15 @@ def test_half_of_a_heads_weight_lies_within_its_reach() -> None:
     values.power.sum().backward()
     assert position.raw_power.grad is not None
     assert (position.raw_power.grad != 0).tolist() == [False, False, True, False]  # nothing moves further out
+
+
+def test_what_is_beyond_its_reach_can_come_back_under_a_dispatch_mode() -> None:
+    """Such as selective checkpointing has."""
+    position = LogPosition(2, 8, "log-bias", reach=16)
+    position.raw_power.data.copy_(inverse_softplus(torch.tensor([0.5, 4.0])))
+    with FlopCounterMode(display=False):
+        (-position.power.sum()).backward()
+    assert (position.raw_power.grad < 0).all()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
