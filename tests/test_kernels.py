@@ -624,7 +624,7 @@ def test_tiles_are_called_far_where_the_polynomial_serves(device: torch.device) 
 @triton.jit
 def bounds_kernel(bounds, first, last, start, count, BLOCK: tl.constexpr):
     other = tile_kernels.Axis(0, 0, count, start, start, start + count)
-    side = tile_kernels.Resident(None, None, None, None, None, first, last, 0, 0, count // BLOCK * BLOCK, count)
+    side = tile_kernels.Bounds(first, last, 0, 0, count // BLOCK * BLOCK, count)
     begin, stop, gap, jump = tile_kernels.loop_bounds(tile_kernels.FAR_TILES, side, other, True, BLOCK)
     tl.store(bounds, begin)
     tl.store(bounds + 1, stop)

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from logpe_kernels import configs
+from logpe_kernels import configs, forward
 from logpe_kernels.configs import Config, Entry
 
 import logpe
@@ -127,6 +127,20 @@ def test_descriptors_are_tried_where_the_target_has_them() -> None:
     assert flags(Task("forward", "float32", 128, "log-bias", True, 4096, 4, 16, 16), "sm_90") == {False}
 
 
+def test_the_specialised_kernel_is_tried_where_it_can_run() -> None:
+    def tried(target: str, kernel: str = "forward", dtype: str = "bfloat16", head_dim: int = 128) -> list[Any]:
+        task = Task(kernel, dtype, head_dim, "log-bias", True, 4096, 4, 16, 16)
+        return tune.specialized(Config(64, 64, 4, 3, TMA=True), task, target, 227 * 1024)
+
+    assert Config(128, 128, 8, 2, SPECIALIZED=True) in tried("sm_90")
+    assert all(config.SPECIALIZED and not config.TMA for config in tried("sm_90", head_dim=80))
+    for elsewhere in (dict(target="sm_100"), dict(target="sm_80"), dict(target="gfx942")):
+        assert not tried(**elsewhere)
+    for other in (dict(kernel="backward_dq"), dict(dtype="float32"), dict(head_dim=32), dict(head_dim=256)):
+        assert not tried("sm_90", **other)
+    assert not set(tried("sm_90")) & {*tune.pipelines(Config(128, 128, 8, 2), TASK, "sm_90", 227 * 1024)}
+
+
 def test_spilling_candidates_go_unless_all_spill() -> None:
     a, b, c = Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 16, 4, 2)
     spilling = Resources(255, tune.FEW_SPILLS + 1, 1024)
@@ -182,7 +196,7 @@ def test_a_wrong_result_never_wins() -> None:
     machine = Fake(lambda config: "wrong: out differs" if config[:2] == (64, 64) else 0.9 - 0.1 * (config[1] == 32))
     entry = search(machine)
     assert entry.config[1] == 32
-    assert [[64, 64, 4, 3, False], "wrong: out differs"] in json.loads(json.dumps(entry.tried))
+    assert [list(Config(64, 64, 4, 3)), "wrong: out differs"] in json.loads(json.dumps(entry.tried))
 
     machine = Fake()
     machine.ratio = lambda config: 0.5 if machine.compared[-1][2] == tune.QUICK else "wrong: not the same result twice"
@@ -510,7 +524,7 @@ def test_launches_are_recorded_and_can_be_repeated(device: torch.device) -> None
         results = KERNELS["forward"].run(inputs)
     assert len(launches["forward"]) == 1
     assert results["out"].isnan().all()  # nothing ran
-    assert KERNELS["forward"].jit_function() is launch.kernel
+    assert forward.forward_kernel is launch.kernel
 
 
 def test_everything_but_the_times(path: Path, device: torch.device) -> None:

@@ -121,7 +121,12 @@ FEATURES = (
     "value_dim",
     "wide_values",
     "float32_out",
+    "specialized",
 )
+#: Those whose costs are shown and budgeted.
+JUDGED = ("plain", "specialized")
+#: The kernel of sm_90 whose warps have different work, in a call of this feature.
+SPECIALIZED: dict[str, Any] = dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2, SPECIALIZED=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +216,12 @@ class Row:
     @property
     def budget(self) -> str | None:
         """The name of the row's budget in budgets.json; None for what has no budget."""
-        if self.feature != "plain" or self.kernel not in roofline.PRODUCTS or self.preset == YARDSTICK:
+        if self.feature not in JUDGED or self.kernel not in roofline.PRODUCTS or self.preset == YARDSTICK:
             return None
         dtype = "half" if self.dtype in HALF else self.dtype
         preset = self.preset.removesuffix("-rope")  # which rotates beforehand
-        return f"{self.target} {self.kernel} {dtype} D={self.head_dim} {preset} [{self.tile}]"
+        kernel = self.kernel if self.feature == "plain" else f"{self.feature} {self.kernel}"
+        return f"{self.target} {kernel} {dtype} D={self.head_dim} {preset} [{self.tile}]"
 
     def failures(self, budgets: dict[str, list[float]] | None, complete: bool = False) -> Iterator[str]:
         """Yield what --check objects to.
@@ -270,6 +276,7 @@ def value_dim(head_dim: int, feature: str) -> int:
 def call(case: Case, preset: str) -> None:
     """Run the launchers, forward and backward with everything learned, on tensors of the meta device."""
     import logpe_kernels
+    from logpe_kernels import configs
 
     from bench.speed import yardstick  # imports triton, which must not be in this process yet
     from logpe import LogPosition
@@ -318,6 +325,10 @@ def call(case: Case, preset: str) -> None:
         pages = meta((batch, LENGTH // PAGE_SIZE), dtype=torch.int32)
         logpe_kernels.attention(q, k, v, given._replace(block_table=pages))
         return
+    if "specialized" in features:  # there is no such backward kernel
+        with configs.override(forward=configs.Config(**SPECIALIZED)):
+            logpe_kernels.attention(q, k, v, given)
+        return
     out, lse = logpe_kernels.attention(q, k, v, given)
     dlse = torch.empty_like(lse) if "dlse" in features else None
     logpe_kernels.attention_backward(torch.empty_like(out, dtype=dtype), dlse, q, k, v, out, lse, given)
@@ -340,9 +351,11 @@ def cases(
         for mask in MASKS if "plain" in features and here else ():
             yield Case(target, dtype, head_dim, here, mask)
         if common and "log-bias" in presets:
-            for feature in (feature for feature in features if feature not in ("plain", "wide_values")):
+            for feature in (feature for feature in features if feature not in ("plain", "wide_values", "specialized")):
                 mask = "full" if feature == "key_bias" else "causal"
                 yield Case(target, dtype, head_dim, ("log-bias",), mask, feature)
+        if common and dtype in HALF and target == "sm_90" and "specialized" in features:
+            yield Case(target, dtype, head_dim, presets, "causal", "specialized")
         if head_dim == 32 and dtype in HALF and "log-bias" in presets and "wide_values" in features:  # of 256 columns
             yield Case(target, dtype, head_dim, ("log-bias",), "causal", "wide_values")
 
@@ -352,6 +365,8 @@ def quick_cases(targets: Iterable[str]) -> Iterator[Case]:
     for target in targets:
         yield Case(target, "bfloat16", 64, ("log-bias", "log-bias-rope"))
         yield Case(target, "bfloat16", 128, ("log-invariant+gain",))
+        if target == "sm_90":
+            yield Case(target, "bfloat16", 128, ("none", "log-bias"), "causal", "specialized")
     rest = [
         ("float32", 64, ("log-bias",), "full", "plain"),
         ("float16", 32, ("log-rotary-bias",), "causal", "packed+grouped+wide_values"),
@@ -413,9 +428,11 @@ def compile_case(
 
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         name = function.fn.__name__.removesuffix("_kernel")
+        config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
+        if name == "specialized":  # whose launch counts its first warpgroup alone
+            name, config = "forward", SPECIALIZED
         if kernels is not None and name not in kernels:
             return
-        config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
         row = Row(case.target, case.dtype, case.head_dim, preset, case.mask, case.feature, name, config)
         start = time.perf_counter()
         try:
@@ -461,7 +478,8 @@ def inspect_kernel(kernel: Any, row: Row) -> None:
     code = disassemble(kernel)
     row.shared = kernel.metadata.shared
     row.tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
-    row.products = kernel.asm["ttir"].count("tt.dot ")
+    gluon = "ttir" not in kernel.asm  # which is written in the terms of ttgir
+    row.products = kernel.asm["ttgir"].count("warp_group_dot ") if gluon else kernel.asm["ttir"].count("tt.dot ")
     if "amdgcn" in kernel.asm:
 
         def field(name: str) -> int:
@@ -596,7 +614,8 @@ def costs(rows: list[Row]) -> str:
     """Return what a score element costs with each preset, and how its bound compares with that of none.
 
     Instructions, and clocks of each unit, in the loop that serves most of a long sequence, of a call with nothing
-    but a position and the mask that makes it dearer. ``loops``: all instructions per score element, of every loop.
+    but a position and the mask that makes it dearer, and of one that goes to the specialised kernel.
+    ``loops``: all instructions per score element, of every loop.
     ``waits``: matrix products of a trip, and waits for them. ``loads``: from global memory, number x bytes of a
     thread, without TMA's. ``serial``: clocks if nothing overlaps.
     Presets that share a kernel share a line. The last columns are ratios: of the bound to that of none, and of the
@@ -606,15 +625,16 @@ def costs(rows: list[Row]) -> str:
     units = [f"{unit} clocks" for unit in Rates._fields]
     about = ["target", "kernel", "dtype", "D", "preset", "tile"]
     lines = [[*about, *counts, "loops", "waits", "loads", *units, "bound by", "serial", "of none", "of yardstick"]]
-    plain = sorted((row for row in rows if row.feature == "plain" and row.loops), key=_setting)
-    for _, members in itertools.groupby(plain, _setting):
+    judged = sorted((row for row in rows if row.feature in JUDGED and row.loops), key=_setting)
+    for _, members in itertools.groupby(judged, _setting):
         # The last of a name stays: the dearest.
-        dearest = {row.preset: row for row in sorted(members, key=lambda row: row.bulk.issued)}
-        of_none = max(dearest["none"].clocks.values()) if "none" in dearest else None
-        issued = dearest[YARDSTICK].bulk.issued if YARDSTICK in dearest else None
+        dearest = {(row.feature, row.preset): row for row in sorted(members, key=lambda row: row.bulk.issued)}
+        none, yardstick = dearest.get(("plain", "none")), dearest.get(("plain", YARDSTICK))
+        of_none = max(none.clocks.values()) if none else None
+        issued = yardstick.bulk.issued if yardstick else None
         alike: dict[str, list[str]] = {}
-        for preset in sorted(dearest, key=[*PRESETS, YARDSTICK].index):
-            row = dearest[preset]
+        for feature, preset in sorted(dearest, key=lambda x: (x[0], [*PRESETS, YARDSTICK].index(x[1]))):
+            row = dearest[feature, preset]
             clocks = row.clocks
             unit = max(clocks, key=lambda unit: clocks[unit])
             line = [row.tile, *(f"{getattr(row.bulk, name):.2f}" for name in counts)]

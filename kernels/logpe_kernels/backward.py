@@ -104,7 +104,9 @@ def dq_kernel(
     dout = tile.rows_of(dout, strides.dout, queries, h)
     dq = tile.rows_of(dq, strides.dq, queries, h)
 
-    resident = tile.resident(m0, queries, keys, layer.window_left, layer.window_right, BIASED, BLOCK_M, BLOCK_N)
+    before, after = layer.window_left, layer.window_right
+    resident = tile.resident(m0 + tl.arange(0, BLOCK_M), queries, keys, before, after)
+    bounds = tile.bounds_of(m0, m0 + BLOCK_M - 1, queries, keys, before, after, BIASED, BLOCK_N)
     i = resident.positions  # [BLOCK_M]
     stored = resident.tokens < queries.count
     row = tile.lse_rows(b, h, queries.row, layer.num_heads, num_queries, total_queries, sequences.cu_seqlens_q)
@@ -126,7 +128,7 @@ def dq_kernel(
     g_sum = tl.zeros([BLOCK_M, tile.num_partials()], tl.float32)
     sums = [Sums(g_sum, g_sum) for pointer in dparameters]
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else tile.FULL_TILES, tile.MASKED_TILES + 1):
-        start, stop, gap, jump = tile.loop_bounds(TILES, resident, keys, False, BLOCK_N)
+        start, stop, gap, jump = tile.loop_bounds(TILES, bounds, keys, False, BLOCK_N)
         for x in tl.range(start, stop, BLOCK_N, num_stages=2 if BIASED and ASYNCHRONOUS else None):
             n0 = tile.past_gap(x, gap, jump, BLOCK_N)
             tokens = n0 + tl.arange(0, BLOCK_N)
@@ -190,7 +192,9 @@ def dkdv_kernel(
     dk = tile.rows_of(dk, strides.dk, keys, kv_head)
     dv = tile.rows_of(dv, strides.dv, keys, kv_head)
 
-    resident = tile.resident(n0, keys, queries, layer.window_right, layer.window_left, BIASED, BLOCK_N, BLOCK_M)
+    before, after = layer.window_right, layer.window_left  # of a key: the queries that see it
+    resident = tile.resident(n0 + tl.arange(0, BLOCK_N), keys, queries, before, after)
+    bounds = tile.bounds_of(n0, n0 + BLOCK_N - 1, keys, queries, before, after, BIASED, BLOCK_M)
     j = resident.positions  # [BLOCK_N]
     key_bias = tile.load_key_bias(sequences.key_bias, b, num_keys, resident.tokens, resident.exist)
     exist = resident.exist if key_bias is None else key_bias > -float("inf")
@@ -202,7 +206,7 @@ def dkdv_kernel(
     first_head = kv_head * group_size
     first_parameters = [None if pointer is None else tl.load(pointer + first_head) for pointer in parameters]
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else tile.FULL_TILES, tile.MASKED_TILES + 1):
-        start, stop, gap, jump = tile.loop_bounds(TILES, resident, queries, False, BLOCK_M)
+        start, stop, gap, jump = tile.loop_bounds(TILES, bounds, queries, False, BLOCK_M)
         trips = group_size * tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
         x, h, head = start, first_head, Parameters(*first_parameters)
         for _ in tl.range(0, trips, num_stages=MASKED_STAGES if TILES == tile.MASKED_TILES else None):

@@ -36,10 +36,11 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     TMA: bool = False  # full tiles come through tensor descriptors: sm_90 and later
+    SPECIALIZED: bool = False  # calls that it can do go to the kernel in hopper.py: forward, sm_90
 
     def launch(self) -> dict[str, Any]:
-        """Return the keywords of a launch. TMA is none of them: with it the kernel is given descriptors."""
-        return {name: value for name, value in self._asdict().items() if name != "TMA"}
+        """Return the keywords of a launch. The flags are none of them: they choose a kernel, or what it is given."""
+        return {name: value for name, value in self._asdict().items() if not isinstance(value, bool)}
 
 
 def text_of(config: Any) -> str:
@@ -321,6 +322,16 @@ def cannot_launch(kernel: str, config: Any, itemsize: int, head_dim: int, target
     """Return why a target with so many bytes of shared memory (0: unknown) surely cannot; None if it may."""
     if getattr(config, "TMA", False) and not has_tma(target):
         return f"TMA needs sm_90 or later, this is {target}"
+    if getattr(config, "SPECIALIZED", False):
+        wanted = dict(
+            target=(target, "sm_90"), kernel=(kernel, "forward"), itemsize=(itemsize, 2), TMA=(config.TMA, False),
+            BLOCK_M=(config.BLOCK_M, 128), num_warps=(config.num_warps, 8),
+        )  # fmt: skip
+        for name, (value, needed) in wanted.items():
+            if value != needed:
+                return f"SPECIALIZED needs {name} {needed}, this is {value}"
+        if config.BLOCK_N < 64 or not 64 <= padded(head_dim) <= 128:
+            return "SPECIALIZED needs BLOCK_N of 64 or more, and head_dims from 33 to 128"
     # At the least: the two tiles that the loop streams, but for the stage which the products read from registers.
     rows = config.BLOCK_M if kernel == "backward_dkdv" else config.BLOCK_N
     needed = max(1, 2 * (config.num_stages - 1)) * rows * padded(head_dim) * itemsize

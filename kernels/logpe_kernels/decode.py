@@ -50,11 +50,13 @@ def decode_kernel(
         b, sequences, layer, num_queries, num_keys, total_queries, total_keys, query_start, key_start
     )
     # Every tile is masked: what that costs hides behind the loads.
-    resident = tile.resident(
-        m0, queries, keys, layer.window_left, layer.window_right, True, BLOCK_M, BLOCK_N, rows_per_token=group_size
-    )
+    before, after = layer.window_left, layer.window_right
+    rows = m0 + tl.arange(0, BLOCK_M)  # of which a token fills group_size
+    resident = tile.resident(rows // group_size, queries, keys, before, after)
+    last = (m0 + BLOCK_M - 1) // group_size
+    bounds = tile.bounds_of(m0 // group_size, last, queries, keys, before, after, True, BLOCK_N)
     i = resident.positions  # [BLOCK_M]
-    heads = kv_head * group_size + (m0 + tl.arange(0, BLOCK_M)) % group_size  # [BLOCK_M]
+    heads = kv_head * group_size + rows % group_size  # [BLOCK_M]
     head = Parameters(*[None if pointer is None else tl.load(pointer + heads)[:, None] for pointer in parameters])
     b64, kv64 = b.to(tl.int64), kv_head.to(tl.int64)
     q_strides, k_strides, v_strides = [tile.in_elements(x) for x in (strides.q, strides.k, strides.v)]
@@ -71,9 +73,9 @@ def decode_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, tile.padded(VALUE_DIM)], tl.float32)  # [BLOCK_M, BLOCK_DV]
-    share = tl.cdiv(tl.cdiv(resident.end - resident.begin, BLOCK_N), num_splits) * BLOCK_N
-    begin = resident.begin + split * share
-    for x in range(begin, tl.minimum(resident.end, begin + share), BLOCK_N):
+    share = tl.cdiv(tl.cdiv(bounds.end - bounds.begin, BLOCK_N), num_splits) * BLOCK_N
+    begin = bounds.begin + split * share
+    for x in range(begin, tl.minimum(bounds.end, begin + share), BLOCK_N):
         n0 = tl.multiple_of(x, BLOCK_N)
         columns = tl.arange(0, BLOCK_N)
         j = keys.start + n0 + columns  # [BLOCK_N]

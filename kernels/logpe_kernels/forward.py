@@ -37,7 +37,9 @@ def forward_kernel(
     out = tile.rows_of(out, strides.out, queries, h)
     lse += tile.lse_rows(b, h, queries.row, layer.num_heads, num_queries, total_queries, sequences.cu_seqlens_q)
 
-    resident = tile.resident(m0, queries, keys, layer.window_left, layer.window_right, BIASED, BLOCK_M, BLOCK_N)
+    before, after = layer.window_left, layer.window_right
+    resident = tile.resident(m0 + tl.arange(0, BLOCK_M), queries, keys, before, after)
+    bounds = tile.bounds_of(m0, m0 + BLOCK_M - 1, queries, keys, before, after, BIASED, BLOCK_N)
     i = resident.positions  # [BLOCK_M]
     q_tile = tile.load_tile(q, None, m0, resident.exist, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     n = tile.load_lengths(sequences, b, i, layer.window_left)
@@ -46,7 +48,7 @@ def forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, tile.padded(VALUE_DIM)], tl.float32)  # [BLOCK_M, BLOCK_DV]
     for TILES in tl.static_range(tile.MASKED_TILES if BIASED else UNMASKED, tile.MASKED_TILES + 1):
-        start, stop, gap, jump = tile.loop_bounds(TILES, resident, keys, SPLIT, BLOCK_N)
+        start, stop, gap, jump = tile.loop_bounds(TILES, bounds, keys, SPLIT, BLOCK_N)
         for x in range(start, stop, BLOCK_N):
             n0 = tile.past_gap(x, gap, jump, BLOCK_N)
             tokens = n0 + tl.arange(0, BLOCK_N)
@@ -95,6 +97,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: Plan | No
         decode.decode(q, k, v, out, lse, options, plan)
         return out, lse
     config, constants = plan.tiles("forward")
+    if config.SPECIALIZED:
+        from . import hopper  # parts of Triton that are experimental: only where they are asked for
+
+        if hopper.attention(q, k, v, out, lse, options, plan):
+            return out, lse
     k_tma, v_tma = plan.descriptors(config, config.BLOCK_N, k, v)
     launch(
         forward_kernel, plan.batch * plan.heads * cdiv(plan.num_queries, config.BLOCK_M),

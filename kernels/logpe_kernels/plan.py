@@ -186,9 +186,10 @@ class Plan:
 
         TMA wants steps of 16 bytes: a tensor that is aligned otherwise, expanded or empty is loaded through pointers.
         """
-        return tuple(self._descriptor(x, rows) for x in tensors) if config.TMA else (None,) * len(tensors)
+        return tuple(self.descriptor(x, rows) for x in tensors) if config.TMA else (None,) * len(tensors)
 
-    def _descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
+    def descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
+        """Return the descriptor of one tensor, as :meth:`descriptors` does with TMA."""
         if self.packed:
             x = x.transpose(0, 1)[None]  # (1, H, total, D)
 

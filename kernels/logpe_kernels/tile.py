@@ -145,7 +145,7 @@ def lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q):
 def load_lengths(sequences, b, i, window_left):
     """Return n of the query gain for queries at positions i: the context length of the sequence, or else from i."""
     if sequences.context_lengths is not None:
-        return tl.load(sequences.context_lengths + b) + tl.zeros_like(i)
+        return tl.load(sequences.context_lengths + b) + 0 * i
     elif window_left is not None:
         return tl.minimum(i, window_left)
     else:
@@ -153,15 +153,36 @@ def load_lengths(sequences, b, i, window_left):
 
 
 class Resident(NamedTuple):
-    """The side of a tile that stays while a loop streams the other side."""
+    """The tokens of the side of a tile that stays while a loop streams the other side, [BLOCK]."""
 
-    # [BLOCK]
     tokens: Any
     positions: Any
     exist: Any  # whether they exist and are seen by anybody: others are loaded as zeros, since 0 * NaN is NaN
     first_visible: Any  # first and last position that each meets on the other side; first > last if there is none
     last_visible: Any
-    # First and last of the positions.
+
+
+@triton.jit
+def resident(tokens, axis, other, before, after):
+    """Return the Resident of some tokens of ``axis``.
+
+    One at position p meets positions p - before to p + after of the other axis; None is unlimited.
+    """
+    positions = axis.start + tokens
+    exist = within(positions, axis)
+    first_visible = tl.where(exist, other.begin, other.end)
+    last_visible = 0 * positions + (other.end - 1)
+    if before is not None:
+        first_visible = tl.maximum(first_visible, positions - before)
+    if after is not None:
+        last_visible = tl.minimum(last_visible, positions + after)
+    return Resident(tokens, positions, exist, first_visible, last_visible)
+
+
+class Bounds(NamedTuple):
+    """What a Resident meets on the other side, all in all."""
+
+    # Of its positions.
     first: Any
     last: Any
     # Tokens of the other side, multiples of its block but for the end: tiles in [full_begin, full_end) are visible in
@@ -173,32 +194,18 @@ class Resident(NamedTuple):
 
 
 @triton.jit
-def resident(
-    row, axis, other, before, after, ALWAYS_MASK: tl.constexpr, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr,
-    rows_per_token=1,
-):  # fmt: skip
-    """Return the Resident of BLOCK rows of ``axis`` from ``row`` on.
-
-    A token fills rows_per_token rows. One at p meets positions p - before to p + after of the other axis; None is
-    unlimited.
-    """
-    tokens = (row + tl.arange(0, BLOCK)) // rows_per_token
-    positions = axis.start + tokens
-    exist = within(positions, axis)
-    first = axis.start + row // rows_per_token
-    last = tl.minimum(axis.start + (row + BLOCK - 1) // rows_per_token, axis.end - 1)
-    first_visible = tl.where(exist, other.begin, other.end)
-    last_visible = tl.zeros_like(positions) + (other.end - 1)
+def bounds_of(token, last_token, axis, other, before, after, ALWAYS_MASK: tl.constexpr, OTHER_BLOCK: tl.constexpr):
+    """Return the Bounds of the tokens of ``axis`` from ``token`` to ``last_token``, which may lie beyond its end."""
+    first = axis.start + token
+    last = tl.minimum(axis.start + last_token, axis.end - 1)
     begin = other.begin
     end = other.end
     full_begin = begin
     full_end = end
     if before is not None:
-        first_visible = tl.maximum(first_visible, positions - before)
         begin = tl.maximum(begin, tl.maximum(first, 0) - before)
         full_begin = tl.maximum(full_begin, last - before)
     if after is not None:
-        last_visible = tl.minimum(last_visible, positions + after)
         end = tl.minimum(end, last + after + 1)
         full_end = tl.minimum(full_end, first + after + 1)
     empty = (last < tl.maximum(first, 0)) | (end <= begin)
@@ -211,9 +218,7 @@ def resident(
         none_full = True
     full_begin = tl.where(none_full, begin, full_begin)
     full_end = tl.where(none_full, begin, full_end)
-    return Resident(
-        tokens, positions, exist, first_visible, last_visible, first, last, begin, full_begin, full_end, end
-    )
+    return Bounds(first, last, begin, full_begin, full_end, end)
 
 
 #: BLOCK_D or BLOCK_DV of a head_dim.
@@ -236,27 +241,27 @@ def far_tiles_pay(bits, sharpened, columns):
 
 
 @triton.jit
-def loop_bounds(TILES: tl.constexpr, resident, other, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def loop_bounds(TILES: tl.constexpr, bounds, other, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """Return (start, stop, gap, jump) of the loop over one sort of tiles.
 
     The loop is x in range(start, stop, BLOCK); from gap on the tile begins at token x + jump, before it at x.
     SPLIT: whether there are far tiles, or all that are visible in full are FULL_TILES.
     """
-    near_begin, near_end = resident.full_begin, resident.full_end
+    near_begin, near_end = bounds.full_begin, bounds.full_end
     if SPLIT:
         # From the middle of a far tile to the nearest row it is at least FAR * BLOCK.
-        left = (tl.maximum(resident.first - other.start, 0) // BLOCK - FAR) * BLOCK
-        right = (tl.maximum(resident.last - other.start, 0) // BLOCK + (FAR + 1)) * BLOCK
-        near_begin = tl.minimum(tl.maximum(left, resident.full_begin), resident.full_end)
-        near_end = tl.minimum(tl.maximum(right, near_begin), resident.full_end)
+        left = (tl.maximum(bounds.first - other.start, 0) // BLOCK - FAR) * BLOCK
+        right = (tl.maximum(bounds.last - other.start, 0) // BLOCK + (FAR + 1)) * BLOCK
+        near_begin = tl.minimum(tl.maximum(left, bounds.full_begin), bounds.full_end)
+        near_end = tl.minimum(tl.maximum(right, near_begin), bounds.full_end)
     if TILES == FAR_TILES:
         gap, jump = near_begin, near_end - near_begin
-        return resident.full_begin, resident.full_end - jump, gap, jump
+        return bounds.full_begin, bounds.full_end - jump, gap, jump
     elif TILES == FULL_TILES:
         return near_begin, near_end, near_end, 0
     else:
-        gap, jump = resident.full_begin, resident.full_end - resident.full_begin
-        return resident.begin, resident.end - jump, gap, jump
+        gap, jump = bounds.full_begin, bounds.full_end - bounds.full_begin
+        return bounds.begin, bounds.end - jump, gap, jump
 
 
 @triton.jit

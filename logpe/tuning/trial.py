@@ -118,30 +118,24 @@ class Kernel(NamedTuple):
     """Where a kernel is, what launches it, and what it keeps in registers.
 
     Attributes:
-        module: the one of logpe_kernels that has the kernel.
-        function: the name of the kernel there.
+        places: the kernel's name in logpe_kernels, and the names of those that a configuration puts in its place.
         run: calls the launcher, and returns its results by name.
         resident: the side of the tile that stays while the loop streams the other.
         accumulators: how many tiles [resident, head_dim] are held at once.
         scores: how many tiles [resident, streamed] are held at once.
     """
 
-    module: str
-    function: str
+    places: tuple[str, ...]
     run: Callable[[Inputs], dict[str, Tensor]]
     resident: str
     accumulators: int
     scores: int
 
-    def jit_function(self) -> Any:
-        """Return the Triton kernel itself."""
-        return getattr(importlib.import_module(f"logpe_kernels.{self.module}"), self.function)
-
 
 KERNELS = {
-    "forward": Kernel("forward", "forward_kernel", _forward, "BLOCK_M", 1, 1),
-    "backward_dq": Kernel("backward", "dq_kernel", _backward, "BLOCK_M", 1, 2),
-    "backward_dkdv": Kernel("backward", "dkdv_kernel", _backward, "BLOCK_N", 2, 2),
+    "forward": Kernel(("forward.forward_kernel", "hopper.specialized_kernel"), _forward, "BLOCK_M", 1, 1),
+    "backward_dq": Kernel(("backward.dq_kernel",), _backward, "BLOCK_M", 1, 2),
+    "backward_dkdv": Kernel(("backward.dkdv_kernel",), _backward, "BLOCK_N", 2, 2),
 }
 
 
@@ -200,17 +194,15 @@ class _Recorder:
 def recorded(dry: bool = False) -> Iterator[dict[str, list[Launch]]]:
     """Record the launches of each of KERNELS; with ``dry``, do not carry them out."""
     launches: dict[str, list[Launch]] = {name: [] for name in KERNELS}
-    originals = {name: kernel.jit_function() for name, kernel in KERNELS.items()}
-
-    def install(functions: dict[str, Any]) -> None:
-        for name, function in functions.items():
-            setattr(importlib.import_module(f"logpe_kernels.{KERNELS[name].module}"), KERNELS[name].function, function)
-
-    install({name: _Recorder(function, launches[name], dry) for name, function in originals.items()})
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, kernel in KERNELS.items():
+            for place in kernel.places:
+                module_name, function = place.split(".")
+                module = importlib.import_module(f"logpe_kernels.{module_name}")
+                original = getattr(module, function)
+                setattr(module, function, _Recorder(original, launches[name], dry))
+                stack.callback(setattr, module, function, original)
         yield launches
-    finally:
-        install(originals)
 
 
 def compile_candidate(task: Task, config: Any) -> Resources | str:

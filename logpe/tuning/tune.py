@@ -1,6 +1,7 @@
 """``python -m logpe tune``: measure which tiles are the fastest on this GPU for one's own shapes.
 
-For each kernel and shape, tiles are tried first, and then the pipelining of the best. Several processes compile the
+For each kernel and shape, tiles are tried first, on sm_90 also those of the forward kernel whose warps have different
+work, and then the pipelining of the best. Several processes compile the
 candidates at once; those that do not fit, or spill much, are dropped. Each of the others takes turns with the shipped
 configuration on the same inputs, so that both meet the same clocks of the GPU. A candidate is out if its results
 differ by more than rounding, from the shipped configuration's or from run to run. The fastest that is left is taken
@@ -79,6 +80,14 @@ def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
     return launchable([c for c in candidates if c != config], task, target, shared)
 
 
+def specialized(default: Any, task: Task, target: str, shared: int) -> list[Any]:
+    """Return candidates for the kernel whose warps have different work, where a target can run it."""
+    sizes = dict(BLOCK_M=128, num_warps=8, TMA=False, SPECIALIZED=True)
+    tiles = itertools.product((64, 128), (2, 3))
+    candidates = [default._replace(**sizes, BLOCK_N=columns, num_stages=stages) for columns, stages in tiles]
+    return launchable(candidates, task, target, shared)
+
+
 def launchable(candidates: Iterable[Any], task: Task, target: str, shared: int) -> list[Any]:
     """Return the candidates that may fit, as far as can be told beforehand."""
     from logpe_kernels import configs
@@ -125,7 +134,7 @@ def search(
             show(f"measuring {index + 1} of {len(kept)}")
             measured[config] = machine.compare(task, config, default, QUICK)
 
-    attempt(tiles(task, default, *facts))
+    attempt([*tiles(task, default, *facts), *specialized(default, task, *facts)])
     best = [default, *fastest(measured)[:FINALISTS]]
     attempt(candidate for config in best for candidate in pipelines(config, task, *facts) if candidate != default)
 
