@@ -274,11 +274,12 @@ HOSTILE = {
     "num_warps must be one of": [dict(config=[64, 64, x, 2]) for x in (0, 3, 64)],
     "num_stages must be one of": [dict(config=[64, 64, 4, x]) for x in (0, 10**9, None)],
     "TMA must be one of": [dict(config=[64, 64, 4, 2, x]) for x in (1, "no", None)],
-    "SPECIALIZED needs BLOCK_M 128, this is 64": dict(config=[64, 64, 8, 2, False, True]),
-    "SPECIALIZED needs num_warps 8, this is 4": dict(config=[128, 64, 4, 2, False, True]),
-    "SPECIALIZED needs TMA False, this is True": dict(config=[128, 64, 8, 2, True, True]),
-    "SPECIALIZED needs kernel forward": dict(config=[128, 64, 8, 2, False, True], kernel="backward_dq"),
-    "SPECIALIZED needs BLOCK_N of 64 or more": dict(config=[128, 32, 8, 2, False, True]),
+    "SEPARATE is for backward_dkdv, this is forward": dict(config=[64, 64, 4, 2, False, True]),
+    "SPECIALIZED needs BLOCK_M 128, this is 64": dict(config=[64, 64, 8, 2, False, False, True]),
+    "SPECIALIZED needs num_warps 8, this is 4": dict(config=[128, 64, 4, 2, False, False, True]),
+    "SPECIALIZED needs TMA False, this is True": dict(config=[128, 64, 8, 2, True, False, True]),
+    "SPECIALIZED needs kernel forward": dict(config=[128, 64, 8, 2, False, False, True], kernel="backward_dq"),
+    "SPECIALIZED needs BLOCK_N of 64 or more": dict(config=[128, 32, 8, 2, False, False, True]),
     "of shared memory or more, sm_90 has": dict(config=[64, 128, 4, 6]),
 }
 CASES = [

@@ -185,6 +185,20 @@ def test_combination(features: dict[str, Any], device: torch.device) -> None:
         check(call)
 
 
+@pytest.mark.parametrize("features", COMBINATIONS[::5], ids=describe)
+def test_two_launches_for_dk_and_dv_do_the_same(features: dict[str, Any], device: torch.device) -> None:
+    call = build(features, device)
+    tile = Config(*features["block"], 4, 1)
+    with configs.override(tile):
+        together = run(call, "triton")
+    with configs.override(tile), configs.override(backward_dkdv=tile._replace(SEPARATE=True)):
+        apart = run(call, "triton")
+    if device.type == "cuda":  # the two kernels are compiled in their own ways
+        Reference(call).check(apart)
+    else:
+        assert all(torch.equal(apart[name], x) for name, x in together.items())
+
+
 @pytest.mark.parametrize("draw", range(6))
 def test_random_combination(draw: int, device: torch.device) -> None:
     """Others in every run, for what takes three features to go wrong."""

@@ -109,6 +109,9 @@ def test_candidates_are_some_and_may_fit(target: str, kernel: str, dtype: str) -
             assert configs.cannot_launch(kernel, config, *facts) is None
         assert all(tuple(c[3:]) == tuple(default[3:]) for c in tiles)
         assert all(c[:3] == default[:3] for c in pipelines)
+        assert {c.SEPARATE for c in pipelines} == (
+            {False, True} if kernel == "backward_dkdv" and head_dim > 64 else {False}
+        )
 
 
 def test_less_shared_memory_leaves_fewer_candidates() -> None:
@@ -423,11 +426,12 @@ def test_the_whole_command(
 # ---- one candidate ---------------------------------------------------------------------------------------------------
 
 
-def take_turns(launches: list[trial.Launch], budget: float) -> list[float]:
+def take_turns(candidates: list[list[trial.Launch]], budget: float) -> list[float]:
     """Make up times, by BLOCK_N, after each launch was carried out."""
-    for launch in launches:
-        launch()
-    return [launch.keywords["BLOCK_N"] / 10 for launch in launches]
+    for launches in candidates:
+        for launch in launches:
+            launch()
+    return [launches[0].keywords["BLOCK_N"] / 10 for launches in candidates]
 
 
 def compare(task: Task, config: Config, device: torch.device) -> Comparison | str:

@@ -428,11 +428,14 @@ def compile_case(
 
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         name = function.fn.__name__.removesuffix("_kernel")
-        config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
-        if name == "specialized":  # whose launch counts its first warpgroup alone
-            name, config = "forward", SPECIALIZED
         if kernels is not None and name not in kernels:
             return
+        config = {field: keywords[field] for field in configs.Config._fields if field in keywords}
+        given = dict(zip(function.arg_names, args, strict=False))
+        if name == "specialized":  # whose launch counts its first warpgroup alone
+            name, config = "forward", SPECIALIZED
+        elif name == "dkdv" and None in (given["dk"], given["dv"]):
+            name = "dk" if given["dv"] is None else "dv"
         row = Row(case.target, case.dtype, case.head_dim, preset, case.mask, case.feature, name, config)
         start = time.perf_counter()
         try:

@@ -27,10 +27,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-#: Matrix products that each kernel forms from one tile of scores. dq: S, dP, dq; dkdv: S, dP, dv, dk.
-PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}
+#: Matrix products that each kernel forms from one tile of scores. dq: S, dP, dq; dkdv: S, dP, dv, dk. In two launches,
+#: dk: S, dP, dk; dv: S, dv.
+PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}
 #: Those of them with v or its gradient, whose rows may be shorter or longer than those of q and k: P v; dP; dP, dv.
-VALUE_PRODUCTS = {"forward": 1, "dq": 1, "dkdv": 2}
+VALUE_PRODUCTS = {"forward": 1, "dq": 1, "dkdv": 2, "dk": 1, "dv": 1}
 
 MATRIX = re.compile(
     r"\bHGMMA\.(?P<M>\d+)x(?P<N>\d+)x(?P<K>\d+)"  # sm_90, of four warps

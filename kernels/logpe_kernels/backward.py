@@ -174,6 +174,7 @@ def dkdv_kernel(
     num_queries, num_keys, total_queries, total_keys, query_start, key_start,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Form dk and dv of one tile of keys; where one of them is None, another launch does that."""
     BIASED: tl.constexpr = sequences.key_bias is not None
     MASKED_STAGES: tl.constexpr = (
         1 if asynchronous_products(q.dtype.element_ty.primitive_bitwidth) and not BIASED else None
@@ -189,8 +190,6 @@ def dkdv_kernel(
     )
     k = tile.rows_of(k, strides.k, keys, kv_head)
     v = tile.rows_of(v, strides.v, keys, kv_head)
-    dk = tile.rows_of(dk, strides.dk, keys, kv_head)
-    dv = tile.rows_of(dv, strides.dv, keys, kv_head)
 
     before, after = layer.window_right, layer.window_left  # of a key: the queries that see it
     resident = tile.resident(n0 + tl.arange(0, BLOCK_N), keys, queries, before, after)
@@ -235,12 +234,13 @@ def dkdv_kernel(
                 queries.start + m0, None if key_bias is None else key_bias[:, None], head, TILES,
             )  # fmt: skip  # [BLOCK_N, BLOCK_M]
             keep = tile.dropout_keep(dropout, b * layer.num_heads + h, i[None, :], j[:, None])
-            _, p, g = weights_and_gradient(
-                a - (lse_row * LOG2E)[None, :], tile.dot(v_tile, do_tile.T), delta_row[None, :], keep, dropout
-            )
-            dv_acc = tile.dot(tile.cast(p, do_tile.dtype), do_tile, dv_acc)
-            ds = g * sharpening(distance, head) * gain_row[None, :]
-            dk_acc = tile.dot(tile.cast(ds, q_tile.dtype), q_tile, dk_acc)
+            dp = tile.dot(v_tile, do_tile.T) if dk is not None else 0.0  # [BLOCK_N, BLOCK_M]
+            _, p, g = weights_and_gradient(a - (lse_row * LOG2E)[None, :], dp, delta_row[None, :], keep, dropout)
+            if dv is not None:
+                dv_acc = tile.dot(tile.cast(p, do_tile.dtype), do_tile, dv_acc)
+            if dk is not None:
+                ds = g * sharpening(distance, head) * gain_row[None, :]
+                dk_acc = tile.dot(tile.cast(ds, q_tile.dtype), q_tile, dk_acc)
             x += BLOCK_M
             if group_size > 1:
                 h = tl.where(x < stop, h, h + 1)
@@ -248,10 +248,12 @@ def dkdv_kernel(
 
     # A full tile is not masked, and may hold hidden keys at its end: their rows are formed, and dropped here.
     stored = resident.tokens < keys.count
-    dk_acc = tl.where(exist[:, None], dk_acc * layer.scale, 0.0)
-    dv_acc = tl.where(exist[:, None], dv_acc, 0.0)
-    tile.store_tile(dk, n0, dk_acc, stored, HEAD_DIM)
-    tile.store_tile(dv, n0, dv_acc, stored, VALUE_DIM)
+    if dk is not None:
+        rows = tile.rows_of(dk, strides.dk, keys, kv_head)
+        tile.store_tile(rows, n0, tl.where(exist[:, None], dk_acc * layer.scale, 0.0), stored, HEAD_DIM)
+    if dv is not None:
+        rows = tile.rows_of(dv, strides.dv, keys, kv_head)
+        tile.store_tile(rows, n0, tl.where(exist[:, None], dv_acc, 0.0), stored, VALUE_DIM)
 
 
 def attention_backward(
@@ -292,11 +294,12 @@ def attention_backward(
     config, constants = plan.tiles("backward_dkdv")
     q_tma, dout_tma = plan.descriptors(config, config.BLOCK_M, q, dout)
     strides = plan.strides_of(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv)
-    kept = q, k, v, q_tma, dout_tma, lse, delta, gain, dout, dk, dv
-    launch(
-        dkdv_kernel, plan.batch * plan.kv_heads * cdiv(plan.num_keys, config.BLOCK_N), (*kept, *shared),
-        (strides, *numbers), constants, plan.kernels, (dtypes(kept), strides),
-    )  # fmt: skip
+    for wanted in ((dk, None), (None, dv)) if config.SEPARATE else ((dk, dv),):
+        kept = q, k, v, q_tma, dout_tma, lse, delta, gain, dout, *wanted
+        launch(
+            dkdv_kernel, plan.batch * plan.kv_heads * cdiv(plan.num_keys, config.BLOCK_N), (*kept, *shared),
+            (strides, *numbers), constants, plan.kernels, (dtypes(kept), strides),
+        )  # fmt: skip
     if options.theta is not None:
         turn_queries(dq, dq, options, plan, inverse=True)
         turn_keys(dk, dk, options, plan, inverse=True)

@@ -36,6 +36,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     TMA: bool = False  # full tiles come through tensor descriptors: sm_90 and later
+    SEPARATE: bool = False  # dk/dv: two launches, each with one sum in registers, and the scores formed twice
     SPECIALIZED: bool = False  # calls that it can do go to the kernel in hopper.py: forward, sm_90
 
     def launch(self) -> dict[str, Any]:
@@ -322,6 +323,8 @@ def cannot_launch(kernel: str, config: Any, itemsize: int, head_dim: int, target
     """Return why a target with so many bytes of shared memory (0: unknown) surely cannot; None if it may."""
     if getattr(config, "TMA", False) and not has_tma(target):
         return f"TMA needs sm_90 or later, this is {target}"
+    if getattr(config, "SEPARATE", False) and kernel != "backward_dkdv":
+        return f"SEPARATE is for backward_dkdv, this is {kernel}"
     if getattr(config, "SPECIALIZED", False):
         wanted = dict(
             target=(target, "sm_90"), kernel=(kernel, "forward"), itemsize=(itemsize, 2), TMA=(config.TMA, False),

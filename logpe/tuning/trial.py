@@ -212,10 +212,12 @@ def compile_candidate(task: Task, config: Any) -> Resources | str:
     try:
         with configs.override(**{task.kernel: config}), recorded(dry=True) as launches:
             KERNELS[task.kernel].run(make_inputs(task, torch.device("meta")))
-        (launch,) = launches[task.kernel]
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.keywords)
-        compiled._init_handles()  # loads it, as PyTorch's inductor does: raises where it does not fit
-        return Resources(compiled.n_regs, compiled.n_spills, compiled.metadata.shared)
+        needs = []
+        for launch in launches[task.kernel]:
+            compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.keywords)
+            compiled._init_handles()  # loads it, as PyTorch's inductor does: raises where it does not fit
+            needs.append((compiled.n_regs, compiled.n_spills, compiled.metadata.shared))
+        return Resources(*map(max, zip(*needs, strict=True)))
     except Exception as error:
         return one_line(error)
 
@@ -228,12 +230,12 @@ def compare(task: Task, config: Any, default: Any, budget: float, device: torch.
     from logpe_kernels import configs
 
     inputs = _inputs(dataclasses.replace(task, kernel=""), device)
-    results, launches = [], []
+    results, launches = [], []  # type: list[dict[str, Tensor]], list[list[Launch]]
     with poisoned():
         for c in (default, config, config):
             with configs.override(**{task.kernel: c}), recorded() as recording:
                 results.append(KERNELS[task.kernel].run(inputs))
-            launches.extend(recording[task.kernel])
+            launches.append(recording[task.kernel])
     expected, actual, again = results
     if reason := difference(actual, expected, getattr(torch, task.dtype)):
         return f"wrong: {reason}"
@@ -276,11 +278,18 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: to
     return None
 
 
-def take_turns(launches: list[Launch], budget: float) -> list[float]:
-    """Return the median milliseconds of each launch, which take turns with a cold cache for ``budget`` milliseconds."""
+def take_turns(candidates: list[list[Launch]], budget: float) -> list[float]:
+    """Return the median milliseconds of each candidate's launches.
+
+    They take turns with a cold cache for ``budget`` milliseconds.
+    """
+
+    def run(launches: list[Launch]) -> None:
+        for launch in launches:
+            launch()
 
     def times(turns: int) -> list[float]:
-        events = [[between_events(launch) for launch in launches] for _ in range(turns)]
+        events = [[between_events(functools.partial(run, launches)) for launches in candidates] for _ in range(turns)]
         torch.cuda.synchronize()
         columns = zip(*events, strict=True)
         return [statistics.median(begin.elapsed_time(end) for begin, end in column) for column in columns]

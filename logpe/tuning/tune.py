@@ -57,10 +57,11 @@ def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
     kernel = KERNELS[task.kernel]
     streamed = "BLOCK_N" if kernel.resident == "BLOCK_M" else "BLOCK_M"
     half = task.itemsize == 2
+    accumulators = 1 if default.SEPARATE else kernel.accumulators
     candidates = []
     for rows, columns, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
         config = default._replace(**{kernel.resident: rows, streamed: columns}, num_warps=warps)
-        width = kernel.accumulators * configs.padded(task.head_dim) + kernel.scores * columns
+        width = accumulators * configs.padded(task.head_dim) + kernel.scores * columns
         fits = FEWEST_REGISTERS <= rows * width / (32 * warps) <= MOST_REGISTERS
         if half and rows < 16 * warps and task.head_dim <= 128:  # a matrix instruction of a warp has 16 rows
             fits = False
@@ -70,13 +71,20 @@ def tiles(task: Task, default: Any, target: str, shared: int) -> list[Any]:
 
 
 def pipelines(config: Any, task: Task, target: str, shared: int) -> list[Any]:
-    """Return candidates with the tile of ``config``: other stages, and on sm_90 and later descriptors."""
+    """Return candidates with the tile of ``config``.
+
+    They have other stages, on sm_90 and later descriptors, and for large heads dk and dv in one launch or in two.
+    """
     from logpe_kernels import configs
 
     half = task.itemsize == 2
     flags = (False, True) if half and configs.has_tma(target) else (False,)
     stages = (1, 2, 3, 4) if half and target.startswith("sm_") else (1, 2)
-    candidates = [config._replace(num_stages=n, TMA=flag) for flag, n in itertools.product(flags, stages)]
+    separate = (False, True) if task.kernel == "backward_dkdv" and task.head_dim > 64 else (False,)
+    candidates = [
+        config._replace(num_stages=n, TMA=flag, SEPARATE=apart)
+        for flag, n, apart in itertools.product(flags, stages, separate)
+    ]
     return launchable([c for c in candidates if c != config], task, target, shared)
 
 
