@@ -556,6 +556,23 @@ def test_another_length_compiles_nothing(
     run.assert_not_called()
 
 
+def test_the_specialised_kernel_is_launched_again(gpu: Driver) -> None:
+    """With what Triton gave it first, but for the tensors, and without asking it again."""
+    position = LogPosition(HEADS, 64)()._replace(theta=None)
+    options = Options(**position._asdict(), window_right=0)
+    x = torch.zeros(2, HEADS, 200, 64, dtype=torch.bfloat16)
+    with configs.override(forward=configs.Config(128, 64, 8, 2, SPECIALIZED=True)), asked() as run:
+        for _ in range(2):
+            launch_attention(x, x, x, options)
+    run.assert_called_once()
+    (compiled_for, grid, stream, arguments), *again = gpu.launches
+    assert run.call_args.args[0].fn.__name__ == "specialized_kernel"
+    assert grid == (2 * HEADS * 2, 1, 1)
+    assert [launched[:3] for launched in again] == [(compiled_for, grid, stream)]
+    for first, second in zip(arguments, again[0][3], strict=True):
+        assert isinstance(first, Tensor) or same(first, second)
+
+
 def test_calls_of_one_layout_ask_no_more(repeated: Driver) -> None:
     """Neither the checks, nor Triton: whatever the tensors' values are, and whether gradients are wanted."""
     arguments, options = dense()

@@ -20,11 +20,10 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BIASED: tl.constexpr = sequences.key_bias is not None
-    SPLIT: tl.constexpr = (
-        parameters.power is not None
-        and parameters.rate is not None
-        and tile.far_tiles_pay(q.dtype.element_ty.primitive_bitwidth, parameters.sharpness is not None, BLOCK_N)
-    )
+    SPLIT: tl.constexpr = tile.far_tiles_pay(
+        q.dtype.element_ty.primitive_bitwidth, BLOCK_N,
+        parameters.power is not None, parameters.rate is not None, parameters.sharpness is not None,
+    )  # fmt: skip
     UNMASKED: tl.constexpr = tile.FAR_TILES if SPLIT else tile.FULL_TILES
     b, h, m0 = tile.query_program(num_queries, layer.num_heads, BLOCK_M)
     queries, keys = tile.load_axes(

@@ -175,11 +175,10 @@ def specialized_kernel(
     num_stages: gl.constexpr,
 ):  # fmt: skip
     WARPGROUPS: gl.constexpr = BLOCK_M // GROUP_ROWS
-    SPLIT: gl.constexpr = (
-        parameters.power is not None
-        and parameters.rate is not None
-        and tile.far_tiles_pay(q_tma.dtype.primitive_bitwidth, parameters.sharpness is not None, BLOCK_N)
-    )
+    SPLIT: gl.constexpr = tile.far_tiles_pay(
+        q_tma.dtype.primitive_bitwidth, BLOCK_N,
+        parameters.power is not None, parameters.rate is not None, parameters.sharpness is not None,
+    )  # fmt: skip
     gl.static_assert(WARPGROUPS == 2)
     b, h, m0 = tile.query_program(num_queries, layer.num_heads, BLOCK_M)
     queries, keys = tile.load_axes(

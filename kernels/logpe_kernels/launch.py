@@ -40,7 +40,7 @@ def launch(
     """
     if grid == 0:
         return
-    if type(kernel) is not JITFunction or not KNOWN or _addresses(tensors) % ALIGNMENT != 0 or _hooked():
+    if not isinstance(kernel, JITFunction) or not KNOWN or _addresses(tensors) % ALIGNMENT != 0 or _hooked():
         kernel[(grid,)](*tensors, *numbers, **constants)
         return
     device = driver.active.get_current_device()

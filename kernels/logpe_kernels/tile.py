@@ -231,13 +231,13 @@ MASKED_TILES = tl.constexpr(2)
 
 
 @triton.constexpr_function
-def far_tiles_pay(bits, sharpened, columns):
-    """Whether tiles with so many columns get a loop of their own where they are far.
+def far_tiles_pay(bits, columns, power, rate, sharpness):
+    """Whether tiles with so many columns get a loop of their own where they are far, for a position with these parts.
 
     The polynomial is right to 1e-5, which is enough beside half-precision inputs alone. Its coefficients are formed
     once per row, which needs wide tiles; with a sharpness there would be two polynomials, and no gain.
     """
-    return bits == 16 and not sharpened and columns >= 64
+    return bits == 16 and columns >= 64 and power and rate and not sharpness
 
 
 @triton.jit
