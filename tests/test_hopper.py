@@ -157,6 +157,7 @@ FAULTS: dict[str, dict[str, str]] = {
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
 @pytest.mark.parametrize("changes", FAULTS.values(), ids=FAULTS)
 def test_the_emulator_finds_faults(changes: dict[str, str], tmp_path: Path) -> None:
     source = SOURCE.read_text()
