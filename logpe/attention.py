@@ -156,11 +156,9 @@ def log_attention(  # type: ignore[misc] # the options are listed once
         query_start, query_starts = key_start + offset, None if key_starts is None else key_starts + offset
     else:
         query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
-    context_lengths = None
-    if values.alpha is not None and (context_length is not None or not is_causal):
-        if context_length is None:
-            context_length = first_key + (num_keys if key_lengths is None else key_lengths)
-        context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
+    if context_length is None and values.alpha is not None and not is_causal:
+        context_length = first_key + (num_keys if key_lengths is None else key_lengths)
+    context_lengths = _context_lengths(context_length, values, batch, q, validate)
 
     options = Options(
         *values[:NUM_POSITIONAL],
@@ -275,11 +273,9 @@ def log_attention_varlen(  # type: ignore[misc]
             query_starts = cu_seqlens_k.diff() - cu_seqlens_q.diff() + first_key
     else:
         query_start, query_starts = checks.resolve_start("query_start", query_start, batch, q, validate)
-    context_lengths = None
-    if values.alpha is not None and (context_length is not None or not is_causal):
-        if context_length is None:
-            context_length = first_key + cu_seqlens_k.diff()
-        context_lengths = checks.per_sequence("context_length", context_length, batch, q, validate)
+    if context_length is None and values.alpha is not None and not is_causal:
+        context_length = first_key + cu_seqlens_k.diff()
+    context_lengths = _context_lengths(context_length, values, batch, q, validate)
 
     options = Options(
         *values[:NUM_POSITIONAL],
@@ -512,6 +508,18 @@ def _check_position(
     checks.check_position_values(values, q, heads)
     if not isinstance(position, LogPosition):  # whose values cannot be negative
         checks.check_not_negative(values, validate)
+
+
+def _context_lengths(
+    context_length: int | Tensor | None, values: PositionValues, batch: int, q: Tensor, validate: bool
+) -> Tensor | None:
+    """Return n of the query gain for each sequence; None where it is the query's position, or nothing gains."""
+    if context_length is None:
+        return None
+    if values.alpha is None:
+        checks.resolve_start("context_length", context_length, batch, q, validate)  # refused without a gain, too
+        return None
+    return checks.per_sequence("context_length", context_length, batch, q, validate)
 
 
 def _is_positional(values: PositionValues, left: int | None, right: int | None) -> bool:

@@ -147,6 +147,8 @@ REFUSED = [
         position=PositionValues(alpha=torch.ones(4)),
         context_length=torch.ones(1, dtype=torch.int64),
     ),
+    refused("context_length must be an int...got 2.5", TypeError, context_length=2.5),
+    refused("context_length must have shape (2,), got (1,)", position=VALUES, context_length=torch.tensor([9])),
     refused("key_lengths must be from 0 to 7, got values from 3 to 8", key_lengths=torch.tensor([3, 8]), query_start=0),
     refused(
         "key_lengths must be from 0 to 7, got values from -1 to 2", key_lengths=torch.tensor([-1, 2]), query_start=0
