@@ -234,7 +234,8 @@ def emulated(seed: int, source: Path = SOURCE) -> Iterator[ModuleType]:
             wait=lambda x, parity: scheduler.wait(lambda: barrier(x).passed(int(parity))),
             expect=lambda x, size: barrier(x).arrive(arrivals=1, bytes_expected=size),
         ),
-        tma=SimpleNamespace(async_load=load), warpgroup_mma=product, warpgroup_mma_wait=product_wait,
+        tma=SimpleNamespace(async_load=load), fence_async_shared=ignored,
+        warpgroup_mma=product, warpgroup_mma_wait=product_wait,
     )  # fmt: skip
     fakes: dict[str, Any] = {
         "triton.experimental": SimpleNamespace(gluon=gluon),

@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tile
@@ -192,6 +198,7 @@ def specialized_kernel(
     q_ring = new_ring(q_tma, WARPGROUPS, 1)
     k_ring = new_ring(k_tma, num_stages, WARPGROUPS)
     v_ring = new_ring(v_tma, num_stages, WARPGROUPS)
+    fence_async_shared()  # TMA sees barriers that are set up
     program = Program(q_ring, k_ring, v_ring, b, h, m0, queries, keys, bounds)
     gl.warp_specialize(
         [
