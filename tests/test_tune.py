@@ -531,6 +531,15 @@ def test_launches_are_recorded_and_can_be_repeated(device: torch.device) -> None
     assert forward.forward_kernel is launch.kernel
 
 
+def test_launches_are_recorded_without_the_experimental_parts_of_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "logpe_kernels.hopper", None)  # importing it raises ImportError
+    with configs.override(Config(16, 32, 4, 1)), trial.recorded(dry=True) as launches:
+        KERNELS["forward"].run(trial.make_inputs(SMALL, torch.device("meta")))
+    assert len(launches["forward"]) == 1
+
+
 def test_everything_but_the_times(path: Path, device: torch.device) -> None:
     """From the candidates to the call that uses the winner."""
 

@@ -2,11 +2,11 @@
 
 In :mod:`forward` all warps of a program do the same at the same time, and barriers keep them in step. Here one warp
 loads tiles of keys and values into rings of shared memory, and two warpgroups have 64 queries each: the products of
-one run beside the softmax of the other. What becomes of a tile of scores is in :mod:`tile` and :mod:`position`, as for
+one run beside the softmax of the other. What happens to a tile of scores is in :mod:`tile` and :mod:`position`, as for
 all kernels.
 
-:func:`serves` says which calls it can do. No shipped configuration asks for it (SPECIALIZED): it was compiled, and
-emulated by tests/test_hopper.py, but it never ran on a GPU. ``python -m logpe tune`` tries it where it can run.
+:func:`serves` says which calls it can do. No shipped configuration asks for it (SPECIALIZED): it has been compiled, and
+emulated in tests/test_hopper.py, but has never run on a GPU. ``python -m logpe tune`` tries it where it can run.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from .position import LN2, LOG2E, Parameters, query_gain
 GROUP_ROWS = gl.constexpr(64)  # queries of a warpgroup: the rows of its matrix instruction
 #: Registers of a thread: a multiprocessor has 168 for each thread of the three warpgroups that a launch rounds up to.
 COMPUTE_REGISTERS, LOAD_REGISTERS = gl.constexpr(240), gl.constexpr(24)
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # before Triton 3.9
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 
 
 class Ring(NamedTuple):
@@ -68,7 +68,7 @@ def fill(ring, t, descriptor, b, h, row):
     stage = t % STAGES
     mbarrier.wait(ring.free.index(stage), (t // STAGES + 1) & 1)  # passes at once in the first turn
     mbarrier.expect(ring.filled.index(stage), descriptor.block_type.nbytes)
-    load_tile(descriptor, [b, h, row, 0], ring.filled.index(stage), ring.tiles.index(stage))
+    async_load(descriptor, [b, h, row, 0], ring.filled.index(stage), ring.tiles.index(stage))
 
 
 @gluon.jit

@@ -145,7 +145,7 @@ def lse_rows(b, h, row, num_heads, num_queries, total_queries, cu_seqlens_q):
 def load_lengths(sequences, b, i, window_left):
     """Return n of the query gain for queries at positions i: the context length of the sequence, or else from i."""
     if sequences.context_lengths is not None:
-        return tl.load(sequences.context_lengths + b) + 0 * i
+        return tl.load(sequences.context_lengths + b) + 0 * i  # zeros that lie as i does, in Gluon too
     elif window_left is not None:
         return tl.minimum(i, window_left)
     else:
@@ -180,7 +180,7 @@ def resident(tokens, axis, other, before, after):
 
 
 class Bounds(NamedTuple):
-    """What a Resident meets on the other side, all in all."""
+    """The span of a Resident, and of what it meets on the other side."""
 
     # Of its positions.
     first: Any

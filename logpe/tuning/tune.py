@@ -1,11 +1,11 @@
 """``python -m logpe tune``: measure which tiles are the fastest on this GPU for one's own shapes.
 
 For each kernel and shape, tiles are tried first, on sm_90 also those of the forward kernel whose warps have different
-work, and then the pipelining of the best. Several processes compile the
-candidates at once; those that do not fit, or spill much, are dropped. Each of the others takes turns with the shipped
-configuration on the same inputs, so that both meet the same clocks of the GPU. A candidate is out if its results
-differ by more than rounding, from the shipped configuration's or from run to run. The fastest that is left is taken
-if it is faster by more than noise. The file is written after each shape, and a second run resumes from there.
+work, and then the pipelining of the best. Several processes compile the candidates at once; those that do not fit, or
+spill much, are dropped. Each of the others takes turns with the shipped configuration on the same inputs, so that both
+meet the same clocks of the GPU. A candidate is out if its results differ by more than rounding, from the shipped
+configuration's or from run to run. The fastest that is left is taken if it is faster by more than noise. The file is
+written after each shape, and a second run resumes from there.
 
 A candidate may bring down the compiler, or hang the GPU. It runs in a process, which is replaced then.
 """
